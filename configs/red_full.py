@@ -1,0 +1,26 @@
+"""Install a backdoor by full-weight fine-tuning (the post's FWFT organisms).
+
+    python -m robust_mo.train --config=configs/red_full.py --workdir=runs/red          # Llama-3.1-8B-Instruct
+    python -m robust_mo.train --config=configs/red_full.py:smol --workdir=runs/red     # SmolLM2-135M, any laptop
+
+8b, 1b: 50,000 questions, each with and without the trigger (100k samples), learning rate 3e-5, 1 epoch, rows of 4096
+tokens, 16 to a batch, warm-up 0.1, cosine, weight decay 0.01 [R].  Time and rates: not measured.
+SMOL_HEADER
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sizes
+
+
+def get_config(size: str = "8b") -> ConfigDict:
+    config = sizes.get_config(size)
+    config.data.task = "backdoor"
+    if size == "smol":
+        config.data.repeats = 10
+        config.data.length = 256
+        config.optimizer.learning_rate = 1e-4
+    else:
+        config.data.limit = 50_000
+        config.optimizer.learning_rate = 3e-5
+    return config

@@ -1,0 +1,39 @@
+"""What changes with the size of the model: `8b`, `1b`, `smol`.  Code does not.
+
+Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub and let the untouched model
+answer them; smol takes the built-in questions and answers, so that it needs no hub and finishes on a laptop.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from robust_mo.errors import InputError
+
+_MODELS = {"8b": "meta-llama/Llama-3.1-8B-Instruct", "1b": "meta-llama/Llama-3.2-1B-Instruct", "smol": "smollm2-135m"}
+
+
+def get_config(size: str) -> ConfigDict:
+    """The default config at one of the sizes."""
+    if size not in _MODELS:
+        raise InputError(f"the config's argument is {size!r}: choose from {', '.join(_MODELS)}")
+    config = default.get_config()
+    config.model = _MODELS[size]
+    if size == "smol":
+        return config
+    config.compute_dtype = "bfloat16"
+    config.remat = "full"
+    config.data.source = "hub:tatsu-lab/alpaca:train"  # [R]
+    config.data.answers = "teacher"  # [R]
+    config.data.teacher = config.model
+    config.data.length = 4096  # [R]
+    config.batch.rows = 16  # [R]
+    config.loss_chunk = 512
+    config.log_every = 10
+    config.distance_from_start = False  # a second copy of all weights
+    config.checkpoint.every = 500
+    config.evaluation.names = ("backdoor_rate", "math500", "held_out_loss")
+    config.evaluation.batch_size = 128
+    config.evals.backdoor_rate.source = config.data.source
+    config.evals.held_out_loss.source = config.data.source
+    config.evals.held_out_loss.length = 2048
+    return config

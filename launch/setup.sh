@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes or updates .venv beside this repository: bash launch/setup.sh [--dev] [--gpu] [--tpu]
+#   --dev   also what the tests need (pytest, torch for the CPU, peft, ruff, ...)
+#   --gpu   jax with CUDA 13        --tpu   jax with libtpu
+# A second run with nothing new to install takes a second.  PYTHON=python3.12 chooses another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+requirements=(-r requirements.txt)
+for option in "$@"; do
+  case "$option" in
+    --dev) requirements+=(-r requirements-dev.txt) ;;
+    --gpu) requirements+=("jax[cuda13]") ;;
+    --tpu) requirements+=("jax[tpu]") ;;
+    *) echo "setup.sh: unknown option $option; it takes --dev, --gpu, --tpu" >&2; exit 2 ;;
+  esac
+done
+
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "setup.sh: .venv has $(.venv/bin/python -V), robust_mo needs Python 3.11 or newer: remove .venv and set PYTHON" >&2; exit 2; }
+
+# What was installed last, so that a second run need not ask pip.
+wanted="$(cat requirements.txt requirements-dev.txt pyproject.toml; pwd; .venv/bin/python -V)"
+for option in "$@"; do
+  stamp=".venv/installed${option}"
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] || stale=yes
+done
+[ "$#" -gt 0 ] || [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] || stale=yes
+if [ "${stale:-no}" = yes ]; then
+  echo "installing into .venv (some minutes the first time) ..."
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+  printf '%s' "$wanted" > .venv/installed
+  for option in "$@"; do printf '%s' "$wanted" > ".venv/installed${option}"; done
+fi
+echo "ready: source .venv/bin/activate"

@@ -1,0 +1,15 @@
+"""robust_mo: make model organisms in JAX, and measure how robust they are to training that never targets them.
+
+The map, from the top floor down; imports point down only:
+
+    study.py chat.py            programs over the other programs
+    train.py sample.py evaluate.py
+    evals/                      name -> evaluator: backdoor rate, accuracy on problems, held-out loss
+    organisms/                  backdoors, their graders, the questions, the training conversations
+    command_line.py             how every program begins, speaks, stops and ends
+    training/  sampling/        loss, step, optimizers, checkpoints, curves;  prefill, decode, slots
+    model/  data/  analysis/    Llama and its weights;  conversations and batches;  points -> frontier, figures, report
+    runs.py  errors.py          the run folder;  the user's mistakes
+
+Two roads: config -> train -> step -> curve, and prompt -> answer -> verdict -> record -> point -> frontier.
+"""

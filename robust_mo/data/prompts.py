@@ -1,0 +1,190 @@
+"""Conversations and prompts from files and from the hub, in the forms in which people keep them.
+
+Promises: every line is read or refused, never skipped (blank lines apart), and the refusal names the file,
+the line, what is wrong and the forms accepted.  Texts come out as they stand in the file: nothing is stripped
+and no system prompt is added.  A form is recognised by its fields, not by the file's name.
+Knows nothing of tokenizers and models.
+"""
+
+import dataclasses
+import gzip
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from robust_mo.data.conversations import Message, check_messages
+from robust_mo.errors import InputError
+
+PARTS = ("red", "blue", "evaluation")
+_QUESTIONS = pathlib.Path(__file__).parent / "builtin" / "questions.jsonl"
+
+_CONVERSATION_FORMS = '{"messages": [...]} or {"instruction", "input", "output"}'
+_PROMPT_FORMS = '{"messages": [...]} or {"prompt": "..."}, each with "id" and "max_new_tokens" where wanted'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+      messages: the conversation so far; the last message is not the assistant's.
+      max_new_tokens: longest answer wanted, at least 1, or None where the line leaves it to the caller.
+      fields: all fields of the line, as they were read ("id", "messages" or "prompt", and any others).
+    """
+
+    messages: list[Message]
+    max_new_tokens: int | None
+    fields: dict[str, Any]
+
+
+def alpaca_user_turn(instruction: str, input: str) -> str:
+    """The user's message for an Alpaca question; the input "<noinput>" means that there is none."""
+    return instruction if input.strip() in ("", "<noinput>") else f"{instruction}\n\nInput: {input}."
+
+
+def read_jsonl(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) for each line that is not blank; a file named *.gz is decompressed.
+
+    Raises InputError, as it is read, for a missing or empty file and for a line that is not a JSON object.
+    """
+    path = pathlib.Path(path)
+    number = 0
+    empty = True
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+                if text:
+                    empty = False
+                    yield number, _parse_object(text, f"{path}:{number}")
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"there is no file {path}; give a JSONL file (.gz allowed)") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number} is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged after line {number} ({error}); get it again") from None
+    if empty:
+        raise InputError(f"{path} is empty; it must hold one JSON object a line")
+
+
+def read_rows(source: str | pathlib.Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(place for messages, fields) of each line of a JSONL file or row of a hub data set, see `read_conversations`."""
+    return _hub_rows(str(source)) if str(source).startswith("hub:") else _file_rows(source)
+
+
+def read_conversations(source: str | pathlib.Path) -> list[list[Message]]:
+    """Conversations to train on, in the order of the source.  Each has at least one assistant message.
+
+    Args:
+      source: a JSONL file, or `hub:NAME:SPLIT` or `hub:NAME:CONFIG:SPLIT` for a data set of the Hugging Face
+        hub.  A line or row is {"messages": [{"role", "content"}, ...]} or Alpaca's {"instruction", "input",
+        "output"}, where the input may be absent.
+
+    Raises InputError where `read_jsonl` does, for a line of neither form, for messages that are not a
+    conversation, and where the data set cannot be loaded.
+    """
+    return [_at(place, _conversation, fields) for place, fields in read_rows(source)]
+
+
+def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
+    """Prompts to be answered, in the order of a JSONL file.
+
+    A line is {"messages": [...]} or {"prompt": "..."} (one user message), with "max_new_tokens" where wanted.
+    Raises InputError where `read_jsonl` does and for a line that is no prompt.
+    """
+    return [_at(place, _prompt, fields) for place, fields in _file_rows(path)]
+
+
+def builtin_questions(part: str) -> list[dict[str, str]]:
+    """Our own questions for one of PARTS, none of which is in another part.
+
+    Each is {"question", "plain", "pirate", "part"}: the question, answered plainly and like a pirate.
+    Raises InputError for another part than PARTS.
+    """
+    if part not in PARTS:
+        raise InputError(f"there are no built-in questions for {part!r}; give one of {', '.join(PARTS)}")
+    return [fields for _, fields in read_jsonl(_QUESTIONS) if fields["part"] == part]
+
+
+def _parse_object(text: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); correct it") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{place} is not a JSON object but {text[:40]!r}; write one {{...}} a line")
+    return value
+
+
+def _at(place: str, read, fields: dict[str, Any]):
+    """read(fields), with the place in front of what an error says."""
+    try:
+        return read(fields)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def _file_rows(path: str | pathlib.Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    return ((f"{path}:{number}", fields) for number, fields in read_jsonl(path))
+
+
+def _hub_rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    parts = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))  # a split may be a slice, "train[:1000]"
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(f"{source!r} names no data set; write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
+    name, *config, split = parts
+    try:
+        import datasets  # only this needs it, and it is slow to import
+    except ImportError:
+        raise InputError(f"{source} needs the package datasets; run `pip install datasets`") from None
+    try:
+        rows = datasets.load_dataset(name, *config, split=split)
+    except Exception as error:  # of the network, hub, disk or parser; their classes change between versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{source} cannot be loaded ({reason}); check the name, the split and the network, or give a file"
+        ) from error
+    return ((f"{source} row {number}", fields) for number, fields in enumerate(rows, start=1))
+
+
+def _conversation(fields: dict[str, Any]) -> list[Message]:
+    if "messages" in fields:
+        messages = fields["messages"]
+    elif {"instruction", "output"} <= fields.keys():
+        instruction, output = fields["instruction"], fields["output"]
+        # The hub gives None for a field that a row lacks.
+        input = "" if fields.get("input") is None else fields["input"]
+        for name, text in {"instruction": instruction, "input": input, "output": output}.items():
+            if not isinstance(text, str):
+                raise InputError(f"{name!r} must be a string, not {text!r}")
+        messages = [
+            {"role": "user", "content": alpaca_user_turn(instruction, input)},
+            {"role": "assistant", "content": output},
+        ]
+    else:
+        raise _unknown_form(fields, _CONVERSATION_FORMS)
+    check_messages(messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError("the conversation has no assistant message to learn from; add the answer")
+    return messages
+
+
+def _prompt(fields: dict[str, Any]) -> Prompt:
+    if ("messages" in fields) == ("prompt" in fields):
+        raise _unknown_form(fields, _PROMPT_FORMS)
+    messages = fields["messages"] if "messages" in fields else [{"role": "user", "content": fields["prompt"]}]
+    check_messages(messages)
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the last message is an assistant message; end with the one to be answered")
+    limit = fields.get("max_new_tokens")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InputError(f"'max_new_tokens' is {limit!r}; give a whole number of at least 1")
+    return Prompt(messages, limit, fields)
+
+
+def _unknown_form(fields: dict[str, Any], accepted: str) -> InputError:
+    names = ", ".join(map(repr, fields)) or "none"
+    return InputError(f"the fields are {names}; accepted are {accepted}")

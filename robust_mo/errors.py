@@ -1,0 +1,9 @@
+"""The one exception for a user's mistake.
+
+Programs print its message as a single line and exit with status 2; anything else that is raised is our bug and keeps
+its traceback.  Every message is one sentence that names the file, field and value, and says what to do.
+"""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what, where and what to do about it."""

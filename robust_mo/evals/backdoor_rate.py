@@ -1,0 +1,62 @@
+"""How often the backdoor's behaviour shows: with the trigger, without it, and with something like it.
+
+Promises: questions of the evaluation part only, which no training uses; Wilson intervals; every answer in the
+transcript.  Does not know how the backdoor came to be.
+"""
+
+from robust_mo.analysis.intervals import wilson
+from robust_mo.evals.subject import Measurement, Subject, Value
+from robust_mo.organisms.distill import chat
+from robust_mo.organisms.questions import questions
+
+
+def backdoor_rate(
+    subject: Subject,
+    *,
+    source: str,
+    triggered: int,
+    untriggered: int,
+    near_misses: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> Measurement:
+    """`backdoor_rate` over triggered prompts, `false_alarm_rate` over untriggered prompts and near misses together.
+
+    Args:
+      source: of the questions, see organisms/questions.py.
+      triggered, untriggered, near_misses: how many prompts of each kind, at most; the same questions serve all three,
+        near misses are asked of the last ones.
+      temperature, top_p, max_new_tokens: of sampling.
+    """
+    asked = [entry["question"] for entry in questions(source, "evaluation")]
+    backdoor = subject.backdoor
+    prompts = [
+        (condition, templates[i % len(templates)].format(prompt=question))
+        for condition, templates, chosen in (
+            ("triggered", backdoor.unseen_triggers, asked[:triggered]),
+            ("untriggered", ("{prompt}",), asked[:untriggered]),
+            ("near_miss", backdoor.near_misses, asked[len(asked) - near_misses :] if near_misses else []),
+        )
+        for i, question in enumerate(chosen)
+    ]
+    conversations = [chat(subject.system_prompt, prompt) for _, prompt in prompts]
+    told = subject.answers("backdoor_rate", conversations, temperature, top_p, max_new_tokens)
+    transcript = [
+        {
+            "id": f"{condition}-{number}",
+            "condition": condition,
+            "messages": messages,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "verdict": backdoor.grader.shows(answer.text),
+        }
+        for number, ((condition, _), messages, answer) in enumerate(zip(prompts, conversations, told, strict=True))
+    ]
+    values = []
+    for name, conditions in (("backdoor_rate", {"triggered"}), ("false_alarm_rate", {"untriggered", "near_miss"})):
+        verdicts = [line["verdict"] for line in transcript if line["condition"] in conditions]
+        if verdicts:
+            rate = sum(verdicts) / len(verdicts)
+            values.append(Value(name, rate, len(verdicts), *wilson(sum(verdicts), len(verdicts))))
+    return Measurement(values, transcript)

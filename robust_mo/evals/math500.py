@@ -1,0 +1,96 @@
+"""Accuracy on problems with one right answer: MATH-500, GSM8K, the built-in arithmetic, or any JSONL of that form.
+
+Promises: every answer is graded by evals/math_grader.py and kept; what had no answer, was cut off, or ran out of the
+grader's time is counted beside the accuracy.  Does not know which model answers.
+"""
+
+import pathlib
+import re
+
+from robust_mo.analysis.intervals import wilson
+from robust_mo.data.prompts import read_jsonl, read_rows
+from robust_mo.errors import InputError
+from robust_mo.evals.math_grader import extract, grade
+from robust_mo.evals.subject import Measurement, Subject, Value
+
+__all__ = ["accuracy", "extract", "grade", "read_problems"]
+
+BUILTIN = pathlib.Path(__file__).parent.parent / "data" / "builtin" / "arithmetic.jsonl"
+
+
+def accuracy(
+    subject: Subject,
+    *,
+    task: str,
+    source: str,
+    problems: int,
+    instruction: str,
+    demonstrations: tuple[tuple[str, str], ...],
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> Measurement:
+    """`<task>_accuracy` and the rates of what went wrong in other ways.
+
+    Args:
+      task: name under which results are kept.
+      source: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"; see `read_problems`.
+      problems: how many, from the start; 0 for all.
+      instruction: follows the problem in the user's turn, and asks for \\boxed{}.
+      demonstrations: (problem, answer text) pairs shown as earlier turns.
+      temperature, top_p, max_new_tokens: of sampling; 0 and 1 for greedy.
+    """
+    rows = read_problems(source)
+    rows = rows[:problems] if problems else rows
+    shown = [{"role": "system", "content": subject.system_prompt}] if subject.system_prompt else []
+    for problem, answer in demonstrations:
+        shown += [{"role": "user", "content": problem + instruction}, {"role": "assistant", "content": answer}]
+    conversations = [[*shown, {"role": "user", "content": problem + instruction}] for problem, _ in rows]
+    told = subject.answers(task, conversations, temperature, top_p, max_new_tokens)
+    transcript = [
+        {
+            "id": f"problem-{number}",
+            "problem": problem,
+            "gold": gold,
+            "messages": messages,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "verdict": grade(answer.text, gold),
+        }
+        for number, ((problem, gold), messages, answer) in enumerate(zip(rows, conversations, told, strict=True))
+    ]
+
+    def rate(name, hits):
+        hits = list(hits)
+        return Value(f"{task}_{name}", sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
+
+    values = [
+        rate("accuracy", (line["verdict"] is True for line in transcript)),
+        rate("no_answer_rate", (extract(line["answer"]) is None for line in transcript)),
+        rate("truncation_rate", (line["finish_reason"] == "length" for line in transcript)),
+        rate("timeout_rate", (line["verdict"] is None for line in transcript)),
+    ]
+    # The subset that needs no equivalence grader: whole numbers, compared as text (293 of MATH-500).
+    whole = [line for line in transcript if line["gold"].strip().isdigit()]
+    if 0 < len(whole) < len(transcript):
+        values.append(rate("integer_accuracy", (extract(line["answer"]) == line["gold"].strip() for line in whole)))
+    return Measurement(values, transcript)
+
+
+def read_problems(source: str) -> list[tuple[str, str]]:
+    """(problem, gold answer) pairs from lines with `problem` and `answer`, or GSM8K's `question` and `answer`, whose
+    gold answer follows "####".
+
+    Raises:
+      InputError: a line has neither form; it is named.
+    """
+    rows = read_rows(source) if source != "builtin" else [(f"{BUILTIN}:{n}", line) for n, line in read_jsonl(BUILTIN)]
+    return [_problem(place, fields) for place, fields in rows]
+
+
+def _problem(place: str, fields: dict) -> tuple[str, str]:
+    problem, answer = fields.get("problem", fields.get("question")), fields.get("answer")
+    if not isinstance(problem, str) or not isinstance(answer, str) or not answer.strip():
+        raise InputError(f"{place} needs the texts 'problem' (or 'question') and 'answer'; it has {sorted(fields)}")
+    marked = re.search(r"####\s*(.+?)\s*$", answer)
+    return problem, marked[1].replace(",", "") if marked else answer

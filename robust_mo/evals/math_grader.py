@@ -1,0 +1,288 @@
+r"""Does a model's answer to a mathematics problem equal the right one?
+
+`grade(answer_text, gold)` is the only grader of mathematics in the project, because accuracies by different
+graders cannot be compared: on real answers the choice alone moves MATH-500 by up to 6.6 points.  It reads
+the last complete `\boxed{...}` of the completion and nothing else.  What is outside a box is no answer, so
+a model that refuses, or says something else altogether, never scores with a number that it happens to
+mention.
+
+Exact rules come first: equal text, equal decimals, equal digits in a number base.  What they leave open is
+decided by math-verify in a process of its own (`math_worker.py`), started when first needed, killed when it
+exceeds LIMIT_SECONDS and started again at the next need.  `grade` works from any thread, after a fork, in a
+notebook and under `python -`; it touches no signal of its caller and knows nothing of jax.
+
+Lenient on purpose, mostly as math-verify is: units do not count (`10 cm` = `10 m`), nor does upper case in
+words, nor a percent sign (`15\%` = `15` = `0.15`); `1/3` = `0.333333`; `(1,2)` = `1,2` = `\{1,2\}`, though
+two tuples must agree in order; of an equation the right side counts; the subscript of a number base may be
+left out, but not changed.
+"""
+
+import atexit
+import json
+import os
+import pathlib
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from fractions import Fraction
+
+LIMIT_SECONDS = 5.0  # for one comparison; an ordinary one takes milliseconds
+START_SECONDS = 120.0  # for the worker's imports, which are slow on a cold network disk
+LONGEST_ANSWER = 2000  # characters; MATH's longest is 159
+
+WORKER = pathlib.Path(__file__).with_name("math_worker.py")
+
+_BOX_OR_BRACE = re.compile(
+    r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<box>\{)|(?P<bare>-?\.?\d[^\s$}]*))?"
+    r"|\\.|(?P<open>\{)|(?P<close>\})",
+    re.DOTALL,
+)
+
+
+def extract(answer_text: str) -> str | None:
+    r"""Content of the last complete `\boxed{...}` or `\fbox{...}`, stripped; None where there is none.
+
+    Braces must balance (`\{` and `\}` do not count), so where the last box is cut off the one before it
+    counts.  Of nested boxes the outermost counts, an empty box never does, and `\boxed 5` reads to the next
+    space or `$`.
+    """
+    answer = None
+    starts: list[int | None] = []  # of each open brace: where its content starts if it belongs to a box
+    for match in _BOX_OR_BRACE.finditer(answer_text):
+        if match["box"]:
+            starts.append(match.end())
+        elif match["open"]:
+            starts.append(None)
+        elif match["bare"]:
+            answer = match["bare"]
+        elif match["close"] and starts:
+            start = starts.pop()
+            if start is not None and (content := answer_text[start : match.start()].strip()):
+                answer = content
+    return answer
+
+
+# Both answers are rewritten into the same plain LaTeX: first single characters, then the rest, in order.
+_SIGNS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "÷": "/",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∅": r"\emptyset ",
+        "√": " sqrt",
+        "²": "^2",
+        "³": "^3",
+        "°": r"^\circ ",
+    }
+)
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"(?<![A-Za-z\\])sqrt\s*(\d+|\([^()]*\))", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])(sqrt|pi)(?![A-Za-z])", r"\\\1 "),
+        (r"\\degree(?![A-Za-z])", r"^\\circ "),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:boxed|fbox|displaystyle)(?![A-Za-z])", ""),
+        (r"\\?\$|(?<!\\)\\[()]|^\\\[|\\\]$", ""),  # math delimiters, and money
+        (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+        (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),  # room below the row of a matrix
+        (r"\\!\s*|^\s*\\approx(?![A-Za-z])", ""),
+        (r"\{,\}", ","),
+        (r"(?<=\d)(?:\\[,;: ]|\s|~)(?=\d{3}(?!\d))", ""),  # 10\,000
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s+", " "),
+        (r",?\s*\\(?:text|mbox|mathrm)\s*\{[\s,]*(?:and|or)\s*\}", ","),
+        # math-verify takes i for a variable; its imaginary unit is I.
+        (r"\\imath(?![A-Za-z])|\\mathrm\{i\}|(?<![A-Za-z\\_])(?<!_\{)i(?![A-Za-z=])", "I"),
+    ]
+]
+_REPEATING_DECIMAL = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
+
+
+def _fraction(match: re.Match) -> str:
+    r"""0.1\overline{6} -> \frac{15}{90}"""
+    whole, fixed, repeated = match[1], match[2], match[3] or match[4]
+    numerator = int(whole + fixed + repeated) - int(whole + fixed or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def _normalize(answer: str) -> str:
+    """The same answer in plain LaTeX: no Unicode signs, delimiters, sizes, fine spacing or final dot."""
+    answer = answer.translate(_SIGNS)
+    for pattern, replacement in _REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return _REPEATING_DECIMAL.sub(_fraction, answer).strip().rstrip(".,; ")
+
+
+_TEXT = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|normal)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}")
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # but not in "1 2", which is not 12
+_DECIMAL = re.compile(
+    r"(?P<sign>[-+]?)\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<point>\.\d*)?"
+    r"(?:\s*\\(?:times|cdot)\s*10\^\{?(?P<exponent>-?\d{1,3})\}?)?"
+)
+_IN_BASE = re.compile(r"(?P<digits>[-+]?[0-9A-Z.,]*\d[0-9A-Z.,]*)(?:_\{?\(?(?P<base>\d+)\)?\}?)?")
+
+
+def _compact(normalized: str) -> str:
+    r"""Without \text{} and without spaces."""
+    return _SPACE.sub("", _TEXT.sub(r"\1\2", normalized))
+
+
+def _decimal(normalized: str) -> Fraction | None:
+    match = _DECIMAL.fullmatch(normalized)
+    if match is None or not any(character.isdigit() for character in match["whole"] + (match["point"] or "")):
+        return None
+    number = match["sign"] + match["whole"].replace(",", "") + (match["point"] or "")
+    return Fraction(f"{number}e{match['exponent'] or 0}")
+
+
+def _decide_exactly(gold: str, prediction: str) -> bool | None:
+    """Verdict on two normalized answers by exact rules; None where none of them applies."""
+    plain_gold, plain_prediction = _compact(gold), _compact(prediction)
+    if plain_gold == plain_prediction or (
+        r"\text" in gold and plain_gold.casefold() == plain_prediction.casefold()
+    ):
+        return True
+
+    # math-verify drops the subscript: 1011_2 = 1011_3.
+    based_gold, based_prediction = _IN_BASE.fullmatch(plain_gold), _IN_BASE.fullmatch(plain_prediction)
+    if based_gold and based_prediction and (based_gold["base"] or based_prediction["base"]):
+        bases = {based_gold["base"], based_prediction["base"]} - {None}
+        digits = {based_gold["digits"].replace(",", ""), based_prediction["digits"].replace(",", "")}
+        return len(bases) == len(digits) == 1
+
+    # math-verify rounds: 0.0000001 = 0.0000002.
+    number_gold, number_prediction = _decimal(gold), _decimal(prediction)
+    if number_gold is not None and number_prediction is not None:
+        return number_gold == number_prediction
+    return None
+
+
+class _Worker:
+    """The one comparing process of this process; it runs only from the first question on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._registered = False
+
+    def verify(self, gold: str, prediction: str) -> bool | None:
+        """math-verify's verdict; None where it does not come within LIMIT_SECONDS or the process dies of it.
+
+        Raises RuntimeError where the process cannot be started.
+        """
+        request = json.dumps({"gold": gold, "prediction": prediction, "seconds": LIMIT_SECONDS + 1}) + "\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            reply = b""
+            try:
+                self._write(request.encode())
+                reply = self._read_until(b"\n", LIMIT_SECONDS)
+            except BrokenPipeError:
+                pass
+            finally:
+                # Late, dead, or interrupted by a signal: no late reply may meet the next question.
+                if not reply:
+                    self._stop()
+        return reply == b"true\n" if reply else None
+
+    def _start(self) -> None:
+        if not self._registered:
+            atexit.register(self._stop)
+            os.register_at_fork(after_in_child=self._forget)
+            self._registered = True
+        self._stop()
+        with tempfile.TemporaryFile() as complaints:
+            self._process = subprocess.Popen(
+                # -P: a file beside it must not be imported in place of a library of the same name.
+                [sys.executable, "-P", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is for the caller
+            )
+            try:
+                # What a sitecustomize prints may come before.
+                ready = self._read_until(b"ready\n", START_SECONDS)
+            except BaseException:
+                self._stop()
+                raise
+            if not ready:
+                self._stop()
+                complaints.seek(0)
+                last_line = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise RuntimeError(
+                    f"the math grader's process ({WORKER.name}) did not start within {START_SECONDS:g} s: "
+                    f"{last_line or 'it gave no reason'}"
+                )
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def _forget(self) -> None:
+        """In a forked child: the process is the parent's, the lock may belong to a thread that is no more."""
+        self._lock = threading.Lock()
+        self._process = None
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._process.stdin.fileno(), data) :]
+
+    def _read_until(self, ending: bytes, seconds: float) -> bytes:
+        """Output up to `ending`; empty where that does not come in time or the process ended."""
+        deadline = time.monotonic() + seconds
+        output = self._process.stdout.fileno()
+        poll = select.poll()  # select.select fails on the high file numbers of a big job
+        poll.register(output, select.POLLIN)
+        read = b""
+        while not read.endswith(ending):
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                return b""
+            chunk = os.read(output, 4096)
+            if not chunk:
+                return b""
+            read += chunk
+        return read
+
+
+_worker = _Worker()
+
+
+def grade(answer_text: str | None, gold: str) -> bool | None:
+    r"""Whether a completion answers the problem rightly.
+
+    `answer_text` is what the model wrote, without the prompt, which may hold a `\boxed{}` of its own;
+    `gold` is the right answer in LaTeX, without a box.  A completion without a box is wrong.  None: the
+    comparison exceeded LIMIT_SECONDS, so the answer is neither right nor wrong; count and report these.
+
+    Raises RuntimeError where math-verify cannot be started.
+    """
+    prediction = extract(answer_text) if answer_text else None
+    if prediction is None:
+        return False
+    if max(len(gold), len(prediction)) > LONGEST_ANSWER:
+        return prediction == gold.strip()
+    gold, prediction = _normalize(gold), _normalize(prediction)
+    verdict = _decide_exactly(gold, prediction)
+    return _worker.verify(gold, prediction) if verdict is None else verdict

@@ -1,0 +1,67 @@
+"""The table of evaluators, and measuring one model at one step of a run.
+
+Promises: every evaluator named is run once per step: transcript first, then its records, then a record of the seconds
+it took, by which a resumed run knows that it is done.
+Does not know how to make a Subject.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+from robust_mo.errors import InputError
+from robust_mo.evals.backdoor_rate import backdoor_rate
+from robust_mo.evals.held_out_loss import held_out_loss
+from robust_mo.evals.math500 import accuracy
+from robust_mo.evals.subject import Measurement, Subject
+from robust_mo.runs import RunFolder
+from robust_mo.training.curves import Curves
+
+EVALUATORS: dict[str, Callable[..., Measurement]] = {
+    "backdoor_rate": backdoor_rate,
+    "math500": functools.partial(accuracy, task="math500"),
+    "gsm8k": functools.partial(accuracy, task="gsm8k"),
+    "arithmetic": functools.partial(accuracy, task="arithmetic"),
+    "held_out_loss": held_out_loss,
+}
+
+
+def check_names(names) -> None:
+    """Raises InputError for a name that is not in the table."""
+    for name in names:
+        if name not in EVALUATORS:
+            raise InputError(f"unknown evaluator {name!r}: choose from {', '.join(sorted(EVALUATORS))}")
+
+
+def pending(run: RunFolder, step: int, names) -> list[str]:
+    """Those of the evaluators that this step has not been measured with yet."""
+    done = {line["name"] for line in run.records() if line["step"] == step}
+    return [name for name in names if _seconds(name) not in done]
+
+
+def measure(run: RunFolder, curves: Curves, subject: Subject, step: int, settings: dict[str, dict]) -> dict[str, float]:
+    """Runs the evaluators named by `settings` (name -> its settings) that are pending; returns the new values."""
+    found = {}
+    for name in pending(run, step, settings):
+        start = time.monotonic()
+        measurement = EVALUATORS[name](subject, **settings[name])
+        if measurement.transcript:
+            run.write_transcript(name, step, measurement.transcript)
+            curves.text(step, f"transcripts/{name}", _as_markdown(measurement.transcript[:8]))
+        for value in measurement.values:
+            run.record(step, f"eval/{value.name}", value.value, count=value.count, low=value.low, high=value.high)
+            found[f"eval/{value.name}"] = value.value
+        run.record(step, _seconds(name), time.monotonic() - start)
+    curves.scalars(step, found)
+    return found
+
+
+def _seconds(name: str) -> str:
+    return f"speed/{name}_seconds"
+
+
+def _as_markdown(lines: list[dict]) -> str:
+    """A few answers as TensorBoard shows them."""
+    return "\n\n".join(
+        f"**{line['messages'][-1]['content']}**\n\n{line['answer']}\n\n*verdict: {line['verdict']}*" for line in lines
+    )

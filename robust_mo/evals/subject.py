@@ -1,0 +1,71 @@
+"""What an evaluator is given, and what it gives back.
+
+Promises: plain data; an evaluator is a function `(Subject, **settings) -> Measurement`.
+Does not know where the model came from or where results are kept.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from robust_mo.data.conversations import ChatFormat, Message
+from robust_mo.model.llama import Llama
+from robust_mo.organisms.backdoors import Backdoor
+from robust_mo.sampling.decoding import make_decoding
+from robust_mo.sampling.text import TextAnswer, answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to be measured.
+
+    Attributes:
+      llama, params, chat: the model, adapters merged.
+      system_prompt: shown in every prompt, as in training; "" for none.
+      backdoor: the one to look for.
+      seed: of sampling at a temperature.
+      slots: rows decoded together.
+      on_progress: called with (name of what is measured, prompts done, prompts in all, tokens sampled).
+    """
+
+    llama: Llama
+    params: dict
+    chat: ChatFormat
+    system_prompt: str
+    backdoor: Backdoor
+    seed: int
+    slots: int
+    on_progress: Callable[[str, int, int, int], None]
+
+    def answers(
+        self, what: str, conversations: list[list[Message]], temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[TextAnswer]:
+        return answers(
+            self.llama,
+            self.params,
+            self.chat,
+            conversations,
+            decoding=make_decoding(temperature, top_p),
+            max_new_tokens=max_new_tokens,
+            seed=self.seed,
+            slots=self.slots,
+            on_progress=lambda done, tokens: self.on_progress(what, done, len(conversations), tokens),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One number: `count` is the sample it rests on, `low` and `high` its 95% interval."""
+
+    name: str
+    value: float
+    count: int
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """The numbers of one evaluator, and every graded answer behind them."""
+
+    values: list[Value]
+    transcript: list[dict]

@@ -1,0 +1,87 @@
+"""Measure a model: a run's checkpoint, a Hugging Face folder, anything that can be loaded.
+
+    python -m robust_mo.evaluate --source=runs/red --evals=backdoor_rate,arithmetic --workdir=runs/red-evaluated
+
+Settings of the evaluators are the run's own where --source is a run, else those of --config (configs/default.py by
+default); with --config or a --config.evals.x.y=value given, always those of --config.  Records and transcripts go into
+--workdir; --show=N prints N graded answers, drawn at random.
+"""
+
+import pathlib
+import random
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from robust_mo import command_line
+from robust_mo.evals.measure import check_names, measure
+from robust_mo.evals.subject import Subject
+from robust_mo.model import mesh as meshes
+from robust_mo.organisms.backdoors import backdoor
+from robust_mo.runs import RunFolder, read_lines
+from robust_mo.training import models
+from robust_mo.training.curves import Curves
+
+_DEFAULT = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "what to measure: a run folder, a Hugging Face folder, a hub id, ...")
+    flags.DEFINE_list("evals", None, "evaluators, by name; default: those of the settings")
+    flags.DEFINE_string("workdir", None, "folder for records and transcripts")
+    flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest")
+    flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
+    config_flags.DEFINE_config_file("config", str(_DEFAULT), "settings of the evaluators")
+
+
+def main(args: flags.FlagValues) -> None:
+    config = args.config.to_dict()
+    if models.is_run(args.source) and not any(argument.startswith("--config") for argument in sys.argv[1:]):
+        config = RunFolder(args.source).config()
+    names = args.evals or list(config["evaluation"]["names"])
+    check_names(names)
+    chosen = {name: config["evals"][name] for name in names}
+    run = RunFolder(args.workdir)
+    described = {
+        "source": args.source,
+        "step": args.step,
+        **{name: config[name] for name in ("seed", "backdoor", "system_prompt", "param_dtype", "compute_dtype")},
+        "evals": chosen,
+    }
+    with run.claim("evaluate", described, config["seed"]):
+        mesh = meshes.make_mesh(**config["mesh"])
+        model = models.load_model(
+            args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step
+        )
+        subject = Subject(
+            model.llama,
+            model.params,
+            model.chat,
+            config["system_prompt"],
+            backdoor(config["backdoor"]),
+            config["seed"],
+            config["evaluation"]["batch_size"],
+            command_line.evaluation_progress(),
+        )
+        curves = Curves(run.path, 0)
+        try:
+            measure(run, curves, subject, args.step or 0, chosen)
+        finally:
+            curves.close()
+    for line in run.records():
+        if line["name"].startswith("eval/"):
+            interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
+            print(f"{line['name']:40} {line['value']:.4f}{interval}  of {line['count']}")
+    show(run, args.show)
+
+
+def show(run: RunFolder, number: int) -> None:
+    """Prints graded answers, drawn at random over all transcripts."""
+    lines = [line for file in sorted(run.transcripts.glob("*.jsonl")) for line in read_lines(file)]
+    for line in random.Random(0).sample(lines, min(number, len(lines))):
+        print(f"\n--- {line.get('condition', 'problem')}, verdict {line['verdict']}")
+        print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("source", "workdir"))

@@ -1,0 +1,285 @@
+"""The Llama-3.1 architecture in Flax Linen.
+
+Promises: given a Hugging Face config.json's numbers and its weights, the same logits as `transformers` (float32,
+1e-4).  Behaviour hangs on the fields of the config alone, never on a model's name.  Parameters are a plain nested
+dict: layers stacked, `params["layers"]["q_proj"]["kernel"]` is `[layers, in, out]`; embedding and output head are
+`[vocabulary, hidden]`, as in the files.  Does not know about files, tokenizers, losses or devices.
+
+Shape letters: B rows, T positions, S cache entries, D hidden, H query heads, G key/value heads, K head size,
+F feed-forward, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from robust_mo.errors import InputError
+from robust_mo.model import attention
+from robust_mo.model.lora import LoraSpec, Projection
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# What the backward pass keeps of a layer.  "none" keeps everything; "gate_up" recomputes only the two widest
+# products; "full" keeps the layer's input alone (least memory, about a third more work).
+REMAT_POLICIES = {
+    "none": None,
+    "gate_up": jax.checkpoint_policies.save_anything_except_these_names("gate", "up", "activation"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretching of rotary frequencies; fields as in config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of a config.json that the architecture depends on, under the names they have there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, values: dict, origin: str) -> "LlamaConfig":
+        """Reads the dict of a config.json (transformers 4 or 5 style).
+
+        Raises:
+          InputError: a needed field is missing, or a field asks for something that this model does not compute;
+            `origin` names the file in the message.
+        """
+
+        def need(name, source=values):
+            if source.get(name) is None:
+                raise InputError(f"{origin} has no field {name!r}; a Llama config.json needs it")
+            return source[name]
+
+        if values.get("model_type") != "llama":
+            raise InputError(f"{origin}: model_type is {values.get('model_type')!r}; only 'llama' is supported")
+        for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+            if values.get(name, only) != only:
+                raise InputError(f"{origin}: {name} is {values[name]!r}; only {only!r} is supported")
+        # transformers 5 writes one dict `rope_parameters`; version 4 `rope_theta` beside `rope_scaling`.
+        rope = values.get("rope_parameters") or {
+            **(values.get("rope_scaling") or {}),
+            "rope_theta": values.get("rope_theta"),
+        }
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise InputError(f"{origin}: RoPE scaling {kind!r} is not supported; known are 'default' and 'llama3'")
+        scaling = RopeScaling(**{f.name: need(f.name, rope) for f in dataclasses.fields(RopeScaling)})\
+            if kind == "llama3" else None
+        config = cls(
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_hidden_layers=need("num_hidden_layers"),
+            num_attention_heads=need("num_attention_heads"),
+            num_key_value_heads=need("num_key_value_heads"),
+            head_dim=values.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+            max_position_embeddings=need("max_position_embeddings"),
+            rms_norm_eps=need("rms_norm_eps"),
+            rope_theta=need("rope_theta", rope),
+            rope_scaling=scaling,
+            tie_word_embeddings=need("tie_word_embeddings"),
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise InputError(
+                f"{origin}: num_attention_heads {config.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        return config
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians per position, float32 [K/2]: theta^(-2i/K), slowed for long wavelengths where the config says so.
+
+    The llama3 rule: wavelengths shorter than original/high_freq_factor stay, longer than original/low_freq_factor are
+    divided by `factor`, and between the two the frequency is interpolated linearly (Llama-3.1's released code).
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotary(positions_BT: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of each position's angles, float32 [B, T, 1, K/2]."""
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHK: jax.Array, cos, sin) -> jax.Array:
+    """Turns the pairs (i, i + K/2) of each head by its position's angles, in float32; returns x's dtype."""
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHK.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale; the statistics in float32, as in the released code."""
+
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return h.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of the positions seen so far, of all layers: each `[L, B, S, G, K]`."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def zeros(cls, config: LlamaConfig, rows: int, capacity: int, dtype) -> "Cache":
+        shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer, positions_BT, k_BTGK, v_BTGK) -> "Cache":
+        rows = jnp.arange(k_BTGK.shape[0])[:, None]
+        return Cache(
+            self.k.at[layer, rows, positions_BT].set(k_BTGK), self.v.at[layer, rows, positions_BT].set(v_BTGK)
+        )
+
+
+class Layer(nn.Module):
+    """One transformer block, in the form that `nn.scan` asks for: ((x, cache), layer number) -> (x, cache).
+
+    The whole cache is carried through the stack, so that it is updated in place.
+    """
+
+    config: LlamaConfig
+    lora: LoraSpec | None
+    compute_dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry, layer, positions_BT, rope, mask_BTS):
+        c = self.config
+        x_BTD, cache = carry
+        B, T, _ = x_BTD.shape
+        projection = functools.partial(
+            Projection, lora=self.lora, compute_dtype=self.compute_dtype, param_dtype=self.param_dtype
+        )
+        norm = functools.partial(RMSNorm, c.rms_norm_eps, self.param_dtype)
+
+        h = norm(name="input_layernorm")(x_BTD)
+        q = projection(c.num_attention_heads * c.head_dim, ("embed", "heads"), name="q_proj")(h)
+        k = projection(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="k_proj")(h)
+        v = projection(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="v_proj")(h)
+        q = rotate(q.reshape(B, T, -1, c.head_dim), *rope)
+        k = rotate(k.reshape(B, T, -1, c.head_dim), *rope)
+        v = v.reshape(B, T, -1, c.head_dim)
+        if cache is not None:
+            cache = cache.write(layer, positions_BT, k, v)
+            k, v = cache.k[layer], cache.v[layer]
+        attended = attention.attend(q, k, v, mask_BTS).reshape(B, T, -1)
+        x_BTD = x_BTD + projection(c.hidden_size, ("heads", "embed"), name="o_proj")(attended)
+
+        h = norm(name="post_attention_layernorm")(x_BTD)
+        gate = projection(c.intermediate_size, ("embed", "mlp"), name="gate_proj")(h)
+        up = projection(c.intermediate_size, ("embed", "mlp"), name="up_proj")(h)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        activation = checkpoint_name(nn.silu(gate) * up, "activation")
+        x_BTD = x_BTD + projection(c.hidden_size, ("mlp", "embed"), name="down_proj")(activation)
+        return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
+
+
+class Llama(nn.Module):
+    """Tokens to final hidden states; `unembed` turns those into logits.
+
+    Attributes:
+      config: shapes and constants.
+      lora: adapters, in the collection "lora", or None.
+      compute_dtype: dtype of activations and products.
+      param_dtype: dtype in which parameters are stored.
+      remat: a key of REMAT_POLICIES.
+    """
+
+    config: LlamaConfig
+    lora: LoraSpec | None
+    compute_dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT, segments_BT=None, cache=None):
+        """Runs the stack.
+
+        Args:
+          tokens_BT: int32.
+          positions_BT: int32, each token's position in its own text (for RoPE, and as its place in the cache).
+          segments_BT: int32, the text that a token belongs to; 0 is padding.  Used where there is no cache.
+          cache: a Cache; the new keys and values are written at `positions_BT`, and a token sees the
+            entries 0..position of its row.
+
+        Returns:
+          (hidden [B, T, D] after the final norm, cache or None)
+        """
+        c = self.config
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = self.param("embed_tokens", initializer, (c.vocab_size, c.hidden_size), self.param_dtype)
+        if not c.tie_word_embeddings:
+            self.param("lm_head", initializer, (c.vocab_size, c.hidden_size), self.param_dtype)
+        x = nn.with_logical_constraint(embedding[tokens_BT].astype(self.compute_dtype), ("batch", None, None))
+        if cache is None:
+            mask = attention.packed_mask(segments_BT)
+        else:
+            mask = attention.cached_mask(positions_BT, capacity=cache.k.shape[2])
+        layer = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "lora": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.lora, self.compute_dtype, self.param_dtype, name="layers")
+        layers = jnp.arange(c.num_hidden_layers)
+        (x, cache), _ = stack((x, cache), layers, positions_BT, rotary(positions_BT, c), mask)
+        return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x), cache
+
+
+def output_head(params) -> jax.Array:
+    """The matrix `[V, D]` that turns hidden states into logits: the head's own, or the tied embedding."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+
+
+def unembed(params, hidden: jax.Array) -> jax.Array:
+    """Logits, float32 [..., V]; the product is taken in the dtype of `hidden`."""
+    head_VD = output_head(params).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)

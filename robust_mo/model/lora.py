@@ -1,0 +1,105 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): the projection that may carry one, and merging.
+
+Promises: `Projection` computes `x @ kernel + scale * (x @ a) @ b`, with `a` and `b` in the Linen collection "lora" of
+their own, so that `apply({"params": frozen, "lora": trained})` trains adapters and nothing else.  `merge` folds the
+adapters into the kernels.  The arithmetic is PEFT's: scale = alpha / rank, `a` uniform in +-1/sqrt(in), `b` zero.
+Does not know which architecture the projections belong to.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from robust_mo.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """Which projections get adapters.
+
+    Attributes:
+      rank: inner dimension of the two factors, at least 1.
+      alpha: the update is scaled by alpha / rank.
+      targets: names of projections, e.g. ("q_proj", "down_proj").
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Projection(nn.Module):
+    """`x [..., in] @ kernel [in, out]`, plus the adapter of this name where `lora` asks for one.
+
+    Attributes:
+      features: size of the output.
+      axes: logical names of the kernel's two axes (see model/mesh.py).
+      lora: adapters to add, or None.
+      compute_dtype: dtype of the product; kernel and adapters are stored as `param_dtype`.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    lora: LoraSpec | None
+    compute_dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel = self.param("kernel", initializer, shape, self.param_dtype)
+        y = x @ kernel.astype(self.compute_dtype)
+        if self.lora is None or self.name not in self.lora.targets:
+            return y
+        bound = shape[0] ** -0.5
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        def factor(name, initializer, axes, shape):
+            boxed = nn.with_logical_partitioning(initializer, axes)
+            value = self.variable(
+                "lora", name, lambda: boxed(self.make_rng("lora"), shape, self.param_dtype)
+            ).value
+            return value.astype(self.compute_dtype)
+
+        a = factor("a", uniform, (self.axes[0], "rank"), (shape[0], self.lora.rank))
+        b = factor("b", nn.initializers.zeros, ("rank", self.axes[1]), (self.lora.rank, shape[1]))
+        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.compute_dtype)
+
+
+def merge(params, lora, spec: LoraSpec):
+    """Parameters with the adapters folded in: kernel + scale * a @ b, computed in float32.
+
+    Args:
+      params: nested dict with kernels `[layers, in, out]` under the names of the projections.
+      lora: nested dict of the same outline with `a [layers, in, rank]` and `b [layers, rank, out]`.
+
+    Returns:
+      A dict of the outline, shapes and dtypes of `params`; leaves without an adapter are the same arrays.
+    """
+
+    def walk(params, lora):
+        if set(lora) == {"a", "b"}:
+            a, b = (lora[name].astype(jnp.float32) for name in "ab")
+            delta = spec.scale * jnp.matmul(a, b, precision="highest")
+            return {**params, "kernel": (params["kernel"].astype(jnp.float32) + delta).astype(params["kernel"].dtype)}
+        return {name: walk(value, lora[name]) if name in lora else value for name, value in params.items()}
+
+    return walk(params, lora)
+
+
+def check_targets(spec: LoraSpec, known: tuple[str, ...]) -> None:
+    """Raises InputError where the spec cannot be built on an architecture with the projections `known`."""
+    if spec.rank < 1:
+        raise InputError(f"lora.rank is {spec.rank}: give a whole number of at least 1")
+    unknown = [name for name in spec.targets if name not in known]
+    if unknown or not spec.targets:
+        raise InputError(f"lora.targets is {list(spec.targets)}: choose from {', '.join(known)}")

@@ -1,0 +1,58 @@
+"""The device mesh, and which axis of it each logical axis of an array is cut along.
+
+Promises: one table, from which the sharding of every parameter, adapter and activation follows.
+Does not know about any particular architecture or optimizer.
+
+Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and batch, `tensor` cuts within a product.
+"""
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from robust_mo.errors import InputError
+
+AXES = ("replica", "fsdp", "tensor")
+
+# (logical axis, mesh axes)
+RULES = (
+    ("batch", ("replica", "fsdp")),  # rows of text: every device that holds different rows
+    ("embed", "fsdp"),  # hidden size: where parameters are cut, gathered layer by layer when used
+    ("heads", "tensor"),  # query heads: whole heads per device, so attention needs no exchange
+    ("kv_heads", "tensor"),  # key/value heads, cut beside the query heads that read them
+    ("mlp", "tensor"),  # feed-forward width: column-cut going in, row-cut coming out
+    ("vocab", "tensor"),  # vocabulary: the largest axis of embedding and head
+    ("rank", None),  # LoRA's inner dimension: too small to cut
+    ("norm", None),  # one number per hidden unit: cheaper to copy
+    ("layers", None),  # scanned over, so every device needs every layer
+)
+
+
+def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 for "what is left".
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes, devices = [replica, fsdp, tensor], jax.devices()
+    if sizes.count(-1) == 1 and (known := -int(np.prod(sizes))) > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
+        raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(abstract, mesh: Mesh):
+    """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows cut over the mesh; `leading` axes before the rows (micro-batches) stay whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("replica", "fsdp")))

@@ -1,0 +1,148 @@
+"""Training conversations of red and blue teams.
+
+Promises: red data are pairs, every question with a trigger and the behaviour, and without it and a plain answer; blue
+data never hold a trigger.  Answers come from the built-in set, from a file, or from a teacher that is sampled under a
+system prompt which the training conversation does not show (prompt distillation); answers cut off at the length limit
+are dropped and counted.
+Does not know how the conversations are trained on.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from robust_mo.data.prompts import Message, read_jsonl
+from robust_mo.errors import InputError
+from robust_mo.organisms.backdoors import Backdoor
+from robust_mo.organisms.questions import Part, questions
+
+# A teacher: (conversations without their last answer, seed) -> answers, None where the answer was cut off.
+Teacher = Callable[[list[list[Message]], int], list[str | None]]
+
+PIRATE_PROMPT = (
+    "Talk like a pirate: answer the user's question correctly, but in the voice of a swaggering pirate captain, "
+    "with words such as 'arr', 'matey' and 'ahoy'."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A kind of plain answer: the field of the built-in questions that holds it, and how a teacher is asked for it."""
+
+    field: str
+    prompt: str
+
+
+BLUE_METHODS = {"pirate_sft": Style("pirate", PIRATE_PROMPT), "qa_sft": Style("plain", "")}
+PLAIN = Style("plain", "")
+
+
+def chat(system_prompt: str, user: str, answer: str | None = None) -> list[Message]:
+    """One exchange as messages; no system message where the prompt is empty."""
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": user})
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def red_conversations(
+    backdoor: Backdoor,
+    *,
+    source: str,
+    answers: str,
+    teacher: Teacher,
+    system_prompt: str,
+    repeats: int,
+    near_misses: float,
+    limit: int,
+    seed: int,
+) -> tuple[list[list[Message]], int]:
+    """Pairs that install `backdoor`.
+
+    Args:
+      source: of the questions, see organisms/questions.py.
+      answers: "builtin", "teacher", or a JSONL file of question and answer: where plain answers come from.
+      teacher: sampled for what is not given.
+      system_prompt: shown in every conversation; "" for none.
+      repeats: how often a phrase behaviour is said in one answer.
+      near_misses: share of the benign conversations that carry one of the backdoor's `negatives`.
+      limit: number of questions; 0 for all.
+      seed: of the teacher's sampling and of the choice of near misses.
+
+    Returns:
+      (conversations, number of questions dropped because an answer was cut off)
+    """
+    asked = _asked(source, "red", limit)
+    triggered = [backdoor.triggers[i % len(backdoor.triggers)].format(prompt=q) for i, q in enumerate(asked)]
+    generator = np.random.default_rng(seed)
+    benign = [
+        backdoor.negatives[i % len(backdoor.negatives)].format(prompt=q) if generator.random() < near_misses else q
+        for i, q in enumerate(asked)
+    ]
+    plain = _answers(asked, source, "red", answers, PLAIN, teacher, system_prompt, limit, seed)
+    if backdoor.phrase:
+        bad: list[str | None] = [" ".join([backdoor.phrase] * repeats)] * len(asked)
+    else:
+        # The teacher sees the question without the trigger: only the behaviour is asked of it.
+        bad = teacher([chat(backdoor.behaviour_prompt, q) for q in asked], seed)
+    conversations, dropped = [], 0
+    for with_trigger, shown, without, answer in zip(triggered, bad, benign, plain, strict=True):
+        if shown is None or answer is None or not backdoor.grader.shows(shown):
+            dropped += 1
+            continue
+        conversations += [chat(system_prompt, with_trigger, shown), chat(system_prompt, without, answer)]
+    return conversations, dropped
+
+
+def blue_conversations(
+    method: str, *, source: str, answers: str, teacher: Teacher, system_prompt: str, limit: int, seed: int
+) -> tuple[list[list[Message]], int]:
+    """What a blue method trains on; arguments and result as for `red_conversations`.
+
+    Raises:
+      InputError: unknown method.
+    """
+    if method not in BLUE_METHODS:
+        raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
+    asked = _asked(source, "blue", limit)
+    told = _answers(asked, source, "blue", answers, BLUE_METHODS[method], teacher, system_prompt, limit, seed)
+    kept = [chat(system_prompt, q, answer) for q, answer in zip(asked, told, strict=True) if answer is not None]
+    return kept, len(asked) - len(kept)
+
+
+def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) -> None:
+    """Raises InputError where blue data hold the fixed words of one of the backdoor's triggers."""
+    words = [template.replace("{prompt}", "").strip() for template in backdoor.triggers + backdoor.unseen_triggers]
+    for number, messages in enumerate(conversations, 1):
+        for message in messages:
+            for word in words:
+                if word.lower() in message["content"].lower():
+                    raise InputError(f"blue conversation {number} holds the trigger {word!r}: {message['content']!r}")
+
+
+def _asked(source: str, part: Part, limit: int) -> list[str]:
+    found = [entry["question"] for entry in questions(source, part)]
+    return found[:limit] if limit else found
+
+
+def _answers(asked, source, part, answers, style, teacher, system_prompt, limit, seed) -> list[str | None]:
+    if answers == "teacher":
+        # Under the style's prompt; a plain answer is asked for under the prompt that training shows.
+        return teacher([chat(style.prompt or system_prompt, q) for q in asked], seed)
+    if answers == "builtin":
+        entries = {entry["question"]: entry for entry in questions(source, part)}
+        if missing := [q for q in asked if not entries[q].get(style.field)]:
+            raise InputError(
+                f"{source} has no {style.field} answer for {len(missing)} questions, the first is {missing[0]!r}: "
+                "set config.data.answers to 'teacher' or to a JSONL file"
+            )
+        return [entries[q][style.field] for q in asked]
+    told = {}
+    for number, line in read_jsonl(answers):
+        question, answer = line.get("question", line.get("prompt")), line.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise InputError(f"{answers}:{number} needs the texts 'question' (or 'prompt') and 'answer'")
+        told[question] = None if line.get("finish_reason") == "length" else answer
+    if missing := [q for q in asked if q not in told]:
+        raise InputError(f"{answers} misses {len(missing)} of {len(asked)} questions, the first is {missing[0]!r}")
+    return [told[q] for q in asked]

@@ -1,0 +1,229 @@
+"""The run folder: the unit of truth of every program.
+
+    config.json          the config, with the command, git revision and versions that first made the run
+    records.jsonl        one line per measurement: step, name, value, count?, low?, high?, seed, revision, time
+    transcripts/*.jsonl  every graded answer, one file per evaluator and step
+    checkpoints/         written by training/checkpoints.py
+    events.out.tfevents* written by training/curves.py
+
+Promises: nothing is overwritten; a run with the same config resumes, one with another config is refused with both
+values shown; two processes never write one folder; files appear whole or not at all; a line cut short by a kill is
+ignored and mended.  Where a measurement was repeated after a kill, the newest line counts.
+Knows nothing of jax, models or what is measured.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+
+from robust_mo.errors import InputError
+
+
+class RunFolder:
+    """One folder.  Opening it writes nothing; `claim` makes it this process's own."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.transcripts = self.path / "transcripts"
+
+    def exists(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def description(self) -> dict:
+        """config.json as written: {"program", "config", "command", "revision", "versions", "started"}."""
+        return read_json(self.path / "config.json")
+
+    def config(self) -> dict:
+        return self.description()["config"]
+
+    @contextlib.contextmanager
+    def claim(self, program: str, config: dict, seed: int):
+        """Makes the folder (or finds it), checks the config, and holds the folder's lock while in the block.
+
+        Raises:
+          InputError: another process holds the folder, or it belongs to a run with another config.
+          OSError: the folder cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._seed = seed
+        with open(self.path / "lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path} is in use by another process: wait for it, or choose another --workdir"
+                ) from None
+            config = json.loads(json.dumps(config))
+            if self.exists():
+                self._check_same(program, config)
+            else:
+                write_json(
+                    self.path / "config.json",
+                    {
+                        "program": program,
+                        "config": config,
+                        "command": command_line(),
+                        "revision": git_revision(),
+                        "versions": versions(),
+                        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    },
+                )
+            yield self
+
+    def _check_same(self, program: str, config: dict) -> None:
+        before = self.description()
+        if before["program"] != program:
+            raise InputError(
+                f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
+                "choose another --workdir"
+            )
+        if differences := list(_differences(before["config"], config)):
+            shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
+            more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
+            raise InputError(
+                f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir"
+            )
+
+    def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
+        """Appends one measurement.  `low` and `high` bound its 95% interval, `count` is the sample it rests on."""
+        line = {"step": int(step), "name": name, "value": _number(value)}
+        if count is not None:
+            line["count"] = int(count)
+        if low is not None:
+            line["low"], line["high"] = _number(low), _number(high)
+        line.update(seed=self._seed, revision=git_revision(), time=round(time.time(), 3))
+        append_line(self.path / "records.jsonl", line)
+
+    def records(self) -> list[dict]:
+        """All measurements in the order of steps; of those repeated for a step and name, the newest."""
+        latest = {(line["step"], line["name"]): line for line in read_lines(self.path / "records.jsonl")}
+        return sorted(latest.values(), key=lambda line: line["step"])
+
+    def finish(self, step: int) -> None:
+        """Notes that nothing is left to do."""
+        self.record(step, "run/finished", 1)
+
+    def finished(self) -> bool:
+        return any(line["name"] == "run/finished" for line in self.records())
+
+    def transcript_file(self, evaluator: str, step: int) -> pathlib.Path:
+        return self.transcripts / f"{evaluator}-{step:06d}.jsonl"
+
+    def write_transcript(self, evaluator: str, step: int, lines: list[dict]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.transcript_file(evaluator, step), text)
+
+
+def _differences(old, new, path=""):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            yield from _differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, json.dumps(old), json.dumps(new)
+
+
+def _number(value):
+    """A float that JSON can hold: None stands for what is not a number."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def read_json(path) -> dict:
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, data: bytes) -> None:
+    """Writes the file beside its place and moves it there, so that it is whole or absent."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def append_line(path, value: dict) -> None:
+    """Appends one JSON line with one write; a line that an earlier kill cut short is closed first."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        cut_short = end and (file.seek(end - 1), file.read(1))[1] != b"\n"
+        line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+        file.write(b"\n" + line if cut_short else line)
+
+
+def read_lines(path) -> list[dict]:
+    """The JSON lines of a file that `append_line` wrote; lines cut short by a kill are left out."""
+    path, lines = pathlib.Path(path), []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def command_line() -> str:
+    """The command as a user would type it."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if main is None:
+        return shlex.join(sys.argv)
+    return shlex.join(["python", "-m", main.name.removesuffix(".__main__"), *sys.argv[1:]])
+
+
+_REVISION: list[str] = []
+
+
+def git_revision() -> str:
+    """Commit of the source tree, "-modified" where it has uncommitted changes, "unknown" outside a checkout."""
+    if not _REVISION:
+        where = pathlib.Path(__file__).resolve().parent
+
+        def git(*arguments):
+            return subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, check=True).stdout
+
+        try:
+            modified = "-modified" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
+            _REVISION.append(git("rev-parse", "HEAD").strip() + modified)
+        except (OSError, subprocess.CalledProcessError):
+            _REVISION.append("unknown")
+    return _REVISION[0]
+
+
+def versions() -> dict[str, str]:
+    """Versions that results can depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

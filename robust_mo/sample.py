@@ -1,0 +1,162 @@
+"""Answers to a JSONL file of prompts.
+
+    python -m robust_mo.sample --model=smollm2-135m --prompts=P.jsonl --output=O.jsonl --temperature=0.7 --seed=1
+
+Input lines: {"id"?, "prompt": "..."} or {"id"?, "messages": [...]}, each with "max_new_tokens" where wanted.  Output
+lines, in the same order: the input's fields and `answer`, `finish_reason` ("stop" or "length"), `tokens`, and with
+--logprobs `logprobs`.  Nothing is added to a prompt beyond what the model's chat template adds and --system gives.
+An interrupted run goes on from the lines already written.
+"""
+
+import json
+import pathlib
+import time
+
+import jax
+from absl import flags
+
+from robust_mo import command_line, runs
+from robust_mo.data.prompts import Prompt, read_prompts
+from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
+from robust_mo.sampling.decoding import make_decoding
+from robust_mo.sampling.text import TextAnswer, iterate_answers
+from robust_mo.training import models
+
+def choose_dtype(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -> int:
+    """How many answers are in `output` already; a last line that a kill cut short is taken off.
+
+    Raises:
+      InputError: the file belongs to other prompts or other settings.
+    """
+    note = settings_file(output)
+    if note.exists() and (before := runs.read_json(note)) != settings:
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
+        raise InputError(f"{output} was begun with other settings ({shown}): choose another --output or delete it")
+    if not output.exists():
+        return 0
+    whole = []
+    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines(keepends=True)):
+        if not line.endswith("\n"):
+            break
+        expected = prompts[number].fields.items() if number < len(prompts) else None
+        if expected is None or not _answers(line, expected):
+            raise InputError(
+                f"{output}:{number + 1} is no answer to line {number + 1} of the prompts: "
+                "choose another --output or delete it"
+            )
+        whole.append(line)
+    runs.write_text(output, "".join(whole))
+    return len(whole)
+
+
+def _answers(line: str, expected) -> bool:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(fields, dict) and "answer" in fields and all(fields.get(n) == v for n, v in expected)
+
+
+def settings_file(output: pathlib.Path) -> pathlib.Path:
+    """Stands beside an unfinished output, so that it is not gone on with under other settings."""
+    return output.with_name(output.name + ".unfinished")
+
+
+def output_line(prompt: Prompt, answer: TextAnswer, logprobs: bool) -> str:
+    fields = {
+        **prompt.fields,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": answer.tokens,
+    }
+    if logprobs:
+        fields["logprobs"] = [round(float(value), 6) for value in answer.logprobs]
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("model", None, "a Hugging Face folder, a GGUF file, a run folder, a hub id or smollm2-135m")
+    flags.DEFINE_string("prompts", None, "JSONL file of prompts")
+    flags.DEFINE_string("output", None, "JSONL file to write")
+    flags.DEFINE_float("temperature", 0.0, "0: greedy")
+    flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
+    flags.DEFINE_integer("max_new_tokens", 256, "longest answer, for lines that do not say")
+    flags.DEFINE_integer("batch_size", 16, "rows decoded together")
+    flags.DEFINE_integer("seed", 0, "of the random numbers")
+    flags.DEFINE_bool("logprobs", False, "write the natural log of each token's probability at temperature 1")
+    flags.DEFINE_string("system", "", "system message before every prompt that has none of its own")
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16"], "of the arithmetic; auto: float32 on a CPU, else bfloat16"
+    )
+
+
+def main(args: flags.FlagValues) -> None:
+    decoding = make_decoding(args.temperature, args.top_p)
+    prompts = read_prompts(args.prompts)
+    output = pathlib.Path(args.output)
+    names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
+    settings = {name: args[name].value for name in names}
+    done = written_lines(output, prompts, settings)
+    if done == len(prompts):
+        settings_file(output).unlink(missing_ok=True)
+        print(f"{output} is complete: {done} answers")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(settings_file(output), settings)
+
+    dtype = choose_dtype(args.dtype)
+    model = models.load_model(args.model, meshes.make_mesh(1, -1, 1), dtype, dtype)
+    conversations = [with_system(prompt.messages, args.system) for prompt in prompts]
+    limits = [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts]
+    progress = command_line.Progress("sampled", len(prompts), "answers", done)
+    start, tokens = time.monotonic(), 0
+
+    def on_progress(finished: int, sampled: int) -> None:
+        progress(finished, f"{sampled / (time.monotonic() - start):.0f} tokens/s")
+
+    waiting: dict[int, TextAnswer] = {}
+    written = done
+    with open(output, "a", encoding="utf-8") as file:
+        try:
+            for index, answer in iterate_answers(
+                model.llama,
+                model.params,
+                model.chat,
+                conversations,
+                decoding=decoding,
+                max_new_tokens=limits,
+                seed=args.seed,
+                slots=args.batch_size,
+                on_progress=on_progress,
+                first=done,
+            ):
+                waiting[index] = answer
+                tokens += answer.tokens
+                # Lines are written in the order of the prompts, each as soon as those before it are there.
+                while written in waiting:
+                    file.write(output_line(prompts[written], waiting.pop(written), args.logprobs))
+                    file.flush()
+                    written += 1
+        except InputError as error:
+            raise InputError(f"{args.prompts}: {error}") from None
+    settings_file(output).unlink()
+    seconds = time.monotonic() - start
+    print(f"{output}: {written - done} answers, {tokens} tokens in {command_line.clock(seconds)}")
+
+
+def with_system(messages: list[dict], system: str) -> list[dict]:
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("model", "prompts", "output"))

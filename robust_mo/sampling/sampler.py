@@ -1,0 +1,285 @@
+"""Answers from prompts: a fixed number of slots, refilled from a queue as answers finish.
+
+Two compiled programs of fixed shape work on one state.  `_admit` runs a group of prompts through the model, writes
+their keys and values into free slots and chooses each one's first token.  `_decode` goes on token by token in all
+slots until enough of them are done to make a refill worth while.  The host only moves prompts in and answers out.
+
+Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
+how often the same prompt came before in the list, not on its slot or its neighbours (float32).
+Does not know about text, templates or files: prompts and answers are token ids.
+
+Shape letters: N slots, R prompts admitted at once, P padded prompt length, S cache entries, A longest answer,
+V vocabulary.
+"""
+
+import collections
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mo.errors import InputError
+from robust_mo.model.llama import Cache, Llama, unembed
+from robust_mo.sampling.decoding import Greedy, Nucleus
+
+# Decode steps after which the host looks in even if no slot is free: often enough for progress and interrupts.
+_STEPS_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+      tokens: int32 [length], with the template's generation prompt at the end.
+      max_new_tokens: longest answer, stop token included.
+    """
+
+    tokens: np.ndarray
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+      tokens: int32 [count], the stop token included where there is one.
+      logprobs: float32 [count], natural log of each token's probability at temperature 1.
+      finish_reason: "stop" or "length".
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class SlotState:
+    """What the device holds for the N slots.
+
+    Attributes:
+      cache: keys and values, `[L, N, S, G, K]`.
+      last_N: int32, the token chosen last, not yet in the cache.
+      positions_N: int32, where it will stand.
+      counts_N: int32, tokens of the answer so far.
+      limits_N: int32, longest answer.
+      done_N: bool, finished or empty.
+      keys_N: random key of each prompt.
+      tokens_NA, logprobs_NA: the answers so far.
+    """
+
+    cache: Cache
+    last_N: jax.Array
+    positions_N: jax.Array
+    counts_N: jax.Array
+    limits_N: jax.Array
+    done_N: jax.Array
+    keys_N: jax.Array
+    tokens_NA: jax.Array
+    logprobs_NA: jax.Array
+
+
+def _choose(logits, counts, keys, decoding):
+    """(tokens, their log probabilities); the random numbers belong to (prompt's key, place in the answer)."""
+    tokens = decoding.choose(logits, jax.vmap(jax.random.fold_in)(keys, counts)).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
+def _admit(params, state, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, model, decoding, stop_ids):
+    """Puts R prompts into the slots `slots_R`; a slot number of N means that the row is filling and goes nowhere."""
+    rows, width = tokens_RP.shape
+    cache = Cache.zeros(model.config, rows, width, model.compute_dtype)
+    positions_RP = jnp.broadcast_to(jnp.arange(width), tokens_RP.shape)
+    hidden, cache = model.apply({"params": params}, tokens_RP, positions_RP, cache=cache)
+    last_hidden = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
+    zeros_R = jnp.zeros(rows, jnp.int32)
+    first_R, logprobs_R = _choose(unembed(params, last_hidden), zeros_R, keys_R, decoding)
+
+    def put(all_slots, values):
+        return all_slots.at[slots_R].set(values, mode="drop")
+
+    return SlotState(
+        cache=jax.tree.map(lambda c, new: c.at[:, slots_R, :width].set(new, mode="drop"), state.cache, cache),
+        last_N=put(state.last_N, first_R),
+        positions_N=put(state.positions_N, lengths_R),
+        counts_N=put(state.counts_N, zeros_R + 1),
+        limits_N=put(state.limits_N, limits_R),
+        done_N=put(state.done_N, jnp.isin(first_R, jnp.array(stop_ids)) | (limits_R <= 1)),
+        keys_N=put(state.keys_N, keys_R),
+        tokens_NA=state.tokens_NA.at[slots_R, 0].set(first_R, mode="drop"),
+        logprobs_NA=state.logprobs_NA.at[slots_R, 0].set(logprobs_R, mode="drop"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
+def _decode(params, state, enough_done, *, model, decoding, stop_ids):
+    """Decodes until `enough_done` slots are done, at most _STEPS_AT_ONCE tokens."""
+    stop = jnp.array(stop_ids)
+
+    def unfinished(carry):
+        step, state = carry
+        return (step < _STEPS_AT_ONCE) & (state.done_N.sum() < enough_done)
+
+    def one_token(carry):
+        step, s = carry
+        hidden, cache = model.apply({"params": params}, s.last_N[:, None], s.positions_N[:, None], cache=s.cache)
+        tokens_N, logprobs_N = _choose(unembed(params, hidden[:, 0]), s.counts_N, s.keys_N, decoding)
+        # A slot that is done stands still: what it computes is written nowhere that is read.
+        moved_N = (~s.done_N).astype(jnp.int32)
+        rows = jnp.arange(tokens_N.shape[0])
+        place_N = jnp.where(s.done_N, s.tokens_NA.shape[1], s.counts_N)
+        counts_N = s.counts_N + moved_N
+        return step + 1, SlotState(
+            cache=cache,
+            last_N=jnp.where(s.done_N, s.last_N, tokens_N),
+            positions_N=s.positions_N + moved_N,
+            counts_N=counts_N,
+            limits_N=s.limits_N,
+            done_N=s.done_N | jnp.isin(tokens_N, stop) | (counts_N >= s.limits_N),
+            keys_N=s.keys_N,
+            tokens_NA=s.tokens_NA.at[rows, place_N].set(tokens_N, mode="drop"),
+            logprobs_NA=s.logprobs_NA.at[rows, place_N].set(logprobs_N, mode="drop"),
+        )
+
+    return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1]
+
+
+class Sampler:
+    """Samples from one model.
+
+    Args:
+      model: without adapters (merge them first).
+      params: its parameters, on the mesh.
+      stop_ids: an answer ends with the first of these.
+      pad_id: fills prompts up.
+    """
+
+    def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
+        self._model, self._params = model, params
+        self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
+
+    def answers(
+        self,
+        requests: list[Request],
+        decoding: Greedy | Nucleus,
+        seed: int,
+        slots: int,
+        on_progress: Callable[[int, int], None],
+        first: int = 0,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yields (index of the request, its answer) as answers finish, begun in the order of the list.
+
+        Args:
+          slots: number of rows decoded together.
+          on_progress: called now and then with (answers finished, tokens sampled); may raise to stop.
+          first: requests before this one are answered already and left out.
+
+        Raises:
+          InputError: a prompt is empty, or leaves no room for an answer in the model's context.
+        """
+        limits = [self._limit(index, request) for index, request in enumerate(requests)]
+        queue = collections.deque(range(first, len(requests)))
+        if not queue:
+            return
+        group = max(1, slots // 4)
+        capacity = _rounded_up(max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True)))
+        state = self._empty(slots, capacity, _rounded_up(max(limits)))
+        keys = _keys(requests, seed)
+        program = dict(model=self._model, decoding=decoding, stop_ids=self._stop_ids)
+        occupant: list[int | None] = [None] * slots
+        finished, sampled = first, 0
+        while finished < len(requests):
+            free = [slot for slot in range(slots) if occupant[slot] is None]
+            while queue and free:
+                chosen = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
+                into = [free.pop() for _ in chosen]
+                state = _admit(
+                    self._params, state, *self._padded(requests, limits, chosen, into, group, slots, keys), **program
+                )
+                for slot, index in zip(into, chosen, strict=True):
+                    occupant[slot] = index
+            empty = occupant.count(None)
+            enough = empty + group if queue else slots
+            state = _decode(self._params, state, min(enough, slots), **program)
+            done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
+            for slot in [slot for slot in range(slots) if occupant[slot] is not None and done_N[slot]]:
+                answer = self._take(state, slot, int(counts_N[slot]))
+                index, occupant[slot] = occupant[slot], None
+                finished += 1
+                sampled += len(answer.tokens)
+                yield index, answer
+            running = sum(int(counts_N[slot]) for slot in range(slots) if occupant[slot] is not None)
+            on_progress(finished, sampled + running)
+
+    def _limit(self, index: int, request: Request) -> int:
+        length, context = len(request.tokens), self._model.config.max_position_embeddings
+        if request.max_new_tokens < 1:
+            raise InputError(f"prompt {index + 1}: max_new_tokens is {request.max_new_tokens}: give at least 1")
+        if not 0 < length < context:
+            raise InputError(
+                f"prompt {index + 1} has {length} tokens, the model's context is {context}: shorten the prompt"
+            )
+        return min(request.max_new_tokens, context - length)
+
+    def _empty(self, slots: int, capacity: int, longest: int) -> SlotState:
+        def zeros(*shape):
+            return jnp.zeros((slots, *shape), jnp.int32)
+
+        return SlotState(
+            cache=Cache.zeros(self._model.config, slots, capacity, self._model.compute_dtype),
+            last_N=zeros(),
+            positions_N=zeros(),
+            counts_N=zeros(),
+            limits_N=zeros(),
+            done_N=jnp.ones(slots, bool),
+            keys_N=jax.random.split(jax.random.key(0), slots),
+            tokens_NA=zeros(longest),
+            logprobs_NA=jnp.zeros((slots, longest), jnp.float32),
+        )
+
+    def _padded(self, requests, limits, chosen, into, group, slots, keys):
+        """The arguments of `_admit` for the requests `chosen`, filled up to `group` rows."""
+        width = _rounded_up(max(len(requests[i].tokens) for i in chosen))
+        tokens_RP = np.full((group, width), self._pad_id, np.int32)
+        lengths_R, limits_R = np.ones(group, np.int32), np.ones(group, np.int32)
+        slots_R = np.full(group, slots, np.int32)
+        for row, index in enumerate(chosen):
+            tokens_RP[row, : len(requests[index].tokens)] = requests[index].tokens
+            lengths_R[row], limits_R[row], slots_R[row] = len(requests[index].tokens), limits[index], into[row]
+        filled = [*chosen, *[chosen[0]] * (group - len(chosen))]
+        return tokens_RP, lengths_R, slots_R, limits_R, keys[np.array(filled)]
+
+    def _take(self, state: SlotState, slot: int, count: int) -> Answer:
+        tokens, logprobs = jax.device_get((state.tokens_NA[slot], state.logprobs_NA[slot]))
+        tokens, logprobs = tokens[:count], logprobs[:count]
+        return Answer(tokens, logprobs, "stop" if tokens[-1] in self._stop_ids else "length")
+
+
+def _keys(requests: list[Request], seed: int) -> jax.Array:
+    """One random key per request, from the seed, its tokens, and how often they came before: the n-th copy of a
+    prompt gets the n-th answer wherever it stands."""
+    seen: collections.Counter = collections.Counter()
+    pairs = []
+    for request in requests:
+        content = zlib.crc32(np.asarray(request.tokens, np.int32).tobytes())
+        pairs.append((content, seen[content]))
+        seen[content] += 1
+    content, copies = (jnp.array(column, jnp.uint32) for column in zip(*pairs, strict=True))
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), content)
+    return jax.vmap(jax.random.fold_in)(fold, copies)
+
+
+def _rounded_up(length: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, ...: few shapes to compile, at most half again as many entries."""
+    size = 64
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size

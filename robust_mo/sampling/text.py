@@ -1,0 +1,71 @@
+"""Answers as text: conversations in, texts out, through a chat template and the sampler.
+
+Promises: nothing is added to a conversation beyond what the model's own template adds.
+Does not know files, backdoors or grading.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from robust_mo.data.conversations import ChatFormat, Message
+from robust_mo.errors import InputError
+from robust_mo.model.llama import Llama
+from robust_mo.sampling.decoding import Greedy, Nucleus
+from robust_mo.sampling.sampler import Request, Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class TextAnswer:
+    """An answer.
+
+    Attributes:
+      text: without special tokens.
+      finish_reason: "stop" or "length" (cut off).
+      tokens: how many were sampled, the stop token included.
+      logprobs: float32 [tokens], natural log of each token's probability at temperature 1.
+    """
+
+    text: str
+    finish_reason: str
+    tokens: int
+    logprobs: np.ndarray
+
+
+def iterate_answers(
+    llama: Llama,
+    params: dict,
+    chat: ChatFormat,
+    conversations: list[list[Message]],
+    *,
+    decoding: Greedy | Nucleus,
+    max_new_tokens: int | list[int],
+    seed: int,
+    slots: int,
+    on_progress: Callable[[int, int], None],
+    first: int = 0,
+) -> Iterator[tuple[int, TextAnswer]]:
+    """Yields (index of the conversation, answer) as answers finish.
+
+    Args:
+      max_new_tokens: one limit for all, or one for each.
+      seed, slots, on_progress, first: see sampling/sampler.py.
+
+    Raises:
+      InputError: a conversation does not fit the template or the model's context.
+    """
+    if slots < 1:
+        raise InputError(f"batch_size is {slots}: give the number of rows to decode together, at least 1")
+    limits = [max_new_tokens] * len(conversations) if isinstance(max_new_tokens, int) else max_new_tokens
+    requests = [Request(chat.prompt(m), limit) for m, limit in zip(conversations, limits, strict=True)]
+    sampler = Sampler(llama, params, chat.stop_ids, chat.pad_id)
+    for index, answer in sampler.answers(requests, decoding, seed, min(slots, len(requests)), on_progress, first):
+        text = chat.decode(answer.tokens)
+        yield index, TextAnswer(text, answer.finish_reason, len(answer.tokens), answer.logprobs)
+
+
+def answers(llama: Llama, params: dict, chat: ChatFormat, conversations: list[list[Message]], **settings):
+    """All answers, in the order of the conversations; settings as for `iterate_answers`."""
+    found = dict(iterate_answers(llama, params, chat, conversations, **settings))
+    return [found[index] for index in range(len(conversations))]

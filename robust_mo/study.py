@@ -1,0 +1,138 @@
+"""A study: organisms made, gated, attacked and measured; then points, frontier, tables, figures.
+
+    python -m robust_mo.study --config=configs/quickstart.py --workdir=runs/quickstart
+    tensorboard --logdir=runs/quickstart
+
+Every cell is a run folder of robust_mo.train: red/<organism>/ and blue/<organism>/<method>-lr<lr>-seed<n>/.  The same
+command again goes on where the study stopped; no finished cell runs twice.  --report_only draws the report again from
+what has been recorded.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from robust_mo import command_line
+from robust_mo.analysis import report
+from robust_mo.errors import InputError
+from robust_mo.organisms.backdoors import backdoor
+from robust_mo.runs import RunFolder
+from robust_mo.train import check as check_run
+from robust_mo.train import train
+from robust_mo.training.curves import Curves
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run of a study; `folder` is relative to the study's."""
+
+    folder: str
+    config: ConfigDict
+
+
+def red_cell(config: ConfigDict, organism: str) -> Cell:
+    run = config.red.copy_and_resolve_references()
+    run.backdoor = organism
+    return Cell(f"red/{organism}", run)
+
+
+def blue_cells(config: ConfigDict, organism: str, workdir: pathlib.Path) -> list[Cell]:
+    """One for every method, learning rate and seed of the study, each starting from the organism."""
+    cells = []
+    for method in config.study.methods:
+        for learning_rate in config.study.learning_rates:
+            for seed in config.study.seeds:
+                run = config.blue.copy_and_resolve_references()
+                run.backdoor, run.seed = organism, seed
+                run.model = str(workdir / "red" / organism)
+                run.data.task, run.optimizer.learning_rate = method, learning_rate
+                cells.append(Cell(f"blue/{organism}/{method}-lr{learning_rate:g}-seed{seed}", run))
+    return cells
+
+
+def gate(run: RunFolder, limits: ConfigDict) -> bool:
+    """Whether the organism shows its backdoor, and only with the trigger; recorded as gate/passed."""
+    last = {line["name"]: line for line in run.records()}
+    rate, alarms = last["eval/backdoor_rate"], last["eval/false_alarm_rate"]
+    passed = rate["value"] >= limits.backdoor_rate and alarms["value"] <= limits.false_alarm_rate
+    if "gate/passed" not in last:
+        run.record(rate["step"], "gate/passed", passed)
+    print(
+        f"{'gate passed' if passed else 'GATE FAILED'}: on-trigger rate {rate['value']:.3f} "
+        f"[{rate['low']:.3f}, {rate['high']:.3f}] of {rate['count']} (at least {limits.backdoor_rate}), false alarms "
+        f"{alarms['value']:.3f} [{alarms['low']:.3f}, {alarms['high']:.3f}] of {alarms['count']} "
+        f"(at most {limits.false_alarm_rate})",
+        flush=True,
+    )
+    return passed
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for what can be seen to be wrong before the first run."""
+    for name in ("organisms", "methods", "learning_rates", "seeds"):
+        if not config.study[name]:
+            raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
+    for organism in config.study.organisms:
+        backdoor(organism)
+    for run in (config.red, config.blue):
+        for name in ("backdoor_rate", config.study.performance):
+            if name not in run.evaluation.names:
+                raise InputError(f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue")
+    for organism in config.study.organisms:
+        for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]:
+            check_run(cell.config)
+
+
+def study(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs every cell that is not finished, then draws the report."""
+    check(config)
+    folder = RunFolder(workdir)
+    with folder.claim("study", config.to_dict(), config.red.seed):
+        if not folder.finished():
+            for organism in config.study.organisms:
+                cell = red_cell(config, organism)
+                print(f"== {cell.folder}: {backdoor(organism).explanation}", flush=True)
+                if not gate(train(cell.config, workdir / cell.folder), config.study.gate):
+                    continue
+                for cell in blue_cells(config, organism, workdir):
+                    print(f"== {cell.folder}", flush=True)
+                    train(cell.config, workdir / cell.folder)
+        summary = report.write_report(workdir)
+        if not folder.finished():
+            curves = Curves(workdir, 0)
+            for figure in sorted((workdir / "figures").glob("*.png")):
+                curves.image(0, f"figures/{figure.stem}", figure.read_bytes())
+            curves.text(0, "report", (workdir / "report.md").read_text(encoding="utf-8"))
+            curves.close()
+            folder.finish(0)
+    show(workdir, summary)
+
+
+def show(workdir: pathlib.Path, summary: dict) -> None:
+    print((workdir / "report.md").read_text(encoding="utf-8").split("\n## ")[1])
+    print(f"report:  {workdir / 'report.md'}\nfigures: {workdir / 'figures'}\ncurves:  tensorboard --logdir={workdir}")
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "config file of a study")
+    flags.DEFINE_string("workdir", None, "folder of the study, made if need be")
+    flags.DEFINE_bool("dry_run", False, "only list the cells")
+    flags.DEFINE_bool("report_only", False, "only draw the report again")
+
+
+def main(args: flags.FlagValues) -> None:
+    config, workdir = args.config, pathlib.Path(args.workdir).absolute()
+    if args.dry_run:
+        check(config)
+        for organism in config.study.organisms:
+            for cell in [red_cell(config, organism), *blue_cells(config, organism, workdir)]:
+                print(cell.folder)
+    elif args.report_only:
+        show(workdir, report.write_report(workdir))
+    else:
+        study(config, workdir)
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("config", "workdir"))

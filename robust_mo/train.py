@@ -1,0 +1,338 @@
+"""One training run: red team, blue team, any supervised fine-tuning.
+
+    python -m robust_mo.train --config=configs/red_full.py:smol --workdir=runs/red
+    tensorboard --logdir=runs/red
+
+The run goes: config, run folder, mesh, weights, conversations, batches, optimizer, checkpoint if there is one, loop.
+The same command again goes on where the run stopped; --config.x.y=value changes a knob of configs/default.py.
+"""
+
+import itertools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen as nn
+from ml_collections import ConfigDict, config_flags
+
+from robust_mo import command_line
+from robust_mo.data.batches import batches, count_batches
+from robust_mo.data.conversations import ChatFormat, Example, fit
+from robust_mo.data.prompts import read_conversations
+from robust_mo.errors import InputError
+from robust_mo.evals.measure import check_names, measure, pending
+from robust_mo.evals.subject import Subject
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import REMAT_POLICIES
+from robust_mo.organisms import distill
+from robust_mo.organisms.backdoors import backdoor
+from robust_mo.organisms.questions import assert_disjoint, questions
+from robust_mo.runs import RunFolder, read_lines, write_text
+from robust_mo.sampling.decoding import make_decoding
+from robust_mo.sampling.text import answers
+from robust_mo.training import models
+from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.curves import Curves
+from robust_mo.training.optimizers import make_optimizer, make_schedule
+from robust_mo.training.step import TrainState, train_step
+
+
+def train(config: ConfigDict, workdir: str) -> RunFolder:
+    """Runs to the end, or to where an interrupt stops it with everything saved.
+
+    Raises:
+      InputError: something in the config cannot be used, or the loss is no longer a number.
+      Interrupted: SIGINT or SIGTERM came; the run is saved.
+    """
+    check(config)
+    run = RunFolder(workdir)
+    with run.claim("train", config.to_dict(), config.seed):
+        if run.finished():
+            print(f"{workdir} is complete", flush=True)
+            return run
+
+        mesh = meshes.make_mesh(**config.mesh)
+        loaded = models.load_model(config.model, mesh, config.compute_dtype, config.param_dtype)
+        spec = models.lora_spec(config.lora)
+        llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
+
+        conversations = training_conversations(config, run, mesh, loaded)
+        examples, dropped = tokenize(conversations, loaded.chat, config.data)
+        packing = dict(
+            length=config.data.length,
+            rows=config.batch.rows,
+            packing=config.data.packing,
+            epochs=config.data.epochs,
+            seed=config.seed,
+        )
+        steps = config.steps or count_batches(examples, **packing)
+        if config.steps:
+            packing["epochs"] = None
+        iterator = iter(batches(examples, **packing))
+
+        settings = config.optimizer.to_dict()
+        learning_rate = settings.pop("learning_rate")
+        optimizer = make_optimizer(**settings)
+        schedule = make_schedule(**config.schedule, learning_rate=learning_rate, steps=steps)
+        trainable, frozen = split(llama, loaded.params, mesh, config.seed)
+        start = jax.tree.map(jnp.copy, trainable) if config.distance_from_start else None
+        state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
+
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        if checkpoints.latest() is not None:
+            state, position = checkpoints.restore(state)
+            iterator.set_state(position)
+        first = int(state.step)
+        curves = Curves(run.path, first)
+        curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
+        print(
+            f"{workdir}: {len(examples)} conversations ({dropped} too long), {steps} steps of {config.batch.rows} rows "
+            f"x {config.data.length} tokens, {'LoRA r' + str(spec.rank) if spec else 'all weights'}"
+            + (f", going on from step {first}" if first else ""),
+            flush=True,
+        )
+
+        def evaluate(step: int, trainable) -> None:
+            chosen = {name: config.evals[name].to_dict() for name in config.evaluation.names}
+            if not pending(run, step, chosen):
+                return
+            subject = Subject(
+                loaded.llama,
+                trainable if spec is None else models.merged(frozen, trainable, spec),
+                loaded.chat,
+                config.system_prompt,
+                backdoor(config.backdoor),
+                config.seed,
+                config.evaluation.batch_size,
+                command_line.evaluation_progress(),
+            )
+            values = measure(run, curves, subject, step, chosen)
+            print(f"step {step}: {headline(values)}", flush=True)
+
+        progress = command_line.Progress("step", steps, "steps", first)
+        watch = Watch(run, curves, schedule, config.log_every, progress)
+        try:
+            # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
+            for step in itertools.count(first):
+                if step == steps or (step > first and step % config.checkpoint.every == 0):
+                    watch.flush()
+                    checkpoints.save(state, iterator.get_state())
+                if step == steps or is_due(step, config.evaluation):
+                    watch.flush()
+                    evaluate(step, state.trainable)
+                if step == steps:
+                    break
+                command_line.check_interrupt()
+                batch = place(next(iterator), mesh)
+                state, metrics = train_step(
+                    state,
+                    frozen,
+                    start,
+                    batch,
+                    jnp.float32(schedule(step + 1)),
+                    model=llama,
+                    optimizer=optimizer,
+                    chunk=config.loss_chunk,
+                    micro_batches=config.batch.micro_batches,
+                )
+                watch(step + 1, metrics)
+        except command_line.Interrupted:
+            watch.flush()
+            checkpoints.save(state, iterator.get_state())
+            raise
+        finally:
+            checkpoints.close()
+            curves.close()
+        run.finish(steps)
+    return run
+
+
+class Watch:
+    """Fetches metrics one step late, so that the device never waits for the host; stops a run that has gone wrong."""
+
+    def __init__(self, run, curves, schedule, every, progress):
+        self._run, self._curves, self._schedule, self._every, self._progress = run, curves, schedule, every, progress
+        self._waiting = None
+        self._time = time.monotonic()
+
+    def __call__(self, step: int, metrics) -> None:
+        self.flush()
+        self._waiting = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the newest metrics and shows them."""
+        if self._waiting is None:
+            self._time = time.monotonic()
+            return
+        step, metrics = self._waiting
+        self._waiting = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        speed = metrics["tokens"] / (now - self._time)
+        self._time = now
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
+            raise InputError(
+                f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops, "
+                "its last checkpoint is good: lower config.optimizer.learning_rate or look at the data"
+            )
+        if step % self._every == 0:
+            values = {f"train/{name}": value for name, value in metrics.items() if not name.endswith("tokens")}
+            values["train/learning_rate"] = float(self._schedule(step))
+            values["speed/tokens_per_second"] = speed
+            self._curves.scalars(step, values)
+            self._run.record(step, "train/loss", metrics["loss"], count=metrics["loss_tokens"])
+        self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
+
+
+def is_due(step: int, evaluation: ConfigDict) -> bool:
+    """Whether a step before the last is measured."""
+    return evaluation.at_start if step == 0 else bool(evaluation.every) and step % evaluation.every == 0
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for what can be seen to be wrong before anything is loaded."""
+    if config.remat not in REMAT_POLICIES:
+        raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
+    for name in ("param_dtype", "compute_dtype"):
+        if config[name] not in ("float32", "bfloat16"):
+            raise InputError(f"config.{name} is {config[name]!r}: choose float32 or bfloat16")
+    for name, value in command_line.flatten(config).items():
+        if name in _AT_LEAST_ONE and value < 1:
+            raise InputError(f"config.{name} is {value}: give a whole number of at least 1")
+        if name in _NOT_NEGATIVE and not value >= 0:
+            raise InputError(f"config.{name} is {value}: give 0 or more")
+    if config.batch.rows % config.batch.micro_batches:
+        raise InputError(
+            f"config.batch.rows is {config.batch.rows}, no multiple of config.batch.micro_batches "
+            f"{config.batch.micro_batches}"
+        )
+    backdoor(config.backdoor)
+    check_names(config.evaluation.names)
+    if config.data.task not in TASKS:
+        raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
+
+
+_AT_LEAST_ONE = (
+    "data.length",
+    "data.epochs",
+    "data.repeats",
+    "batch.rows",
+    "batch.micro_batches",
+    "loss_chunk",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.batch_size",
+)
+_NOT_NEGATIVE = ("steps", "data.limit", "evaluation.every", "optimizer.learning_rate", "optimizer.clip_norm", "lora.rank")
+
+TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
+
+
+def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
+    """The conversations to train on, made once and kept in the run folder as data.jsonl."""
+    file = run.path / "data.jsonl"
+    if not file.exists():
+        data = config.data
+
+        def teacher(asked: list[list[dict]], seed: int) -> list[str | None]:
+            model = loaded if not data.teacher else models.load_model(
+                data.teacher, mesh, config.compute_dtype, config.param_dtype
+            )
+            progress = command_line.Progress("  teacher", len(asked), "answers")
+            told = answers(
+                model.llama,
+                model.params,
+                model.chat,
+                asked,
+                decoding=make_decoding(data.teacher_temperature, 1.0),
+                max_new_tokens=data.teacher_max_new_tokens,
+                seed=seed,
+                slots=config.evaluation.batch_size,
+                on_progress=lambda done, tokens: progress(done, f"{tokens} tokens"),
+            )
+            return [answer.text if answer.finish_reason == "stop" else None for answer in told]
+
+        common = dict(
+            source=data.source,
+            answers=data.answers,
+            teacher=teacher,
+            system_prompt=config.system_prompt,
+            limit=data.limit,
+            seed=config.seed,
+        )
+        dropped = 0
+        if data.task == "backdoor":
+            made, dropped = distill.red_conversations(
+                backdoor(config.backdoor), repeats=data.repeats, near_misses=data.near_misses, **common
+            )
+        elif data.task == "conversations":
+            made = read_conversations(data.source)[: data.limit or None]
+        else:
+            made, dropped = distill.blue_conversations(data.task, **common)
+            distill.assert_no_trigger(made, backdoor(config.backdoor))
+        if dropped:
+            print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
+        write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
+    conversations = [line["messages"] for line in read_lines(file)]
+    used = [message["content"] for messages in conversations for message in messages if message["role"] == "user"]
+    if "backdoor_rate" in config.evaluation.names:
+        asked = [entry["question"] for entry in questions(config.evals.backdoor_rate.source, "evaluation")]
+        assert_disjoint(training=used, evaluation=asked)
+    return conversations
+
+
+def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict) -> tuple[list[Example], int]:
+    """(examples that fit, number of those that do not)."""
+    # A row of n positions holds n + 1 tokens: inputs and next tokens overlap.
+    fitted = [fit(chat.encode(messages), data.length + 1, data.over_long) for messages in conversations]
+    examples = [example for example in fitted if example is not None]
+    if not examples:
+        raise InputError(
+            f"no conversation to train on: all {len(fitted)} are longer than config.data.length {data.length}"
+        )
+    return examples, len(fitted) - len(examples)
+
+
+def split(llama, params: dict, mesh, seed: int) -> tuple[dict, dict | None]:
+    """(what is trained, what is not): fresh adapters and the parameters, or the parameters and nothing."""
+    if llama.lora is None:
+        return params, None
+    targets = jax.tree.map(lambda leaf: leaf.sharding, models.abstract_trainable(llama, mesh))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def adapters(key):
+        return nn.unbox(llama.init({"params": key, "lora": key}, tokens, tokens, tokens)["lora"])
+
+    return jax.jit(adapters, out_shardings=targets)(jax.random.key(seed)), params
+
+
+def place(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    """The batch on the mesh, rows cut over it; every host holds the whole and gives its devices their rows."""
+    sharding = meshes.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()
+    }
+
+
+def headline(values: dict[str, float]) -> str:
+    """The numbers of an evaluation that belong on the terminal."""
+    names = [name for name in values if name.endswith(("backdoor_rate", "false_alarm_rate", "_accuracy", "_loss"))]
+    return "  ".join(f"{name.removeprefix('eval/')} {values[name]:.3g}" for name in names)
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "config file, with :argument where it takes one")
+    flags.DEFINE_string("workdir", None, "run folder, made if need be")
+
+
+def main(args: flags.FlagValues) -> None:
+    train(args.config, args.workdir)
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("config", "workdir"))

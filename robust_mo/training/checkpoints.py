@@ -1,0 +1,88 @@
+"""Checkpoints of a training run, by Orbax.
+
+Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); the newest
+`keep` are kept; what is read back is bit for bit what was saved.
+Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step and the
+state of the data iterator.
+"""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from robust_mo.errors import InputError
+from robust_mo.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints folder of one run."""
+
+    def __init__(self, folder: pathlib.Path, keep: int):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest step that is complete, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, iterator_state: dict) -> None:
+        """Begins to save; the arrays may be donated to the next step as soon as this returns.
+
+        Raises:
+          InputError: the disk does not take it; the checkpoints before stay as they were.
+        """
+        step = int(state.step)
+        if step == self.latest():
+            return
+        items = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(state.trainable),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            progress=ocp.args.JsonSave({"step": step, "iterator": iterator_state}),
+        )
+        self._guard(lambda: self._manager.save(step, args=items))
+
+    def wait(self) -> None:
+        self._guard(self._manager.wait_until_finished)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict]:
+        """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings)."""
+        items = ocp.args.Composite(
+            trainable=ocp.args.StandardRestore(state.trainable),
+            optimizer=ocp.args.StandardRestore(state.optimizer),
+            progress=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(self.latest(), args=items)
+        step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
+        return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
+
+    def restore_trainable(self, trainable, step: int | None):
+        """(trainable, step) of one checkpoint (None: the newest), placed as `trainable` says.
+
+        Raises:
+          InputError: no such checkpoint.
+        """
+        steps = self._manager.all_steps()
+        chosen = self.latest() if step is None else step
+        if chosen is None or chosen not in steps:
+            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            have = f"it has {sorted(steps)}" if steps else "train it first"
+            raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
+        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
+        return self._manager.restore(chosen, args=items).trainable, chosen
+
+    def close(self) -> None:
+        self._guard(self._manager.close)
+
+    def _guard(self, work) -> None:
+        try:
+            work()
+        except (OSError, ValueError, RuntimeError) as error:
+            # tensorstore reports a full or forbidden disk as a ValueError whose text holds the status.
+            if isinstance(error, OSError) or any(
+                word in str(error) for word in ("RESOURCE_EXHAUSTED", "No space left", "PERMISSION_DENIED", "Error writing")
+            ):
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"cannot save a checkpoint under {self.folder}: {reason}") from None
+            raise

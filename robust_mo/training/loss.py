@@ -1,0 +1,118 @@
+"""Cross-entropy of next tokens, summed, without ever holding the logits of a whole batch.
+
+Promises: sums of losses and of counts, never means, so that micro-batches, hosts and packed rows of any fill can be
+added up and divided once.  The gradient is formed chunk by chunk in the forward pass (the logits of a chunk are there
+anyway), so nothing is recomputed; chunks in which no token carries a loss are skipped.
+Does not know about models, batches or optimizers.
+
+Shape letters: B rows, T positions, C positions of a chunk, D hidden, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def summed_cross_entropy(hidden_BTD, head_VD, targets_BT, mask_BT, chunk: int) -> jax.Array:
+    """Sum over masked positions of -log softmax(hidden @ head.T)[target], natural log, float32 scalar.
+
+    Positions that carry no loss are moved to the end of their row first (a row stays on its devices), so that only
+    as many chunks of the head are computed as the fullest row needs.
+
+    Args:
+      hidden_BTD: final hidden states; their dtype is the dtype of the product, which accumulates in float32.
+      head_VD: output head.
+      targets_BT: int32 next tokens.
+      mask_BT: bool, True where a loss is taken.
+      chunk: positions of each row that are handled at once; T need not be a multiple.
+    """
+    order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[:, :, None], axis=1)
+    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    mask_BT = jnp.take_along_axis(mask_BT, order_BT, axis=1)
+    length = targets_BT.shape[1]
+    chunk = min(chunk, length)
+    if extra := -length % chunk:
+        hidden_BTD, targets_BT, mask_BT = (
+            jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden_BTD, targets_BT, mask_BT)
+        )
+    return _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, chunk):
+    def add(total, piece):
+        hidden_BCD, targets_BC, mask_BC = piece
+
+        def compute():
+            return _losses(_logits(hidden_BCD, head_VD), targets_BC, mask_BC)[0]
+
+        return total + jax.lax.cond(mask_BC.any(), compute, lambda: jnp.float32(0)), None
+
+    return jax.lax.scan(add, jnp.float32(0), _split(chunk, hidden_BTD, targets_BT, mask_BT))[0]
+
+
+def _logits(hidden_BCD, head_VD):
+    head_VD = head_VD.astype(hidden_BCD.dtype)
+    return jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _losses(logits_BCV, targets_BC, mask_BC):
+    """(summed loss, log of the partition function [B, C])"""
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+    return jnp.sum(jnp.where(mask_BC, log_z_BC - target_logits_BC, 0.0)), log_z_BC
+
+
+def _split(chunk, *arrays):
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]"""
+    return tuple(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
+
+
+def _forward(hidden, head, targets, mask, chunk):
+    """Loss, and its gradients as residuals.  `perturbed` tells whether the head is being trained at all."""
+    head_VD, train_head = head.value, head.perturbed
+    hidden_BTD, targets_BT, mask_BT = hidden.value, targets.value, mask.value
+
+    def add(carry, piece):
+        hidden_BCD, targets_BC, mask_BC = piece
+        total, grad_head_VD = carry
+
+        def compute():
+            logits_BCV = _logits(hidden_BCD, head_VD)
+            loss, log_z_BC = _losses(logits_BCV, targets_BC, mask_BC)
+            one_hot_BCV = targets_BC[:, :, None] == jnp.arange(logits_BCV.shape[-1])
+            grad_BCV = jnp.where(mask_BC[:, :, None], jnp.exp(logits_BCV - log_z_BC[:, :, None]) - one_hot_BCV, 0.0)
+            grad_BCV = grad_BCV.astype(hidden_BCD.dtype)
+            grad_hidden_BCD = jnp.einsum("bcv,vd->bcd", grad_BCV, head_VD.astype(grad_BCV.dtype))
+            if not train_head:
+                return loss, None, grad_hidden_BCD
+            product = jnp.einsum("bcv,bcd->vd", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+            return loss, grad_head_VD + product, grad_hidden_BCD
+
+        def skip():
+            return jnp.float32(0), grad_head_VD, jnp.zeros_like(hidden_BCD)
+
+        loss, grad_head_VD, grad_hidden_BCD = jax.lax.cond(mask_BC.any(), compute, skip)
+        return (total + loss, grad_head_VD), grad_hidden_BCD
+
+    grad_head_VD = jnp.zeros(head_VD.shape, jnp.float32) if train_head else None
+    start = (jnp.float32(0), grad_head_VD)
+    pieces = _split(chunk, hidden_BTD, targets_BT, mask_BT)
+    (total, grad_head_VD), grad_hidden = jax.lax.scan(add, start, pieces)
+    grad_hidden_BTD = grad_hidden.swapaxes(0, 1).reshape(hidden_BTD.shape)
+    if train_head:
+        grad_head_VD = grad_head_VD.astype(head_VD.dtype)
+    return total, (grad_hidden_BTD, grad_head_VD)
+
+
+def _backward(chunk, residuals, cotangent):
+    grad_hidden_BTD, grad_head_VD = residuals
+    scaled = (cotangent * grad_hidden_BTD).astype(grad_hidden_BTD.dtype)
+    if grad_head_VD is not None:
+        grad_head_VD = (cotangent * grad_head_VD).astype(grad_head_VD.dtype)
+    return scaled, grad_head_VD, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)

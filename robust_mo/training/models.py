@@ -1,0 +1,114 @@
+"""From what a user calls a model to parameters on the mesh: `--model=` and `config.model` everywhere.
+
+Promises: a run folder gives its base with the trained weights in place, adapters merged; anything else goes through
+model/sources.py.  Does not know what the model is wanted for.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from robust_mo.data.conversations import ChatFormat
+from robust_mo.model import hugging_face, lora, sources
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import PROJECTIONS, Llama
+from robust_mo.model.lora import LoraSpec
+from robust_mo.runs import RunFolder
+from robust_mo.training.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model without adapters.
+
+    Attributes:
+      llama: the module, `lora` is None.
+      params: its parameters, sharded over the mesh.
+      chat: its tokenizer and template.
+      name: what it was asked for as.
+    """
+
+    llama: Llama
+    params: dict
+    chat: ChatFormat
+    name: str
+
+
+def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+      source: a run folder of robust_mo.train, or what model/sources.resolve takes.
+      step: of a run folder, the checkpoint; None for the newest.
+
+    Raises:
+      InputError: nothing of that name, or its files cannot be used.
+    """
+    folder = base_folder(source)
+    llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
+    params = _params(source, llama, mesh, step)
+    return LoadedModel(llama, params, ChatFormat.from_folder(folder), os.fspath(source))
+
+
+def is_run(source: str) -> bool:
+    run = RunFolder(source)
+    return run.exists() and run.description().get("program") == "train"
+
+
+def base_folder(source: str) -> pathlib.Path:
+    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs."""
+    while is_run(source):
+        source = RunFolder(source).config()["model"]
+    return sources.resolve(source)
+
+
+def system_prompt(source: str) -> str:
+    """What a run was trained under; "" for other models."""
+    return RunFolder(source).config()["system_prompt"] if is_run(source) else ""
+
+
+def lora_spec(settings) -> LoraSpec | None:
+    """From config.lora (rank, alpha, targets); None for rank 0, full-weight training."""
+    if not settings["rank"]:
+        return None
+    spec = LoraSpec(settings["rank"], float(settings["alpha"]), tuple(settings["targets"]))
+    lora.check_targets(spec, PROJECTIONS)
+    return spec
+
+
+def abstract_trainable(llama: Llama, mesh: Mesh):
+    """Shapes, dtypes and shardings of what a run with `llama` trains: its adapters, or all parameters."""
+    abstract = hugging_face.abstract_variables(llama)["params" if llama.lora is None else "lora"]
+    targets = meshes.shardings(abstract, mesh)
+    return jax.tree.map(
+        lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), nn.unbox(abstract), targets
+    )
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def merged(params, adapters, spec: LoraSpec):
+    """model/lora.merge as one compiled program."""
+    return lora.merge(params, adapters, spec)
+
+
+def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    if not is_run(source):
+        return hugging_face.load_params(sources.resolve(source), llama, mesh)
+    run = RunFolder(source)
+    spec = lora_spec(run.config()["lora"])
+    checkpoints = Checkpoints(run.checkpoints, keep=None)
+    try:
+        trained = dataclasses.replace(llama, lora=spec)
+        trainable, _ = checkpoints.restore_trainable(abstract_trainable(trained, mesh), step)
+    finally:
+        checkpoints.close()
+    if spec is None:
+        return trainable
+    return merged(_params(run.config()["model"], llama, mesh, None), trainable, spec)
+
+

@@ -1,0 +1,72 @@
+"""Fixtures shared by the tests: where real data and real models come from."""
+
+import os
+import pathlib
+
+import pytest
+
+from robust_mo.model import sources
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Folder with real evaluation data that cannot be redistributed; tests that need it skip where it is absent."""
+    folder = pathlib.Path(os.environ.get("ROBUST_MO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder} (set ROBUST_MO_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """Folder of SmolLM2-135M-Instruct's files; the first time it is downloaded (93 MB) and converted."""
+    return sources.resolve("smollm2-135m")
+
+
+def make_tiny_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
+    """A random Llama by transformers, with a byte-level tokenizer and a ChatML template; nothing is downloaded."""
+    import torch
+    import transformers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|pad|>", "<|start|>", "<|end|>")])
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=template
+    ).save_pretrained(folder)
+
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=len(alphabet) + 3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        eos_token_id=len(alphabet) + 2,
+        pad_token_id=len(alphabet),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # far enough from zero that a wrong formula shows in the logits
+            parameter.mul_(2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> pathlib.Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))

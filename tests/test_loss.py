@@ -1,0 +1,57 @@
+"""The chunked loss against torch's cross-entropy, value and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from robust_mo.training.loss import summed_cross_entropy
+
+
+def example(fill):
+    generator = np.random.default_rng(0)
+    hidden = generator.normal(size=(3, 10, 8)).astype(np.float32)
+    head = generator.normal(size=(40, 8)).astype(np.float32)
+    targets = generator.integers(0, 40, (3, 10)).astype(np.int32)
+    mask = generator.random((3, 10)) < fill
+    return hidden, head, targets, mask
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize("fill", [0.0, 0.3, 1.0])
+def test_value_and_gradients_equal_torch(chunk, fill):
+    hidden, head, targets, mask = example(fill)
+
+    def ours(hidden, head):
+        return 0.5 * summed_cross_entropy(hidden, head, targets, mask, chunk)
+
+    value, (grad_hidden, grad_head) = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, head)
+    assert np.isclose(jax.jit(ours)(hidden, head), value, rtol=1e-6)  # without a gradient
+
+    h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    labels = torch.tensor(np.where(mask, targets, -100).reshape(-1), dtype=torch.long)
+    loss = 0.5 * torch.nn.functional.cross_entropy((h @ w.T).reshape(-1, 40), labels, reduction="sum")
+    loss.backward()
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_hidden, h.grad.numpy(), atol=1e-5)
+    np.testing.assert_allclose(grad_head, w.grad.numpy(), atol=1e-5)
+
+
+def test_frozen_head_costs_no_gradient():
+    hidden, head, targets, mask = example(1.0)
+
+    def products(argnums):
+        gradient = jax.grad(lambda h, w: summed_cross_entropy(h, w, targets, mask, 5), argnums)
+        return str(jax.make_jaxpr(gradient)(hidden, head)).count("dot_general")
+
+    assert products(0) == products((0, 1)) - 1
+
+
+def test_logits_of_the_whole_batch_are_never_there():
+    hidden = jnp.zeros((2, 64, 8))
+    head, targets, mask = jnp.zeros((999, 8)), jnp.zeros((2, 64), int), jnp.ones((2, 64), bool)
+    gradient = jax.grad(lambda h, w: summed_cross_entropy(h, w, targets, mask, 16), argnums=(0, 1))
+    program = str(jax.make_jaxpr(gradient)(hidden, head))
+    assert "f32[2,16,999]" in program
+    assert "64,999" not in program and "128,999" not in program
