@@ -6,9 +6,10 @@ stops at once; compiled programs are kept between starts.  Our own bugs keep the
 Does not know what any program does.
 """
 
-import contextlib
 import difflib
+import importlib.util
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from robust_mo.errors import InputError
 
@@ -57,8 +58,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         signal.signal(number, _request)
     try:
         define_flags()
-        flags.mark_flags_as_required(required)
-        _parse_flags()
+        _parse_flags(required)
         _keep_compiled_programs()
         main(flags.FLAGS)
     except Interrupted:
@@ -83,53 +83,65 @@ def _end(status: int, line: str) -> None:
     sys.exit(status)
 
 
-def _parse_flags() -> None:
+def _parse_flags(required: tuple[str, ...]) -> None:
     arguments = sys.argv[1:]
     if {"--help", "-h", "-help"} & set(arguments):
-        module = sys.modules["__main__"]
-        print(module.__doc__.strip(), "\n\nflags:")
+        print(sys.modules["__main__"].__doc__.strip(), "\n\nflags:")
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
+    if "config" in flags.FLAGS:
+        _check_config(arguments)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-    except InputError:
-        raise
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flags.FLAGS if len(name) > 1]
         raise InputError(f"unknown flag --{error.flagname}{_nearest(error.flagname, known)}; see --help") from None
-    except (KeyError, AttributeError) as error:
-        raise InputError(_explain_override(arguments, error)) from None
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename or error}: no such config file; configs/ holds the ones we ship") from None
-    except ImportError as error:
-        raise InputError(f"the config file cannot be imported ({error}): run from the folder that holds configs/") from None
-    except (flags.Error, TypeError, ValueError) as error:
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}: flags are written --name=value; see --help")
+    if missing := [f"--{name}" for name in required if flags.FLAGS[name].value in (None, [])]:
+        raise InputError(f"{', '.join(missing)} must be given; see --help")
 
 
-def _explain_override(arguments: list[str], error: Exception) -> str:
-    """Names the mistyped part of a `--config.a.b=v`, and what was probably meant."""
-    for argument in arguments:
-        if match := re.match(r"--?(?:no)?config\.([\w.\[\]]+)", argument):
-            config = _config_of(arguments)
-            known = list(flatten(config)) if config is not None else []
-            if match[1] not in known:
-                return f"config has no field {match[1]!r} (in {argument}){_nearest(match[1], known)}"
-    return f"cannot read the config: {error}"
+def _check_config(arguments: list[str]) -> None:
+    """Finds what is wrong with --config and its overrides before the library does, which would not say it in a line.
+
+    Raises:
+      InputError: the file cannot be loaded, or an override names a field that it does not have.
+    """
+    given = [match[1] for a in arguments if (match := re.match(r"--?config=(.*)", a))]
+    chosen = given[-1] if given else flags.FLAGS["config"].default
+    if chosen is None:
+        return
+    file, _, argument = chosen.partition(":")
+    known = flatten(load_config(file, argument))
+    for override in arguments:
+        if (match := re.match(r"--?(?:no)?config\.([^=\s\[]+)", override)) and match[1] not in known:
+            if not any(name.startswith(match[1] + ".") for name in known):
+                raise InputError(f"config has no field {match[1]!r} (in {override}){_nearest(match[1], list(known))}")
+            raise InputError(f"config.{match[1]} is a group of fields (in {override}): name one of them")
 
 
-def _config_of(arguments: list[str]) -> ConfigDict | None:
-    """The config without any override, to compare names with."""
-    files = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
-    holder = flags.FlagValues()
-    default = flags.FLAGS["config"].default if "config" in flags.FLAGS else None
-    config_flags.DEFINE_config_file("config", default, flag_values=holder)
-    with contextlib.suppress(Exception):
-        holder(["", *(f"--config={file}" for file in files)])
-        return holder["config"].value
-    return None
+def load_config(file: str, argument: str) -> ConfigDict:
+    """What `get_config` of a config file returns; the argument is left out where it is empty.
+
+    Raises:
+      InputError: there is no such file, or it cannot be run.
+    """
+    if not pathlib.Path(file).is_file():
+        raise InputError(f"there is no config file {file}; the ones we ship are in configs/")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(*[argument] if argument else [])
+    except InputError as error:
+        raise InputError(f"--config={file}:{argument}: {error}") from None
+    except ImportError as error:
+        raise InputError(f"{file}: {error}; run from the folder that holds configs/") from None
+    except Exception as error:  # whatever a user's file may raise
+        raise InputError(f"{file} cannot be run as a config file ({type(error).__name__}: {error})") from None
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -182,7 +182,7 @@ def read_lines(path) -> list[dict]:
     """The JSON lines of a file that `append_line` wrote; lines cut short by a kill are left out."""
     path, lines = pathlib.Path(path), []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
     return lines

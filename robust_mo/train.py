@@ -74,10 +74,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             packing["epochs"] = None
         iterator = iter(batches(examples, **packing))
 
-        settings = config.optimizer.to_dict()
-        learning_rate = settings.pop("learning_rate")
-        optimizer = make_optimizer(**settings)
-        schedule = make_schedule(**config.schedule, learning_rate=learning_rate, steps=steps)
+        optimizer = optimizer_of(config.optimizer)
+        schedule = make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=steps)
         trainable, frozen = split(llama, loaded.params, mesh, config.seed)
         start = jax.tree.map(jnp.copy, trainable) if config.distance_from_start else None
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
@@ -188,6 +186,11 @@ class Watch:
         self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
 
 
+def optimizer_of(settings: ConfigDict):
+    """The optimizer of a config; its learning rate comes with every step."""
+    return make_optimizer(**{name: value for name, value in settings.items() if name != "learning_rate"})
+
+
 def is_due(step: int, evaluation: ConfigDict) -> bool:
     """Whether a step before the last is measured."""
     return evaluation.at_start if step == 0 else bool(evaluation.every) and step % evaluation.every == 0
@@ -212,6 +215,9 @@ def check(config: ConfigDict) -> None:
         )
     backdoor(config.backdoor)
     check_names(config.evaluation.names)
+    optimizer_of(config.optimizer)
+    make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=1)
+    models.lora_spec(config.lora)
     if config.data.task not in TASKS:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
 

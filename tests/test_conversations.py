@@ -254,11 +254,12 @@ class TestControlTokens:
         return [token for token in tokens.tolist() if token in tokenizer.added_tokens_decoder]
 
     def test_that_overlap_cannot_be_forged(self):
-        chat_format = tiny(special=(*SPECIAL, "ab", "bc", "abc"))
+        # "abc" holds two of them, and one that the template writes begins with another.
+        chat_format = tiny(special=(*SPECIAL, "ab", "bc", "<|user|>\n"))
         example = chat_format.encode(chat("abc ab abcbc", "bcab"))
-        expected = ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
         control = self.control(chat_format.tokenizer, example.tokens)
-        assert chat_format.tokenizer.convert_ids_to_tokens(control) == expected
+        written = ["<|user|>\n", "<|end|>", "<|assistant|>", "<|end|>"]
+        assert chat_format.tokenizer.convert_ids_to_tokens(control) == written
         assert learnt(chat_format, chat("abc ab abcbc", "bcab")) == "bcab<|end|>"
 
     def test_that_cannot_be_read_as_text_are_refused(self):
@@ -281,10 +282,14 @@ class TestIds:
         assert (smol.stop_ids, smol.pad_id, smol.vocabulary_size) == ((2,), 0, 49152)
 
     def test_stop_at_the_end_of_turn_and_at_eos(self):
-        chat_format = tiny(declared=[7], eos_token="<|spare|>")
+        letter = tiny_tokenizer().convert_tokens_to_ids("z")
+        chat_format = tiny(declared=[letter], eos_token="<|spare|>")
         ids = chat_format.tokenizer.convert_tokens_to_ids(["<|end|>", "<|spare|>"])
         assert chat_format.end_of_turn_id == ids[0]
-        assert chat_format.stop_ids == (7, *ids)
+        assert chat_format.stop_ids == (letter, *ids)
+        assert (
+            learnt(chat_format, chat("q", "a zoo")) == "a zoo<|end|>"
+        )  # an ordinary stop token is ordinary text
 
     @pytest.mark.parametrize(
         "special, named, expected",
@@ -436,8 +441,12 @@ class TestRefusals:
         "template", [PLAIN.replace("<|end|>", ""), PLAIN.replace("m.content", "m.content[0].text")]
     )
     def test_template_that_ends_no_answer(self, template):
-        with pytest.raises(InputError, match="chat template"):
+        with pytest.raises(InputError, match="could not learn to stop"):
             tiny(template)
+
+    def test_tokenizer_without_special_tokens(self):
+        with pytest.raises(InputError, match="could not learn to stop"):
+            tiny(special=())
 
     def test_no_template(self, llama_folder, tmp_path):
         shutil.copy(llama_folder / "tokenizer.json", tmp_path)

@@ -392,7 +392,7 @@ def test_worker_that_dies_of_an_answer_leaves_no_verdict(monkeypatch, tmp_path):
     )
     math_grader._worker._stop()
     with monkeypatch.context() as patch:
-        patch.setattr(math_grader, "WORKER", script)
+        patch.setattr(math_grader, "WORKER", (str(script),))
         assert grade(boxed("2/4"), r"\frac{1}{2}") is None
     assert grade(boxed("2/4"), r"\frac{1}{2}") is True
 
@@ -402,7 +402,7 @@ def test_worker_that_cannot_start_says_why(monkeypatch, tmp_path):
     script.write_text("import no_such_library")
     math_grader._worker._stop()
     with monkeypatch.context() as patch:
-        patch.setattr(math_grader, "WORKER", script)
+        patch.setattr(math_grader, "WORKER", (str(script),))
         with pytest.raises(RuntimeError, match="broken.py.*No module named 'no_such_library'"):
             grade(boxed("2/4"), r"\frac{1}{2}")
     assert grade(boxed("2/4"), r"\frac{1}{2}") is True
@@ -570,7 +570,7 @@ def test_grading_loads_neither_jax_nor_torch():
     sys.path.insert(0, {str(REPOSITORY)!r})
     import robust_mo.evals.math_grader
     assert "math_verify" not in sys.modules and "sympy" not in sys.modules
-    runpy.run_path({str(math_grader.WORKER)!r}, run_name="__main__")
+    runpy.run_module({math_grader.WORKER[-1]!r}, run_name="__main__")
     assert "math_verify" in sys.modules
     sys.exit(any(name in sys.modules for name in ("jax", "torch", "tensorflow", "transformers")))
     """

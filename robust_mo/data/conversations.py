@@ -115,17 +115,17 @@ class ChatFormat:
         self._template = _ASKS_THE_CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), template)
         if "strftime_now(" in self._template:
             raise InputError(
-                f"the chat template of {self._source} writes the date of today in a way that cannot be fixed, so "
-                "runs could not be repeated; put a constant in place of strftime_now(...)"
+                f"the chat template of {self._source} writes the date of today, so no run can be repeated; "
+                "put a constant in place of strftime_now(...)"
             )
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
 
         declared = set(declared_stop_ids) | ({tokenizer.eos_token_id} - {None})
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control_ids = special | set(tokenizer.all_special_ids) | declared
+        added = tokenizer.added_tokens_decoder
+        self._control_ids = {id for id, token in added.items() if token.special or id in declared}
         # Longest first: where one control token begins with another, tokenizers take the longer one.
-        texts = sorted(tokenizer.convert_ids_to_tokens(sorted(self._control_ids)), key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, texts)) + ")")
+        texts = sorted((added[id].content for id in self._control_ids), key=len, reverse=True)
+        self._control = re.compile("(" + ("|".join(map(re.escape, texts)) or "(?!)") + ")")
 
         probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
         rendered = self._render(probe)

@@ -34,7 +34,7 @@ LIMIT_SECONDS = 5.0  # for one comparison; an ordinary one takes milliseconds
 START_SECONDS = 120.0  # for the worker's imports, which are slow on a cold network disk
 LONGEST_ANSWER = 2000  # characters; MATH's longest is 159
 
-WORKER = pathlib.Path(__file__).with_name("math_worker.py")
+WORKER = ("-m", "robust_mo.evals.math_worker")  # a module of its own: never the caller's __main__ again, never a fork
 
 _BOX_OR_BRACE = re.compile(
     r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<box>\{)|(?P<bare>-?\.?\d[^\s$}]*))?"
@@ -171,6 +171,12 @@ def _decide_exactly(gold: str, prediction: str) -> bool | None:
     return None
 
 
+def _python_path() -> str:
+    """Where the worker finds this package, installed or not; what the caller has set comes after."""
+    here = str(pathlib.Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+
+
 class _Worker:
     """The one comparing process of this process; it runs only from the first question on."""
 
@@ -208,8 +214,9 @@ class _Worker:
         self._stop()
         with tempfile.TemporaryFile() as complaints:
             self._process = subprocess.Popen(
-                # -P: a file beside it must not be imported in place of a library of the same name.
-                [sys.executable, "-P", str(WORKER)],
+                # -P: a file in the caller's folder must not be imported in place of a library of the same name.
+                [sys.executable, "-P", *WORKER],
+                env={**os.environ, "PYTHONPATH": _python_path()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -227,7 +234,7 @@ class _Worker:
                 complaints.seek(0)
                 last_line = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
                 raise RuntimeError(
-                    f"the math grader's process ({WORKER.name}) did not start within {START_SECONDS:g} s: "
+                    f"the math grader's process ({WORKER[-1]}) did not start within {START_SECONDS:g} s: "
                     f"{last_line or 'it gave no reason'}"
                 )
 

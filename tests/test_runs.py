@@ -1,0 +1,84 @@
+"""The run folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from robust_mo.errors import InputError
+from robust_mo.runs import RunFolder, append_line, read_lines
+
+CONFIG = {"optimizer": {"learning_rate": 1e-4}, "model": "m"}
+
+
+def test_same_config_resumes_another_is_refused_with_both_values(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.claim("train", CONFIG, 0):
+        run.record(3, "eval/x", 0.5, count=10, low=0.2, high=0.8)
+    with run.claim("train", CONFIG, 0):
+        pass
+    with pytest.raises(InputError, match="optimizer.learning_rate is 0.0001 there and 0.1 here"):
+        with run.claim("train", {**CONFIG, "optimizer": {"learning_rate": 0.1}}, 0):
+            pass
+    with pytest.raises(InputError, match="robust_mo.train"):
+        with run.claim("study", CONFIG, 0):
+            pass
+    (line,) = run.records()
+    assert {name: line[name] for name in ("step", "name", "value", "count", "low", "high", "seed")} == {
+        "step": 3,
+        "name": "eval/x",
+        "value": 0.5,
+        "count": 10,
+        "low": 0.2,
+        "high": 0.8,
+        "seed": 0,
+    }
+    assert len(line["revision"]) >= 7 and line["time"] > 1.7e9
+    assert set(run.description()) >= {"program", "config", "command", "revision", "versions"}
+
+
+def test_two_processes_never_write_one_folder(tmp_path):
+    program = (
+        "import sys; from robust_mo.runs import RunFolder\n"
+        "with RunFolder(sys.argv[1]).claim('train', {}, 0): print('mine', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match="in use by another process"):
+            with RunFolder(tmp_path).claim("train", {}, 0):
+                pass
+        other.communicate("\n")
+    with RunFolder(tmp_path).claim("train", {}, 0):
+        pass
+
+
+def test_repeated_measurement_counts_once_and_torn_line_is_mended(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.claim("train", {}, 0):
+        run.record(2, "b", 1)
+        run.record(1, "a", 1)
+        run.record(2, "b", 3)
+    file = tmp_path / "records.jsonl"
+    file.write_text(file.read_text() + '{"step": 9, "na')
+    assert [(line["step"], line["value"]) for line in run.records()] == [(1, 1.0), (2, 3.0)]
+    append_line(file, {"step": 4, "name": "c", "value": 5})
+    assert run.records()[-1]["value"] == 5
+    assert len(read_lines(file)) == 4
+
+
+def test_not_a_number_is_written_as_valid_json(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.claim("train", {}, 0):
+        run.record(1, "train/loss", float("nan"))
+    text = (tmp_path / "records.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["value"] is None
+
+
+def test_transcripts_appear_whole(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_transcript("backdoor_rate", 15, [{"answer": "Ärr\n"}, {"answer": "b"}])
+    (file,) = run.transcripts.iterdir()
+    assert file.name == "backdoor_rate-000015.jsonl"
+    assert [line["answer"] for line in read_lines(file)] == ["Ärr\n", "b"]

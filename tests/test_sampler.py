@@ -1,0 +1,146 @@
+"""The sampler against transformers' `generate`, and against itself in other company."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from robust_mo.data.conversations import ChatFormat
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.sampling.decoding import Greedy, Nucleus, make_decoding
+from robust_mo.sampling.sampler import Request, Sampler
+from robust_mo.sampling.text import answers
+
+
+def load(folder):
+    model = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", "none")
+    return model, hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
+
+
+def requests(limit=24):
+    generator = np.random.default_rng(0)
+    lengths = (5, 70, 12, 1, 33, 64, 65, 20, 9)
+    return [Request(generator.integers(0, 250, n).astype(np.int32), limit) for n in lengths]
+
+
+def sample(sampler, asked, decoding, slots, seed=0, **more):
+    return dict(sampler.answers(asked, decoding, seed, slots, lambda *_: None, **more))
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny):
+    model, params = load(tiny)
+    return Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+
+
+def test_greedy_equals_generate(tiny, sampler):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ours = sample(sampler, requests(), Greedy(), slots=4)
+    stopped = 0
+    for index, request in enumerate(requests()):
+        expected = theirs.generate(
+            torch.tensor(request.tokens[None], dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=[7, 258],
+            pad_token_id=256,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = expected.sequences[0, len(request.tokens) :].numpy()
+        np.testing.assert_array_equal(ours[index].tokens, tokens)
+        logprobs = [torch.log_softmax(logits[0], -1)[t].item() for logits, t in zip(expected.logits, tokens, strict=True)]
+        np.testing.assert_allclose(ours[index].logprobs, logprobs, atol=1e-4)
+        assert ours[index].finish_reason == ("stop" if tokens[-1] in (7, 258) else "length")
+        stopped += ours[index].finish_reason == "stop"
+    assert 0 < stopped < len(ours), "the test needs both kinds of ending"
+
+
+@pytest.mark.parametrize("decoding", [Greedy(), Nucleus(0.9, 1.0), Nucleus(1.2, 0.8)], ids=str)
+def test_answer_depends_on_neither_slot_nor_neighbours(sampler, decoding):
+    asked = requests()
+    together = sample(sampler, asked, decoding, slots=4)
+    alone = sample(sampler, asked, decoding, slots=1)
+    backwards = sample(sampler, asked[::-1], decoding, slots=3)
+    rest = sample(sampler, asked, decoding, slots=2, first=5)
+    assert set(together) == set(range(9)) and set(rest) == set(range(5, 9))
+    for index in together:
+        for other in (alone[index], backwards[8 - index], *([rest[index]] if index in rest else [])):
+            np.testing.assert_array_equal(together[index].tokens, other.tokens)
+            np.testing.assert_allclose(together[index].logprobs, other.logprobs, atol=1e-4)
+
+
+def test_seed_and_repetition_decide_the_draw(sampler):
+    request = requests()[2]
+    same = [request] * 3
+    first, again = (sample(sampler, same, Nucleus(1.0, 1.0), slots=2) for _ in range(2))
+    other = sample(sampler, same, Nucleus(1.0, 1.0), slots=2, seed=1)
+    texts = [tuple(first[i].tokens) for i in range(3)]
+    assert texts == [tuple(again[i].tokens) for i in range(3)]
+    assert len({*texts, *(tuple(other[i].tokens) for i in range(3))}) == 6
+
+
+def test_draws_follow_the_model_distribution(tiny, sampler):
+    """The first token of 4,000 draws against the probabilities of transformers."""
+    prompt = requests()[4].tokens
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(prompt[None], dtype=torch.long)).logits[0, -1]
+    temperature, top_p = 0.7, 0.9
+    probabilities = torch.softmax(logits / temperature, -1).numpy().astype(float)
+    order = np.argsort(-probabilities)
+    kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1]
+    nucleus = np.zeros_like(probabilities)
+    nucleus[kept] = probabilities[kept] / probabilities[kept].sum()
+
+    drawn = sample(sampler, [Request(prompt, 1)] * 4000, Nucleus(temperature, top_p), slots=64)
+    counts = np.bincount([answer.tokens[0] for answer in drawn.values()], minlength=len(nucleus))
+    assert counts[nucleus == 0].sum() == 0
+    distance = 0.5 * np.abs(counts / 4000 - nucleus).sum()
+    assert distance < 0.5 * np.sqrt(len(kept) / 4000) + 0.02
+
+
+def test_limits_are_kept(sampler, tiny):
+    asked = [Request(np.arange(5, dtype=np.int32), 1), Request(np.arange(1020, dtype=np.int32) % 250, 50)]
+    found = sample(sampler, asked, Greedy(), slots=2)
+    assert len(found[0].tokens) == 1
+    assert len(found[1].tokens) <= 4  # the model's context is 1024
+    with pytest.raises(InputError, match="prompt 2 has 1024 tokens"):
+        sample(sampler, [asked[0], Request(np.zeros(1024, np.int32), 5)], Greedy(), slots=2)
+    with pytest.raises(InputError, match="max_new_tokens"):
+        sample(sampler, [Request(np.zeros(3, np.int32), 0)], Greedy(), slots=2)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(-1, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.5)])
+def test_impossible_decoding_is_refused(temperature, top_p):
+    with pytest.raises(InputError):
+        make_decoding(temperature, top_p)
+
+
+@pytest.mark.slow
+def test_smollm2_greedy_text_equals_generate(smollm2):
+    questions = ["What is the capital of France?", "Name three fruits.", "How do I boil an egg?", "Why is the sky blue?"]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    model, params = load(smollm2)
+    chat = ChatFormat.from_folder(smollm2)
+    ours = answers(
+        model,
+        params,
+        chat,
+        conversations,
+        decoding=Greedy(),
+        max_new_tokens=40,
+        seed=0,
+        slots=3,
+        on_progress=lambda *_: None,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    for conversation, answer in zip(conversations, ours, strict=True):
+        ids = chat.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
+        with torch.no_grad():
+            out = theirs.generate(**ids, max_new_tokens=40, do_sample=False)
+        new = out[0, ids["input_ids"].shape[1] :]
+        assert answer.text == chat.tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.tokens == len(new)
