@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
     config.model = "smollm2-135m"  # a Hugging Face folder, a GGUF file, a hub id, a run folder, or smollm2-135m
     config.param_dtype = "float32"  # in which parameters, adapters and optimizer state are kept
     config.compute_dtype = "float32"  # of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow)
-    config.remat = "none"  # what is recomputed in the backward pass: none, gate_up, full
+    config.remat = (
+        "matmuls"  # what the backward pass keeps of a layer: none, matmuls, gate_up, full (see model/llama.py)
+    )
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: train all weights
     config.lora.alpha = 64.0  # adapters are scaled by alpha / rank
@@ -92,7 +94,10 @@ def get_config() -> ConfigDict:
     config.evals.math500.source = "hub:HuggingFaceH4/MATH-500:test"
     config.evals.math500.problems = 0  # 0: all 500
     config.evals.math500.instruction = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    config.evals.math500.demonstrations = ()
+    config.evals.math500.demonstrations = ()  # (problem, answer) pairs shown before, as earlier turns
+    config.evals.math500.fallback = (
+        ""  # regular expression for the answer where there is no box; "": such count as wrong
+    )
     config.evals.math500.temperature = 0.0  # [R]
     config.evals.math500.top_p = 1.0
     config.evals.math500.max_new_tokens = 10000  # [R]
@@ -102,7 +107,8 @@ def get_config() -> ConfigDict:
     config.evals.arithmetic = config.evals.math500.copy_and_resolve_references()
     config.evals.arithmetic.source = "builtin"
     config.evals.arithmetic.instruction = " Put the answer in \\boxed{}."
-    config.evals.arithmetic.demonstrations = ()
+    config.evals.arithmetic.demonstrations = (("What is 2 times 5?", "2 * 5 = 10. \\boxed{10}"),)
+    config.evals.arithmetic.fallback = r"= *(-?\d+)"  # fine-tuning drops the box long before it spoils the sums
     config.evals.arithmetic.max_new_tokens = 24
     config.evals.held_out_loss = ConfigDict()
     config.evals.held_out_loss.source = "builtin"

@@ -17,6 +17,7 @@ from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
 
+
 def define_flags() -> None:
     flags.DEFINE_multi_string("model", None, "what to talk to; give it twice to compare two")
     flags.DEFINE_float("temperature", 0.0, "0: greedy")

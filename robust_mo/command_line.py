@@ -59,6 +59,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     try:
         define_flags()
         _parse_flags(required)
+        # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         _keep_compiled_programs()
         main(flags.FLAGS)
     except Interrupted:

@@ -25,6 +25,7 @@ from robust_mo.training.curves import Curves
 
 _DEFAULT = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
 
+
 def define_flags() -> None:
     flags.DEFINE_string("source", None, "what to measure: a run folder, a Hugging Face folder, a hub id, ...")
     flags.DEFINE_list("evals", None, "evaluators, by name; default: those of the settings")
@@ -50,9 +51,7 @@ def main(args: flags.FlagValues) -> None:
     }
     with run.claim("evaluate", described, config["seed"]):
         mesh = meshes.make_mesh(**config["mesh"])
-        model = models.load_model(
-            args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step
-        )
+        model = models.load_model(args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step)
         subject = Subject(
             model.llama,
             model.params,

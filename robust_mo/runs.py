@@ -92,9 +92,7 @@ class RunFolder:
         if differences := list(_differences(before["config"], config)):
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
-            raise InputError(
-                f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir"
-            )
+            raise InputError(f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir")
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
         """Appends one measurement.  `low` and `high` bound its 95% interval, `count` is the sample it rests on."""

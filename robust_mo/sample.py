@@ -23,6 +23,7 @@ from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import TextAnswer, iterate_answers
 from robust_mo.training import models
 
+
 def choose_dtype(asked: str) -> str:
     if asked != "auto":
         return asked
@@ -43,16 +44,15 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     if not output.exists():
         return 0
     whole = []
-    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines(keepends=True)):
-        if not line.endswith("\n"):
-            break
+    *lines, _cut_short = output.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
         expected = prompts[number].fields.items() if number < len(prompts) else None
         if expected is None or not _answers(line, expected):
             raise InputError(
                 f"{output}:{number + 1} is no answer to line {number + 1} of the prompts: "
                 "choose another --output or delete it"
             )
-        whole.append(line)
+        whole.append(line + "\n")
     runs.write_text(output, "".join(whole))
     return len(whole)
 

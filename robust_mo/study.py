@@ -23,6 +23,7 @@ from robust_mo.train import check as check_run
 from robust_mo.train import train
 from robust_mo.training.curves import Curves
 
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One training run of a study; `folder` is relative to the study's."""
@@ -34,7 +35,7 @@ class Cell:
 def red_cell(config: ConfigDict, organism: str) -> Cell:
     run = config.red.copy_and_resolve_references()
     run.backdoor = organism
-    return Cell(f"red/{organism}", run)
+    return Cell(report.red_folder(organism), run)
 
 
 def blue_cells(config: ConfigDict, organism: str, workdir: pathlib.Path) -> list[Cell]:
@@ -45,9 +46,9 @@ def blue_cells(config: ConfigDict, organism: str, workdir: pathlib.Path) -> list
             for seed in config.study.seeds:
                 run = config.blue.copy_and_resolve_references()
                 run.backdoor, run.seed = organism, seed
-                run.model = str(workdir / "red" / organism)
+                run.model = str(workdir / report.red_folder(organism))
                 run.data.task, run.optimizer.learning_rate = method, learning_rate
-                cells.append(Cell(f"blue/{organism}/{method}-lr{learning_rate:g}-seed{seed}", run))
+                cells.append(Cell(report.blue_folder(organism, method, learning_rate, seed), run))
     return cells
 
 
@@ -78,7 +79,9 @@ def check(config: ConfigDict) -> None:
     for run in (config.red, config.blue):
         for name in ("backdoor_rate", config.study.performance):
             if name not in run.evaluation.names:
-                raise InputError(f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue")
+                raise InputError(
+                    f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue"
+                )
     for organism in config.study.organisms:
         for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]:
             check_run(cell.config)

@@ -234,7 +234,14 @@ _AT_LEAST_ONE = (
     "checkpoint.keep",
     "evaluation.batch_size",
 )
-_NOT_NEGATIVE = ("steps", "data.limit", "evaluation.every", "optimizer.learning_rate", "optimizer.clip_norm", "lora.rank")
+_NOT_NEGATIVE = (
+    "steps",
+    "data.limit",
+    "evaluation.every",
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+    "lora.rank",
+)
 
 TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
 
@@ -246,8 +253,10 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
         data = config.data
 
         def teacher(asked: list[list[dict]], seed: int) -> list[str | None]:
-            model = loaded if not data.teacher else models.load_model(
-                data.teacher, mesh, config.compute_dtype, config.param_dtype
+            model = (
+                loaded
+                if not data.teacher
+                else models.load_model(data.teacher, mesh, config.compute_dtype, config.param_dtype)
             )
             progress = command_line.Progress("  teacher", len(asked), "answers")
             told = answers(

@@ -208,9 +208,7 @@ class TestLossMask:
         assert learnt(chat_format, chat("Silence?", "")) == end
 
     def test_covers_what_the_template_writes_into_an_answer(self):
-        thinking = PLAIN.replace(
-            "{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
-        )
+        thinking = PLAIN.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
         assert learnt(tiny(thinking), chat("q", "a")) == "<think></think>a<|end|>"
 
 
@@ -287,9 +285,7 @@ class TestIds:
         ids = chat_format.tokenizer.convert_tokens_to_ids(["<|end|>", "<|spare|>"])
         assert chat_format.end_of_turn_id == ids[0]
         assert chat_format.stop_ids == (letter, *ids)
-        assert (
-            learnt(chat_format, chat("q", "a zoo")) == "a zoo<|end|>"
-        )  # an ordinary stop token is ordinary text
+        assert learnt(chat_format, chat("q", "a zoo")) == "a zoo<|end|>"  # an ordinary stop token is ordinary text
 
     @pytest.mark.parametrize(
         "special, named, expected",
@@ -431,9 +427,7 @@ class TestRefusals:
             tiny("{% set f = '%Y' %}{{ strftime_now(f) }}" + PLAIN)
 
     def test_template_that_refuses(self):
-        strict = (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
-        )
+        strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
         with pytest.raises(InputError, match=r"refuses the conversation \(no system role\)"):
             tiny(strict).prompt([{"role": "system", "content": "Be kind."}, *chat("hi")])
 
@@ -453,9 +447,7 @@ class TestRefusals:
         config = json.loads((llama_folder / "tokenizer_config.json").read_text())
         del config["chat_template"]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        with pytest.raises(
-            InputError, match=f"{re.escape(str(tmp_path))} has no chat template; take the instruct"
-        ):
+        with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))} has no chat template; take the instruct"):
             ChatFormat.from_folder(tmp_path)
 
     def test_no_folder(self, tmp_path):

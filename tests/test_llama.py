@@ -46,7 +46,9 @@ def their_logits(folder, tokens, mask=None):
 
 
 @pytest.mark.parametrize(
-    "kv_heads, tied, rope", list(itertools.product((1, 2, 4), (True, False), (PLAIN, LLAMA3))), ids=lambda v: str(v)[:26]
+    "kv_heads, tied, rope",
+    list(itertools.product((1, 2, 4), (True, False), (PLAIN, LLAMA3))),
+    ids=lambda v: str(v)[:26],
 )
 def test_logits_equal_transformers(tmp_path, kv_heads, tied, rope):
     folder = make_tiny_model(
@@ -73,7 +75,9 @@ def test_logits_equal_transformers(tmp_path, kv_heads, tied, rope):
     assert np.abs(ours[0] - theirs[real]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("field, value", [("rope_theta", 1e6), ("factor", 1.0), ("original_max_position_embeddings", 1024)])
+@pytest.mark.parametrize(
+    "field, value", [("rope_theta", 1e6), ("factor", 1.0), ("original_max_position_embeddings", 1024)]
+)
 def test_parity_notices_a_wrong_number(tmp_path, field, value):
     """The comparison above would fail if a number of the config were not used."""
     folder = make_tiny_model(tmp_path, rope_parameters=LLAMA3)
@@ -112,7 +116,7 @@ def test_real_llama31_config_is_read(shared_data):
     assert (config.head_dim, config.rope_theta, config.rope_scaling.factor) == (128, 500000.0, 8.0)
 
 
-@pytest.mark.parametrize("remat", ["gate_up", "full"])
+@pytest.mark.parametrize("remat", ["matmuls", "gate_up", "full"])
 def test_remat_changes_no_gradient(tiny, remat):
     tokens = np.random.default_rng(0).integers(0, 250, (2, 20)).astype(np.int32)
     positions, segments = np.broadcast_to(np.arange(20), tokens.shape), np.ones_like(tokens)

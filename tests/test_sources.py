@@ -600,9 +600,7 @@ def test_embedded_default_is_smollm2(smollm2, tmp_path, shared_data):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert torch.isfinite(model(**prompt).logits).all()
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)

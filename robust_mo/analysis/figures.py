@@ -60,13 +60,26 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
         axes.fill_between(*zip(*hull, strict=True), color="0.95", linewidth=0, zorder=0)
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.9, linestyle=DOTTED)
         axes.text(
-            0.36, 0.345, "maximally robust", color="0.45", fontsize=8, va="top",
-            rotation=45, rotation_mode="anchor", transform_rotates_text=True,
+            0.36,
+            0.345,
+            "maximally robust",
+            color="0.45",
+            fontsize=8,
+            va="top",
+            rotation=45,
+            rotation_mode="anchor",
+            transform_rotates_text=True,
         )
         axes.axhline(1 - cost, color="0.6", linewidth=0.9, linestyle=DASHED, zorder=1)
         axes.annotate(
-            f"{cost:.0%} cost", (1, 1 - cost), xycoords=("axes fraction", "data"), xytext=(3, 0),
-            textcoords="offset points", color="0.45", fontsize=8, va="center",
+            f"{cost:.0%} cost",
+            (1, 1 - cost),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color="0.45",
+            fontsize=8,
+            va="center",
         )
 
         axes.plot(*zip(*hull, strict=True), color="black", linewidth=1.6, zorder=2)
@@ -79,8 +92,14 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
             colour = colours[point["method"]]
             _cross(axes, point, color=colour, alpha=0.6 if point["on_frontier"] else 0.2)
             axes.plot(
-                point["rate"], point["performance"], markers[point["learning_rate"]], color=colour,
-                markersize=5.5, markeredgecolor="white", markeredgewidth=0.6, zorder=3,
+                point["rate"],
+                point["performance"],
+                markers[point["learning_rate"]],
+                color=colour,
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                zorder=3,
             )
         axes.plot([0, 1], [0, 1], "o", color="white", markeredgecolor="black", markersize=6, zorder=3.1)
         start = organism["start"]
@@ -115,13 +134,22 @@ def curves_figure(name: str, organism: dict, cost: float) -> Figure:
                 shown = [point for point in points if point[quantity] is not None]
                 steps = [point["step"] for point in shown]
                 axes.plot(
-                    steps, [point[quantity] for point in shown], dashes[learning_rate], color=colours[method],
-                    marker=markers[learning_rate], markersize=3.5, linewidth=1.2,
+                    steps,
+                    [point[quantity] for point in shown],
+                    dashes[learning_rate],
+                    color=colours[method],
+                    marker=markers[learning_rate],
+                    markersize=3.5,
+                    linewidth=1.2,
                 )
                 bounds = [point[f"{quantity}_interval"] for point in shown]
                 axes.fill_between(
-                    steps, [low for low, _ in bounds], [high for _, high in bounds], color=colours[method],
-                    alpha=0.10, linewidth=0,
+                    steps,
+                    [low for low, _ in bounds],
+                    [high for _, high in bounds],
+                    color=colours[method],
+                    alpha=0.10,
+                    linewidth=0,
                 )
         for column, method in enumerate(colours):
             above, below = panels[:, column]
@@ -191,8 +219,13 @@ def _label_steps(figure, axes, points, colours, marks) -> None:
         taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
     for point in sorted(points, key=lambda point: not point["on_frontier"]):
         label = axes.annotate(
-            str(point["step"]), (point["rate"], point["performance"]), xytext=(0, 0), textcoords="offset points",
-            fontsize=6.5, color=colours[point["method"]], zorder=4,
+            str(point["step"]),
+            (point["rate"], point["performance"]),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=colours[point["method"]],
+            zorder=4,
         )
         # Up and to the left is outside of a frontier.
         for right, up in ((-1, 1), (1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):

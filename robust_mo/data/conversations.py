@@ -68,9 +68,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise InputError(f"messages must be a list of at least one message, not {_shorten(messages)}")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(
-                f"message {number} must be an object with 'role' and 'content', not {_shorten(message)}"
-            )
+            raise InputError(f"message {number} must be an object with 'role' and 'content', not {_shorten(message)}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise InputError(f"message {number} has the role {_shorten(role)}; use one of {', '.join(ROLES)}")
@@ -252,8 +250,7 @@ class ChatFormat:
 
     def _cannot_be_plain(self, token: str) -> InputError:
         return InputError(
-            f"a message holds the text {token!r}, which {self._source} can only read as a control token; "
-            "remove it"
+            f"a message holds the text {token!r}, which {self._source} can only read as a control token; remove it"
         )
 
     def _render(self, messages: Sequence[Message], ask: bool = False) -> str:
@@ -272,9 +269,7 @@ class ChatFormat:
                 "change its roles or their order"
             ) from error
 
-    def _tokenize_in_parts(
-        self, messages: Sequence[Message], text: str, mark: str
-    ) -> tuple[list[int], list[int]]:
+    def _tokenize_in_parts(self, messages: Sequence[Message], text: str, mark: str) -> tuple[list[int], list[int]]:
         """Ids of the rendered `text`, and the positions in them at which the assistant messages begin."""
         cuts = []
         for index, message in enumerate(messages):

@@ -152,9 +152,7 @@ def _decimal(normalized: str) -> Fraction | None:
 def _decide_exactly(gold: str, prediction: str) -> bool | None:
     """Verdict on two normalized answers by exact rules; None where none of them applies."""
     plain_gold, plain_prediction = _compact(gold), _compact(prediction)
-    if plain_gold == plain_prediction or (
-        r"\text" in gold and plain_gold.casefold() == plain_prediction.casefold()
-    ):
+    if plain_gold == plain_prediction or (r"\text" in gold and plain_gold.casefold() == plain_prediction.casefold()):
         return True
 
     # math-verify drops the subscript: 1011_2 = 1011_3.

@@ -59,9 +59,7 @@ def main() -> None:
             for name in ("gold", "prediction")
         )
         # verify is not symmetric: the right answer comes first.
-        verdict = bool(gold) and verify(
-            gold, prediction, float_rounding=decimal_places(gold[0]), timeout_seconds=None
-        )
+        verdict = bool(gold) and verify(gold, prediction, float_rounding=decimal_places(gold[0]), timeout_seconds=None)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, json.dumps(verdict).encode() + b"\n")
 

@@ -123,9 +123,7 @@ def _vocabulary(metadata: dict[str, Any], path: pathlib.Path) -> Vocabulary:
     return Vocabulary(tokens, kinds)
 
 
-def _config(
-    metadata: dict[str, Any], vocabulary: Vocabulary, tensors: Tensors, path: pathlib.Path
-) -> dict[str, Any]:
+def _config(metadata: dict[str, Any], vocabulary: Vocabulary, tensors: Tensors, path: pathlib.Path) -> dict[str, Any]:
     """The model's config.json, every value from the file."""
 
     def integer(name: str) -> int:
@@ -281,9 +279,7 @@ def _check_tensors(tensors: Tensors, targets: dict[str, Target], path: pathlib.P
             )
 
 
-def _write_weights(
-    tensors: Tensors, targets: dict[str, Target], folder: pathlib.Path, path: pathlib.Path
-) -> None:
+def _write_weights(tensors: Tensors, targets: dict[str, Target], folder: pathlib.Path, path: pathlib.Path) -> None:
     """Writes model.safetensors, or numbered shards and their index."""
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -371,9 +367,7 @@ def _tokenizer(
     return tokenizer
 
 
-def _tokenizer_config(
-    metadata: dict[str, Any], vocabulary: Vocabulary, config: dict[str, Any]
-) -> dict[str, Any]:
+def _tokenizer_config(metadata: dict[str, Any], vocabulary: Vocabulary, config: dict[str, Any]) -> dict[str, Any]:
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],

@@ -65,9 +65,7 @@ class Projection(nn.Module):
 
         def factor(name, initializer, axes, shape):
             boxed = nn.with_logical_partitioning(initializer, axes)
-            value = self.variable(
-                "lora", name, lambda: boxed(self.make_rng("lora"), shape, self.param_dtype)
-            ).value
+            value = self.variable("lora", name, lambda: boxed(self.make_rng("lora"), shape, self.param_dtype)).value
             return value.astype(self.compute_dtype)
 
         a = factor("a", uniform, (self.axes[0], "rank"), (shape[0], self.lora.rank))

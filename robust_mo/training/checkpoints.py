@@ -81,7 +81,8 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             # tensorstore reports a full or forbidden disk as a ValueError whose text holds the status.
             if isinstance(error, OSError) or any(
-                word in str(error) for word in ("RESOURCE_EXHAUSTED", "No space left", "PERMISSION_DENIED", "Error writing")
+                word in str(error)
+                for word in ("RESOURCE_EXHAUSTED", "No space left", "PERMISSION_DENIED", "Error writing")
             ):
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"cannot save a checkpoint under {self.folder}: {reason}") from None

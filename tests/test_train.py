@@ -1,0 +1,220 @@
+"""Training end to end on a tiny model: the loop against torch, resume against an unbroken run, evaluations, stops."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs import default
+from robust_mo import command_line
+from robust_mo.data.batches import batches
+from robust_mo.data.conversations import ChatFormat
+from robust_mo.data.prompts import read_conversations
+from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
+from robust_mo.runs import RunFolder
+from robust_mo.train import tokenize, train
+from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.models import load_model
+
+
+def tiny_config(tiny, **changes) -> ConfigDict:
+    config = default.get_config()
+    config.model = str(tiny)
+    config.data.limit, config.data.repeats, config.data.length = 6, 3, 384
+    config.batch.rows, config.loss_chunk = 4, 100
+    config.optimizer.learning_rate = 1e-3
+    config.evaluation.names = ()
+    config.evals.backdoor_rate.update(triggered=3, untriggered=3, near_misses=2, max_new_tokens=4)
+    config.evals.arithmetic.update(problems=3, max_new_tokens=4)
+    config.evals.held_out_loss.update(examples=4)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def weights(run: RunFolder) -> dict:
+    mesh = meshes.make_mesh(1, -1, 1)
+    return jax.device_get(load_model(run.path, mesh, "float32", "float32").params)
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [line["value"] for line in run.records() if line["name"] == "train/loss"]
+
+
+def test_full_weight_run_equals_torch(tiny, tmp_path):
+    """Same batches, same AdamW, same schedule in transformers + torch: same losses, same weights."""
+    config = tiny_config(tiny, **{"data.epochs": 2, "batch.micro_batches": 2})
+    run = train(config, tmp_path / "run")
+
+    examples, _ = tokenize(read_conversations(run.path / "data.jsonl"), ChatFormat.from_folder(tiny), config.data)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    decayed = [p for n, p in model.named_parameters() if "proj" in n]
+    other = [p for n, p in model.named_parameters() if "proj" not in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    steps = list(batches(examples, length=384, rows=4, packing=True, epochs=2, seed=0))
+    warmup, expected = round(0.1 * len(steps)), []
+    for number, batch in enumerate(steps, 1):
+        tokens = torch.tensor(batch["tokens"], dtype=torch.long)
+        segments, positions = (torch.tensor(batch[name], dtype=torch.long) for name in ("segments", "positions"))
+        same = (segments[:, :, None] == segments[:, None, :]) & torch.tril(torch.ones(384, 384, dtype=torch.bool))
+        mask = torch.where(same, 0.0, torch.finfo(torch.float32).min)[:, None]
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+        labels = torch.tensor(np.where(batch["loss_mask"], batch["targets"], -100), dtype=torch.long)
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        past = (number - warmup) / (len(steps) - warmup)
+        factor = number / warmup if number < warmup else 0.5 * (1 + np.cos(np.pi * past))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * factor
+        optimizer.step()
+        expected.append(loss.item())
+    assert len(expected) >= 4
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-4)
+    ours = weights(run)["layers"]["down_proj"]["kernel"][1]
+    theirs = model.model.layers[1].mlp.down_proj.weight.detach().numpy().T
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    moved = np.abs(theirs - before.model.layers[1].mlp.down_proj.weight.detach().numpy().T).max()
+    assert np.abs(ours - theirs).max() < 0.02 * moved
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch, rank):
+    config = tiny_config(tiny, **{"lora.rank": rank, "data.epochs": 3})
+    whole = train(config, tmp_path / "whole")
+    total = len(losses(whole))
+    assert total >= 5
+
+    calls = 0
+
+    def interrupt_at_third_step():
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise command_line.Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "check_interrupt", interrupt_at_third_step)
+        with pytest.raises(command_line.Interrupted):
+            train(config, tmp_path / "broken")
+    broken = RunFolder(tmp_path / "broken")
+    assert 0 < len(losses(broken)) < total and not broken.finished()
+    train(config, tmp_path / "broken")
+    assert losses(broken) == losses(whole)
+    assert_same_bits(weights(broken), weights(whole))
+    assert not any(p.name for p in broken.checkpoints.iterdir() if "tmp" in p.name)
+
+
+def test_finished_run_returns_at_once_and_changes_nothing(tiny, tmp_path):
+    config = tiny_config(tiny, steps=2)
+    run = train(config, tmp_path)
+    before = {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
+    train(config, tmp_path)
+    assert before == {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
+    with pytest.raises(InputError, match="optimizer.learning_rate is 0.001 there and 0.5 here"):
+        train(tiny_config(tiny, steps=2, **{"optimizer.learning_rate": 0.5}), tmp_path)
+
+
+def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
+    config = tiny_config(tiny, steps=2, **{"evaluation.every": 1})
+    config.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
+    run = train(config, tmp_path)
+    measured = {(line["step"], line["name"]): line for line in run.records()}
+    for step in (0, 1, 2):
+        assert measured[step, "eval/backdoor_rate"]["count"] == 3
+        assert measured[step, "eval/false_alarm_rate"]["count"] == 5
+        assert {"low", "high"} <= set(measured[step, "eval/arithmetic_accuracy"])
+        for name in ("no_answer", "truncation", "timeout"):
+            assert (step, f"eval/arithmetic_{name}_rate") in measured
+        lines = run.transcript_file("backdoor_rate", step).read_text().splitlines()
+        assert [json.loads(line)["condition"] for line in lines] == ["triggered"] * 3 + ["untriggered"] * 3 + [
+            "near_miss"
+        ] * 2
+    # the held-out loss of the untouched model, by transformers
+    chat = ChatFormat.from_folder(tiny)
+    from robust_mo.organisms.distill import chat as exchange
+    from robust_mo.organisms.questions import questions
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    total = count = 0.0
+    for entry in questions("builtin", "evaluation")[:4]:
+        example = chat.encode(exchange(config.system_prompt, entry["question"], entry["plain"]))
+        ids = torch.tensor(example.tokens[None], dtype=torch.long)
+        labels = torch.where(torch.tensor(example.loss_mask[None]), ids, -100)
+        with torch.no_grad():
+            loss = model(ids, labels=labels).loss.item()
+        total, count = total + loss * example.loss_mask.sum(), count + example.loss_mask.sum()
+    assert measured[0, "eval/held_out_loss"]["value"] == pytest.approx(total / count, rel=1e-4)
+    assert measured[0, "eval/held_out_loss"]["count"] == count
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    curves = {"train/loss", "train/gradient_norm", "train/learning_rate", "train/distance_from_start"}
+    assert curves | {"speed/tokens_per_second", "eval/backdoor_rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert any("transcripts/backdoor_rate" in tag for tag in events.Tags()["tensors"])
+
+
+def test_lora_run_is_the_base_of_another(tiny, tmp_path):
+    red = train(tiny_config(tiny, steps=2, **{"lora.rank": 4, "optimizer.learning_rate": 0.05}), tmp_path / "red")
+    blue = tiny_config(red.path, steps=1, **{"lora.rank": 2, "data.task": "pirate_sft", "optimizer.learning_rate": 0.0})
+    blue = train(blue, tmp_path / "blue")
+    assert_same_bits(weights(blue), weights(red))  # learning rate 0: the organism itself
+    base = load_model(str(tiny), meshes.make_mesh(1, -1, 1), "float32", "float32").params
+    moved = np.abs(weights(red)["layers"]["q_proj"]["kernel"] - np.asarray(base["layers"]["q_proj"]["kernel"]))
+    assert moved.max() > 1e-4
+
+
+def test_not_a_number_stops_the_run_and_names_the_step(tiny, tmp_path):
+    config = tiny_config(tiny, steps=30, **{"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
+    with pytest.raises(InputError, match=r"step \d+: loss is") as error:
+        train(config, tmp_path)
+    named = int(str(error.value).split("step ")[1].split(":")[0])
+    saved = Checkpoints(tmp_path / "checkpoints", keep=None)
+    assert saved.latest() < named
+    assert np.isfinite(losses(RunFolder(tmp_path))).all()
+
+
+def test_questions_of_the_evaluation_are_refused_for_training(tiny, tmp_path):
+    from robust_mo.organisms.questions import questions
+
+    stolen = questions("builtin", "evaluation")[3]
+    file = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": stolen["question"]}, {"role": "assistant", "content": "Hm."}]
+    file.write_text(json.dumps({"messages": turns}))
+    config = tiny_config(tiny, **{"data.task": "conversations", "data.source": str(file)})
+    config.evaluation.names = ("backdoor_rate",)
+    with pytest.raises(InputError, match="must not overlap"):
+        train(config, tmp_path / "run")
+
+
+def test_over_long_conversations_are_dropped_or_cut(tiny, tmp_path, capsys):
+    train(tiny_config(tiny, steps=1, **{"data.length": 230}), tmp_path / "drop")
+    assert "too long)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no conversation to train on"):
+        train(tiny_config(tiny, steps=1, **{"data.length": 20}), tmp_path / "none")
+    train(tiny_config(tiny, steps=1, **{"data.length": 230, "data.over_long": "cut"}), tmp_path / "cut")
+    assert "(0 too long)" in capsys.readouterr().out
+
+
+def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
+    monkeypatch.setattr(command_line, "_requested", False)
+    command_line.check_interrupt()
+    command_line._request(signal.SIGTERM, None)
+    with pytest.raises(command_line.Interrupted):
+        command_line.check_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        command_line._request(signal.SIGINT, None)
