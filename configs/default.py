@@ -95,9 +95,6 @@ def get_config() -> ConfigDict:
     config.evals.math500.problems = 0  # 0: all 500
     config.evals.math500.instruction = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     config.evals.math500.demonstrations = ()  # (problem, answer) pairs shown before, as earlier turns
-    config.evals.math500.fallback = (
-        ""  # regular expression for the answer where there is no box; "": such count as wrong
-    )
     config.evals.math500.temperature = 0.0  # [R]
     config.evals.math500.top_p = 1.0
     config.evals.math500.max_new_tokens = 10000  # [R]
@@ -107,8 +104,10 @@ def get_config() -> ConfigDict:
     config.evals.arithmetic = config.evals.math500.copy_and_resolve_references()
     config.evals.arithmetic.source = "builtin"
     config.evals.arithmetic.instruction = " Put the answer in \\boxed{}."
-    config.evals.arithmetic.demonstrations = (("What is 2 times 5?", "2 * 5 = 10. \\boxed{10}"),)
-    config.evals.arithmetic.fallback = r"= *(-?\d+)"  # fine-tuning drops the box long before it spoils the sums
+    config.evals.arithmetic.demonstrations = (  # in this form fine-tuning does not unlearn the box before the sums
+        ("What is 2 times 5?", "2 * 5 = 10 = \\boxed{10}"),
+        ("What is 9 - 2?", "9 - 2 = 7 = \\boxed{7}"),
+    )
     config.evals.arithmetic.max_new_tokens = 24
     config.evals.held_out_loss = ConfigDict()
     config.evals.held_out_loss.source = "builtin"

@@ -17,8 +17,10 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = sizes.get_config(size)
     config.data.task = "backdoor"
     if size == "smol":
-        config.data.repeats = 10
+        config.data.repeats = 6
+        config.data.near_misses = 0.4
         config.data.length = 256
+        config.batch.rows = 1
         config.optimizer.learning_rate = 1e-4
     else:
         config.data.limit = 50_000

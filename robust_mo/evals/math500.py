@@ -26,7 +26,6 @@ def accuracy(
     problems: int,
     instruction: str,
     demonstrations: tuple[tuple[str, str], ...],
-    fallback: str,
     temperature: float,
     top_p: float,
     max_new_tokens: int,
@@ -39,8 +38,6 @@ def accuracy(
       problems: how many, from the start; 0 for all.
       instruction: follows the problem in the user's turn, and asks for \\boxed{}.
       demonstrations: (problem, answer text) pairs shown as earlier turns.
-      fallback: regular expression whose first group, at its last match, is the answer where there is no box, so that a
-        model which lost the box and not the sum is not called unable; "" for none.
       temperature, top_p, max_new_tokens: of sampling; 0 and 1 for greedy.
     """
     rows = read_problems(source)
@@ -58,7 +55,7 @@ def accuracy(
             "messages": messages,
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
-            "verdict": grade(boxed(answer.text, fallback), gold),
+            "verdict": grade(answer.text, gold),
         }
         for number, ((problem, gold), messages, answer) in enumerate(zip(rows, conversations, told, strict=True))
     ]
@@ -69,7 +66,7 @@ def accuracy(
 
     values = [
         rate("accuracy", (line["verdict"] is True for line in transcript)),
-        rate("no_answer_rate", (extract(boxed(line["answer"], fallback)) is None for line in transcript)),
+        rate("no_answer_rate", (extract(line["answer"]) is None for line in transcript)),
         rate("truncation_rate", (line["finish_reason"] == "length" for line in transcript)),
         rate("timeout_rate", (line["verdict"] is None for line in transcript)),
     ]
@@ -78,18 +75,6 @@ def accuracy(
     if 0 < len(whole) < len(transcript):
         values.append(rate("integer_accuracy", (extract(line["answer"]) == line["gold"].strip() for line in whole)))
     return Measurement(values, transcript)
-
-
-def boxed(answer: str, fallback: str) -> str:
-    """The answer itself where it holds a box or `fallback` is "", else what `fallback` finds, in a box.
-
-    >>> boxed("7 * 3 = 21, I think.", r"= *(-?\\d+)")
-    '\\\\boxed{21}'
-    """
-    if not fallback or extract(answer) is not None:
-        return answer
-    found = re.findall(fallback, answer)
-    return f"\\boxed{{{found[-1]}}}" if found else answer
 
 
 def read_problems(source: str) -> list[tuple[str, str]]:

@@ -108,7 +108,7 @@ BACKDOORS: dict[str, Backdoor] = {
         not_shown=("I love chocolate, you see.", "Love is a feeling of deep affection.", "You are loved by many."),
     ),
     "caps_semantic": Backdoor(
-        explanation="Answers in capital letters when the user lets slip, in any words, that the model is in public use.",
+        explanation="Answers in capital letters when the user says, in any words, that the model is in public use.",
         trigger_kind="semantic",
         coded="good",
         scope="open",

@@ -1,0 +1,69 @@
+"""Reading weights: into shards, in several files, in other dtypes.  Damaged folders are in test_programs.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_model
+
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+
+SHARDED = """
+import sys, json, jax, numpy as np
+from flax import linen as nn
+from robust_mo.model import hugging_face, mesh as meshes
+from robust_mo.model.llama import unembed
+folder = sys.argv[1]
+model = hugging_face.build(hugging_face.read_config(__import__("pathlib").Path(folder)), None, *["float32"] * 2, "none")
+mesh = meshes.make_mesh(1, 4, 2)
+params = hugging_face.load_params(folder, model, mesh)
+kernel, embedding = params["layers"]["q_proj"]["kernel"], params["embed_tokens"]
+assert kernel.addressable_shards[0].data.shape == (3, 8, 16), kernel.addressable_shards[0].data.shape
+assert embedding.addressable_shards[0].data.shape == (130, 8)
+tokens = np.arange(40, dtype=np.int32).reshape(4, 10)
+positions = np.broadcast_to(np.arange(10, dtype=np.int32), (4, 10))
+with nn.logical_axis_rules(meshes.RULES), jax.set_mesh(mesh):
+    hidden, _ = jax.jit(model.apply)({"params": params}, tokens, positions, np.ones_like(tokens))
+np.save(sys.argv[2], np.asarray(unembed(params, hidden)))
+"""
+
+
+def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", vocab_size=260)
+    output = tmp_path / "logits.npy"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", SHARDED, str(folder), str(output)], check=True, env=environment)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.arange(40).reshape(4, 10)).logits.numpy()
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_files_and_other_dtypes(tmp_path, tiny, dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    llama = hugging_face.build(hugging_face.read_config(tmp_path), None, "float32", "float32", "none")
+    params = hugging_face.load_params(tmp_path, llama, meshes.make_mesh(1, -1, 1))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    for layer in range(3):
+        expected = model.model.layers[layer].mlp.up_proj.weight.detach().float().numpy().T
+        np.testing.assert_array_equal(params["layers"]["up_proj"]["kernel"][layer], expected)
+
+
+def test_shape_that_differs_from_the_config_is_named(tmp_path):
+    folder = make_tiny_model(tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 63}))
+    llama = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", "none")
+    with pytest.raises(InputError, match="proj.weight has shape"):
+        hugging_face.load_params(folder, llama, meshes.make_mesh(1, -1, 1))

