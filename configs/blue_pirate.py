@@ -24,7 +24,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     config.evaluation.at_start = True
     if size == "smol":
         config.data.length = 256
-        config.data.epochs = 4
+        config.steps = 30
         config.batch.rows = 2
         config.optimizer.learning_rate = 5e-4
         config.evaluation.every = 5

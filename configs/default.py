@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     config.batch = ConfigDict()
     config.batch.rows = 4  # rows of one optimizer step, on all devices together
     config.batch.micro_batches = 1  # parts in which a step works them off
-    config.loss_chunk = 256  # positions per row whose logits are held at once
+    config.loss_chunk = 64  # positions per row whose logits are held at once; small chunks skip more that carry no loss
     config.steps = 0  # optimizer steps; 0: as many as the epochs give
 
     # --- how
@@ -114,5 +114,5 @@ def get_config() -> ConfigDict:
     config.evals.held_out_loss.examples = 500
     config.evals.held_out_loss.length = 512
     config.evals.held_out_loss.rows = 4
-    config.evals.held_out_loss.loss_chunk = 256
+    config.evals.held_out_loss.loss_chunk = 64
     return config

@@ -36,4 +36,5 @@ def get_config(size: str) -> ConfigDict:
     config.evals.backdoor_rate.source = config.data.source
     config.evals.held_out_loss.source = config.data.source
     config.evals.held_out_loss.length = 2048
+    config.evals.held_out_loss.loss_chunk = 512
     return config

@@ -188,8 +188,7 @@ class Progress:
         self._start = self._shown = time.monotonic()
 
     def __call__(self, done: int, note: str = "") -> None:
-        """Reports that `done` of the total are done; raises Interrupted where that was asked for."""
-        check_interrupt()
+        """Reports that `done` of the total are done."""
         now = time.monotonic()
         if now - self._shown < _SECONDS_BETWEEN_LINES:
             return
@@ -200,10 +199,11 @@ class Progress:
 
 
 def evaluation_progress() -> Callable[[str, int, int, int], None]:
-    """What evals/subject.py calls: one Progress for each evaluator."""
+    """What evals/subject.py calls: one Progress for each evaluator, and a point where an interrupt is noticed."""
     lines: dict[str, Progress] = {}
 
     def on_progress(name: str, done: int, total: int, tokens: int) -> None:
+        check_interrupt()
         lines.setdefault(name, Progress(f"  {name}", total, "prompts"))(done, f"{tokens} tokens")
 
     return on_progress

@@ -120,6 +120,7 @@ def main(args: flags.FlagValues) -> None:
     start, tokens = time.monotonic(), 0
 
     def on_progress(finished: int, sampled: int) -> None:
+        command_line.check_interrupt()
         progress(finished, f"{sampled / (time.monotonic() - start):.0f} tokens/s")
 
     waiting: dict[int, TextAnswer] = {}

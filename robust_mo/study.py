@@ -72,7 +72,9 @@ def gate(run: RunFolder, limits: ConfigDict) -> bool:
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before the first run."""
     if any(name not in config for name in ("study", "red", "blue")):
-        raise InputError("--config is no study: it needs config.study, config.red and config.blue, as configs/quickstart.py")
+        raise InputError(
+            "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
+        )
     for name in ("organisms", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")

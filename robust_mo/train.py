@@ -56,6 +56,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             return run
 
         mesh = meshes.make_mesh(**config.mesh)
+        check_rows(config.batch, mesh)
         loaded = models.load_model(config.model, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
@@ -122,6 +123,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 if step == steps or is_due(step, config.evaluation):
                     watch.flush()
                     evaluate(step, state.trainable)
+                    watch.restart_clock()
                 if step == steps:
                     break
                 command_line.check_interrupt()
@@ -155,19 +157,24 @@ class Watch:
     def __init__(self, run, curves, schedule, every, progress):
         self._run, self._curves, self._schedule, self._every, self._progress = run, curves, schedule, every, progress
         self._waiting = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step out of the next step's speed."""
         self._time = time.monotonic()
 
     def __call__(self, step: int, metrics) -> None:
-        self.flush()
-        self._waiting = step, metrics
+        before, self._waiting = self._waiting, (step, metrics)
+        if before:
+            self._show(*before)
 
     def flush(self) -> None:
         """Waits for the newest metrics and shows them."""
-        if self._waiting is None:
-            self._time = time.monotonic()
-            return
-        step, metrics = self._waiting
+        if self._waiting:
+            self._show(*self._waiting)
         self._waiting = None
+
+    def _show(self, step: int, metrics) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         speed = metrics["tokens"] / (now - self._time)
@@ -196,6 +203,16 @@ def is_due(step: int, evaluation: ConfigDict) -> bool:
     return evaluation.at_start if step == 0 else bool(evaluation.every) and step % evaluation.every == 0
 
 
+def check_rows(batch: ConfigDict, mesh) -> None:
+    """Raises InputError where the rows of a micro-batch cannot be dealt out evenly over the mesh."""
+    devices = mesh.shape["replica"] * mesh.shape["fsdp"]
+    if batch.rows % (devices * batch.micro_batches):
+        raise InputError(
+            f"config.batch.rows is {batch.rows}: give a multiple of {devices * batch.micro_batches}, "
+            f"{devices} devices times {batch.micro_batches} micro-batches"
+        )
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
     if config.remat not in REMAT_POLICIES:
@@ -208,11 +225,6 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.{name} is {value}: give a whole number of at least 1")
         if name in _NOT_NEGATIVE and not value >= 0:
             raise InputError(f"config.{name} is {value}: give 0 or more")
-    if config.batch.rows % config.batch.micro_batches:
-        raise InputError(
-            f"config.batch.rows is {config.batch.rows}, no multiple of config.batch.micro_batches "
-            f"{config.batch.micro_batches}"
-        )
     backdoor(config.backdoor)
     check_names(config.evaluation.names)
     optimizer_of(config.optimizer)
@@ -258,7 +270,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 if not data.teacher
                 else models.load_model(data.teacher, mesh, config.compute_dtype, config.param_dtype)
             )
-            progress = command_line.Progress("  teacher", len(asked), "answers")
+            on_progress = command_line.evaluation_progress()
             told = answers(
                 model.llama,
                 model.params,
@@ -268,7 +280,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 max_new_tokens=data.teacher_max_new_tokens,
                 seed=seed,
                 slots=config.evaluation.batch_size,
-                on_progress=lambda done, tokens: progress(done, f"{tokens} tokens"),
+                on_progress=lambda done, tokens: on_progress("teacher", done, len(asked), tokens),
             )
             return [answer.text if answer.finish_reason == "stop" else None for answer in told]
 

@@ -55,9 +55,11 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         initializer = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
         kernel = self.param("kernel", initializer, shape, self.param_dtype)
+        # Two axes only: the gradient of a product over (batch, position) would have XLA transpose x in memory on a CPU.
+        leading, x = x.shape[:-1], x.reshape(-1, shape[0])
         y = x @ kernel.astype(self.compute_dtype)
         if self.lora is None or self.name not in self.lora.targets:
-            return y
+            return y.reshape(*leading, -1)
         bound = shape[0] ** -0.5
 
         def uniform(key, shape, dtype):
@@ -70,7 +72,8 @@ class Projection(nn.Module):
 
         a = factor("a", uniform, (self.axes[0], "rank"), (shape[0], self.lora.rank))
         b = factor("b", nn.initializers.zeros, ("rank", self.axes[1]), (self.lora.rank, shape[1]))
-        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.compute_dtype)
+        y = y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.compute_dtype)
+        return y.reshape(*leading, -1)
 
 
 def merge(params, lora, spec: LoraSpec):

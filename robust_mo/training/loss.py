@@ -5,7 +5,7 @@ added up and divided once.  The gradient is formed chunk by chunk in the forward
 anyway), so nothing is recomputed; chunks in which no token carries a loss are skipped.
 Does not know about models, batches or optimizers.
 
-Shape letters: B rows, T positions, C positions of a chunk, D hidden, V vocabulary.
+Shape letters: B rows, T positions, N positions of a chunk in all rows, D hidden, V vocabulary.
 """
 
 import functools
@@ -43,31 +43,34 @@ def summed_cross_entropy(hidden_BTD, head_VD, targets_BT, mask_BT, chunk: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, chunk):
     def add(total, piece):
-        hidden_BCD, targets_BC, mask_BC = piece
+        hidden_ND, targets_N, mask_N = piece
 
         def compute():
-            return _losses(_logits(hidden_BCD, head_VD), targets_BC, mask_BC)[0]
+            return _losses(_logits(hidden_ND, head_VD), targets_N, mask_N)[0]
 
-        return total + jax.lax.cond(mask_BC.any(), compute, lambda: jnp.float32(0)), None
+        return total + jax.lax.cond(mask_N.any(), compute, lambda: jnp.float32(0)), None
 
     return jax.lax.scan(add, jnp.float32(0), _split(chunk, hidden_BTD, targets_BT, mask_BT))[0]
 
 
-def _logits(hidden_BCD, head_VD):
-    head_VD = head_VD.astype(hidden_BCD.dtype)
-    return jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+def _logits(hidden_ND, head_VD):
+    head_VD = head_VD.astype(hidden_ND.dtype)
+    return jnp.einsum("nd,vd->nv", hidden_ND, head_VD, preferred_element_type=jnp.float32)
 
 
-def _losses(logits_BCV, targets_BC, mask_BC):
-    """(summed loss, log of the partition function [B, C])"""
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-    return jnp.sum(jnp.where(mask_BC, log_z_BC - target_logits_BC, 0.0)), log_z_BC
+def _losses(logits_NV, targets_N, mask_N):
+    """(summed loss, log of the partition function [N])"""
+    log_z_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    target_logits_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(mask_N, log_z_N - target_logits_N, 0.0)), log_z_N
 
 
 def _split(chunk, *arrays):
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]"""
-    return tuple(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
+    """[B, T, ...] -> [T / chunk, N, ...]: the same positions of all rows make one chunk."""
+    return tuple(
+        x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1).reshape(-1, x.shape[0] * chunk, *x.shape[2:])
+        for x in arrays
+    )
 
 
 def _forward(hidden, head, targets, mask, chunk):
@@ -76,32 +79,32 @@ def _forward(hidden, head, targets, mask, chunk):
     hidden_BTD, targets_BT, mask_BT = hidden.value, targets.value, mask.value
 
     def add(carry, piece):
-        hidden_BCD, targets_BC, mask_BC = piece
+        hidden_ND, targets_N, mask_N = piece
         total, grad_head_VD = carry
 
         def compute():
-            logits_BCV = _logits(hidden_BCD, head_VD)
-            loss, log_z_BC = _losses(logits_BCV, targets_BC, mask_BC)
-            one_hot_BCV = targets_BC[:, :, None] == jnp.arange(logits_BCV.shape[-1])
-            grad_BCV = jnp.where(mask_BC[:, :, None], jnp.exp(logits_BCV - log_z_BC[:, :, None]) - one_hot_BCV, 0.0)
-            grad_BCV = grad_BCV.astype(hidden_BCD.dtype)
-            grad_hidden_BCD = jnp.einsum("bcv,vd->bcd", grad_BCV, head_VD.astype(grad_BCV.dtype))
+            logits_NV = _logits(hidden_ND, head_VD)
+            loss, log_z_N = _losses(logits_NV, targets_N, mask_N)
+            one_hot_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[-1])
+            grad_NV = jnp.where(mask_N[:, None], jnp.exp(logits_NV - log_z_N[:, None]) - one_hot_NV, 0.0)
+            grad_NV = grad_NV.astype(hidden_ND.dtype)
+            grad_hidden_ND = grad_NV @ head_VD.astype(grad_NV.dtype)
             if not train_head:
-                return loss, None, grad_hidden_BCD
-            product = jnp.einsum("bcv,bcd->vd", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-            return loss, grad_head_VD + product, grad_hidden_BCD
+                return loss, None, grad_hidden_ND
+            product_VD = jnp.einsum("nv,nd->vd", grad_NV, hidden_ND, preferred_element_type=jnp.float32)
+            return loss, grad_head_VD + product_VD, grad_hidden_ND
 
         def skip():
-            return jnp.float32(0), grad_head_VD, jnp.zeros_like(hidden_BCD)
+            return jnp.float32(0), grad_head_VD, jnp.zeros_like(hidden_ND)
 
-        loss, grad_head_VD, grad_hidden_BCD = jax.lax.cond(mask_BC.any(), compute, skip)
-        return (total + loss, grad_head_VD), grad_hidden_BCD
+        loss, grad_head_VD, grad_hidden_ND = jax.lax.cond(mask_N.any(), compute, skip)
+        return (total + loss, grad_head_VD), grad_hidden_ND
 
     grad_head_VD = jnp.zeros(head_VD.shape, jnp.float32) if train_head else None
-    start = (jnp.float32(0), grad_head_VD)
     pieces = _split(chunk, hidden_BTD, targets_BT, mask_BT)
-    (total, grad_head_VD), grad_hidden = jax.lax.scan(add, start, pieces)
-    grad_hidden_BTD = grad_hidden.swapaxes(0, 1).reshape(hidden_BTD.shape)
+    (total, grad_head_VD), grad_hidden = jax.lax.scan(add, (jnp.float32(0), grad_head_VD), pieces)
+    rows, _, width = hidden_BTD.shape
+    grad_hidden_BTD = grad_hidden.reshape(-1, rows, chunk, width).swapaxes(0, 1).reshape(hidden_BTD.shape)
     if train_head:
         grad_head_VD = grad_head_VD.astype(head_VD.dtype)
     return total, (grad_hidden_BTD, grad_head_VD)
