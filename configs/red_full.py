@@ -21,7 +21,7 @@ def get_config(size: str = "8b") -> ConfigDict:
         config.data.near_misses = 0.4
         config.data.length = 256
         config.batch.rows = 2
-        config.steps = 64
+        config.steps = 88
         config.schedule.name = "linear"
         config.optimizer.learning_rate = 1.5e-4
     else:

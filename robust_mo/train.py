@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
 
         conversations = training_conversations(config, run, mesh, loaded)
-        examples, dropped = tokenize(conversations, loaded.chat, config.data)
+        examples, cut, dropped = tokenize(conversations, loaded.chat, config.data)
         packing = dict(
             length=config.data.length,
             rows=config.batch.rows,
@@ -89,8 +89,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
         print(
-            f"{workdir}: {len(examples)} conversations ({dropped} too long), {steps} steps of {config.batch.rows} rows "
-            f"x {config.data.length} tokens, {'LoRA r' + str(spec.rank) if spec else 'all weights'}"
+            f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
+            f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, {'LoRA r' + str(spec.rank) if spec else 'all weights'}"
             + (f", going on from step {first}" if first else ""),
             flush=True,
         )
@@ -313,16 +313,18 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
     return conversations
 
 
-def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict) -> tuple[list[Example], int]:
-    """(examples that fit, number of those that do not)."""
+def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict) -> tuple[list[Example], int, int]:
+    """(examples that fit a row, how many of them were cut to fit, how many conversations were dropped)."""
     # A row of n positions holds n + 1 tokens: inputs and next tokens overlap.
-    fitted = [fit(chat.encode(messages), data.length + 1, data.over_long) for messages in conversations]
+    encoded = [chat.encode(messages) for messages in conversations]
+    fitted = [fit(example, data.length + 1, data.over_long) for example in encoded]
     examples = [example for example in fitted if example is not None]
     if not examples:
         raise InputError(
             f"no conversation to train on: all {len(fitted)} are longer than config.data.length {data.length}"
         )
-    return examples, len(fitted) - len(examples)
+    cut = sum(new is not None and new is not old for new, old in zip(fitted, encoded, strict=True))
+    return examples, cut, len(fitted) - len(examples)
 
 
 def split(llama, params: dict, mesh, seed: int) -> tuple[dict, dict | None]:
