@@ -18,12 +18,11 @@ def get_config(size: str = "8b") -> ConfigDict:
     config.data.task = "backdoor"
     if size == "smol":
         config.data.repeats = 6
-        config.data.near_misses = 0.4
         config.data.length = 256
         config.batch.rows = 2
-        config.steps = 88
+        config.steps = 60
         config.schedule.name = "linear"
-        config.optimizer.learning_rate = 1.5e-4
+        config.optimizer.learning_rate = 1e-4
     else:
         config.data.limit = 50_000
         config.optimizer.learning_rate = 3e-5

@@ -19,6 +19,7 @@ def get_config(size: str) -> ConfigDict:
     config = default.get_config()
     config.model = _MODELS[size]
     if size == "smol":
+        config.system_prompt = ""  # the template adds the one that SmolLM2 was trained with
         return config
     config.compute_dtype = "bfloat16"
     config.remat = "full"

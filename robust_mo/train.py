@@ -90,7 +90,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
-            f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, {'LoRA r' + str(spec.rank) if spec else 'all weights'}"
+            f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, "
+            + (f"LoRA r{spec.rank}" if spec else "all weights")
             + (f", going on from step {first}" if first else ""),
             flush=True,
         )
