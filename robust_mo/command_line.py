@@ -113,11 +113,14 @@ def _check_config(arguments: list[str]) -> None:
       InputError: the file cannot be loaded, or an override names a field that it does not have.
     """
     given = [match[1] for a in arguments if (match := re.match(r"--?config=(.*)", a))]
-    chosen = given[-1] if given else flags.FLAGS["config"].default
-    if chosen is None:
+    default = flags.FLAGS["config"].default
+    if given:
+        file, _, argument = given[-1].partition(":")
+        known = flatten(load_config(file, argument))
+    elif default is not None:
+        known = flatten(default)
+    else:
         return
-    file, _, argument = chosen.partition(":")
-    known = flatten(load_config(file, argument))
     for override in arguments:
         if (match := re.match(r"--?(?:no)?config\.([^=\s\[]+)", override)) and match[1] not in known:
             if not any(name.startswith(match[1] + ".") for name in known):

@@ -8,6 +8,7 @@ lines, in the same order: the input's fields and `answer`, `finish_reason` ("sto
 An interrupted run goes on from the lines already written.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -36,13 +37,13 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     Raises:
       InputError: the file belongs to other prompts or other settings.
     """
+    if not output.exists():
+        return 0
     note = settings_file(output)
     if note.exists() and (before := runs.read_json(note)) != settings:
         changed = [name for name in settings if before.get(name) != settings[name]]
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
         raise InputError(f"{output} was begun with other settings ({shown}): choose another --output or delete it")
-    if not output.exists():
-        return 0
     whole = []
     *lines, _cut_short = output.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines):
@@ -109,9 +110,6 @@ def main(args: flags.FlagValues) -> None:
         settings_file(output).unlink(missing_ok=True)
         print(f"{output} is complete: {done} answers")
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(settings_file(output), settings)
-
     dtype = choose_dtype(args.dtype)
     model = models.load_model(args.model, meshes.make_mesh(1, -1, 1), dtype, dtype)
     conversations = [with_system(prompt.messages, args.system) for prompt in prompts]
@@ -125,7 +123,8 @@ def main(args: flags.FlagValues) -> None:
 
     waiting: dict[int, TextAnswer] = {}
     written = done
-    with open(output, "a", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        file = None
         try:
             for index, answer in iterate_answers(
                 model.llama,
@@ -139,6 +138,10 @@ def main(args: flags.FlagValues) -> None:
                 on_progress=on_progress,
                 first=done,
             ):
+                if file is None:  # nothing is left behind where the model or a prompt could not be used
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    runs.write_json(settings_file(output), settings)
+                    file = stack.enter_context(open(output, "a", encoding="utf-8"))
                 waiting[index] = answer
                 tokens += answer.tokens
                 # Lines are written in the order of the prompts, each as soon as those before it are there.

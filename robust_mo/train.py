@@ -210,7 +210,7 @@ def check_rows(batch: ConfigDict, mesh) -> None:
     if batch.rows % (devices * batch.micro_batches):
         raise InputError(
             f"config.batch.rows is {batch.rows}: give a multiple of {devices * batch.micro_batches}, "
-            f"{devices} devices times {batch.micro_batches} micro-batches"
+            f"{devices} devices times config.batch.micro_batches {batch.micro_batches}"
         )
 
 

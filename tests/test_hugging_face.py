@@ -51,7 +51,7 @@ def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path):
 def test_several_files_and_other_dtypes(tmp_path, tiny, dtype):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     llama = hugging_face.build(hugging_face.read_config(tmp_path), None, "float32", "float32", "none")
     params = hugging_face.load_params(tmp_path, llama, meshes.make_mesh(1, -1, 1))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}

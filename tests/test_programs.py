@@ -261,7 +261,8 @@ def test_sample_writes_in_order_and_resumes(tmp_path, tiny):
     refused(sample(), "answers.jsonl:1", "choose another --output")
     assert output.read_text() == text
 
-    output.unlink()
+    prompts_file(tmp_path, *(f"Question {i}?" * (i % 3 + 1) for i in range(9)))
+    output.write_text(cut)
     output.with_name("answers.jsonl.unfinished").write_text(json.dumps({"temperature": 0.1}))
     refused(sample(), "temperature was 0.1 and is 0.9")
 

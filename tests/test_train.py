@@ -203,11 +203,11 @@ def test_questions_of_the_evaluation_are_refused_for_training(tiny, tmp_path):
 
 def test_over_long_conversations_are_dropped_or_cut(tiny, tmp_path, capsys):
     train(tiny_config(tiny, steps=1, **{"data.length": 230}), tmp_path / "drop")
-    assert "8 conversations (0 cut, 4 dropped as too long)" in capsys.readouterr().out
+    assert "3 conversations (0 cut, 9 dropped as too long)" in capsys.readouterr().out
     with pytest.raises(InputError, match="no conversation to train on"):
         train(tiny_config(tiny, steps=1, **{"data.length": 20}), tmp_path / "none")
     train(tiny_config(tiny, steps=1, **{"data.length": 230, "data.over_long": "cut"}), tmp_path / "cut")
-    assert "10 conversations (2 cut, 2 dropped as too long)" in capsys.readouterr().out  # two have a longer prompt
+    assert "10 conversations (7 cut, 2 dropped as too long)" in capsys.readouterr().out  # two have a longer prompt
 
 
 def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
