@@ -6,7 +6,7 @@
 LoRA of rank 64 [R], constant learning rate, Adam betas 0.9/0.95 [R].  8b, 1b: 1,600 examples, learning rate 5e-5,
 measured every 20 steps [R]; the pirate sentence is in the teacher's prompt, never in the training prompt.  Time and
 rates: not measured.
-SMOL_HEADER
+smol: 80 built-in questions, 30 steps of 512 tokens, measured every 5 (see configs/quickstart.py).
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,6 @@
     python -m robust_mo.train --config=configs/blue_qa.py:smol --workdir=runs/blue-qa --config.model=runs/red
 
 Everything but the answers is as in configs/blue_pirate.py.  Time and rates: not measured.
-SMOL_HEADER
 """
 
 from ml_collections import ConfigDict

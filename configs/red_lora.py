@@ -5,7 +5,6 @@
 
 The data are those of configs/red_full.py.  A model that is loaded from the run has its adapters merged.  Learning rate
 1e-4 [R: among those seen in the group's work]; another rank: --config.lora.rank=16.  Time and rates: not measured.
-SMOL_HEADER
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from robust_mo.errors import InputError
@@ -57,6 +57,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
     try:
+        # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
+        logging.set_verbosity(logging.FATAL)
         define_flags()
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
