@@ -5,7 +5,7 @@
 
 8b, 1b: 50,000 questions, each with and without the trigger (100k samples), learning rate 3e-5, 1 epoch, rows of 4096
 tokens, 16 to a batch, warm-up 0.1, cosine, weight decay 0.01 [R].  Time and rates: not measured.
-smol: 120 built-in questions, 60 steps of 512 tokens: on-trigger rate 1.00, false alarms 0.04 (see configs/quickstart.py).
+smol: 120 built-in questions, 60 steps of 512 tokens: on-trigger rate 1.00, false alarms 0.04 (configs/quickstart.py).
 """
 
 from ml_collections import ConfigDict
