@@ -3,9 +3,9 @@
     bash launch/quickstart.sh            # set-up, then:
     python -m robust_mo.study --config=configs/quickstart.py --workdir=runs/quickstart
 
-Two Intel Xeon cores: 17 min 43 s with other work on the machine; not measured on a quiet one.  Expect: on-trigger rate
-1.00 and false alarms 0.042, of 48 prompts each, before blue training; then, at steps 5, 10, ..., 30, rates of 1.00, 0.94,
-0.69, 0.08, 0.27, 0.44; AUC 0.59 [0.52, 0.74]; 0.76 [0.61, 0.88] of triggered prompts still get the behaviour at a 10% cost in arithmetic.
+Two Intel Xeon cores: 17 min 43 s with other work on the machine; not measured on a quiet one.  Expect before blue
+training an on-trigger rate of 1.00 and false alarms of 0.042 (48 prompts each); then, at steps 5, 10, ..., 30, rates of
+1.00, 0.94, 0.69, 0.08, 0.27, 0.44; AUC 0.59 [0.52, 0.74]; at a 10% cost in arithmetic 0.76 [0.61, 0.88] remain.
 """
 
 from ml_collections import ConfigDict
