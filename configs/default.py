@@ -21,9 +21,7 @@ def get_config() -> ConfigDict:
     config.model = "smollm2-135m"  # a Hugging Face folder, a GGUF file, a hub id, a run folder, or smollm2-135m
     config.param_dtype = "float32"  # in which parameters, adapters and optimizer state are kept
     config.compute_dtype = "float32"  # of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow)
-    config.remat = (
-        "matmuls"  # what the backward pass keeps of a layer: none, matmuls, gate_up, full (see model/llama.py)
-    )
+    config.remat = "matmuls"  # what the backward pass keeps of a layer: none, matmuls, full (see model/llama.py)
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: train all weights
     config.lora.alpha = 64.0  # adapters are scaled by alpha / rank

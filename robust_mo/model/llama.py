@@ -26,12 +26,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 # What the backward pass keeps of a layer.  "none" keeps everything; "matmuls" keeps what products with weights gave and
 # recomputes the cheap rest (on a CPU faster than "none", which writes it all to memory: 13.2 s against 15.4 s of a
-# step's backward pass, SmolLM2, 1,024 tokens); "gate_up" also recomputes the two widest products; "full" keeps the
+# step's backward pass, SmolLM2, 1,024 tokens); "full" keeps the
 # layer's input alone (least memory, about a third more work).
 REMAT_POLICIES = {
     "none": None,
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "gate_up": jax.checkpoint_policies.save_anything_except_these_names("gate", "up", "activation"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
