@@ -1,22 +1,17 @@
 """Sampling speed beside transformers' `generate`: 64 real prompts of mixed length, greedy, equal rows, in one run.
 
-    python benchmarks/cpu_sample.py [--rounds=3] [--max_new_tokens=64] [--batch_size=16]
+    python -m benchmarks.cpu_sample [--rounds=3] [--max_new_tokens=64] [--batch_size=16]
 
-Each side runs in a process of its own, in turn; a side is timed on its second pass over the prompts, so that
-compilation and first touches are left out on both.  `generate` gets left-padded batches, sorted by length, which is the
-best it can do.  The texts are compared before the figures are believed.  Prints a table and writes
+A side is timed on its second pass over the prompts, so that compilation and first touches are left out on both.
+`generate` gets left-padded batches, sorted by length, which is the best it can do.  Writes
 benchmarks/results/cpu_sample.json.
 """
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 
-from cpu_train import report
+from benchmarks.peers import SIDES, compare
 
 
 def prompts() -> list[list[dict]]:
@@ -31,7 +26,6 @@ def prompts() -> list[list[dict]]:
 
 
 def ours(max_new_tokens: int, batch_size: int) -> dict:
-    os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as command_line.py sets it for every program
     from robust_mo.model import mesh as meshes
     from robust_mo.sampling.decoding import make_decoding
     from robust_mo.sampling.text import answers
@@ -52,7 +46,7 @@ def ours(max_new_tokens: int, batch_size: int) -> dict:
             on_progress=lambda *_: None,
         )
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(a.tokens for a in told), "texts": [a.text for a in told]}
+    return {"speed": sum(a.tokens for a in told) / seconds, "texts": [a.text for a in told]}
 
 
 def theirs(max_new_tokens: int, batch_size: int) -> dict:
@@ -79,7 +73,15 @@ def theirs(max_new_tokens: int, batch_size: int) -> dict:
                 texts[index] = tokenizer.decode(row[:length], skip_special_tokens=True)
                 tokens += length
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": tokens, "texts": texts}
+    return {"speed": tokens / seconds, "texts": texts}
+
+
+def agree(ours: dict, theirs: dict) -> None:
+    """Ends the process where more texts differ than near ties, which fall otherwise in a left-padded batch, explain."""
+    equal = sum(a == b for a, b in zip(ours["texts"], theirs["texts"], strict=True))
+    print(f"equal texts: {equal} of {len(ours['texts'])}", flush=True)
+    if equal < 0.9 * len(ours["texts"]):
+        raise SystemExit("the texts differ")
 
 
 def main() -> None:
@@ -87,28 +89,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        side = ours if args.side == "ours" else theirs
-        print(json.dumps(side(args.max_new_tokens, args.batch_size)))
-        return
-    rounds = {"ours": [], "theirs": []}
-    for _ in range(args.rounds):
-        texts = {}
-        for name in rounds:
-            command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}"]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-            rounds[name].append(result["tokens"] / result["seconds"])
-            texts[name] = result["texts"]
-        equal = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True))
-        print(f"equal texts: {equal} of {len(texts['ours'])}", flush=True)
-        # A near tie may fall the other way in a left-padded batch; more than a few would be a bug.
-        if equal < 0.9 * len(texts["ours"]):
-            raise SystemExit("the texts differ")
-    medians = {name: statistics.median(values) for name, values in rounds.items()}
-    report("cpu_sample", "answer tokens/s", rounds, medians)
+    if args.side is None:
+        return compare("cpu_sample", "answer tokens/s", args.rounds, agree)
+    side = ours if args.side == "ours" else theirs
+    print(json.dumps(side(args.max_new_tokens, args.batch_size)))
+    return None
 
 
 if __name__ == "__main__":

@@ -1,29 +1,25 @@
 """Training speed beside transformers + torch (+ PEFT): the same SmolLM2 weights, the same padded batch, in one run.
 
-    python benchmarks/cpu_train.py [--lora] [--steps=6] [--rounds=3]
+    python -m benchmarks.cpu_train [--lora] [--steps=6] [--rounds=3]
 
-Each side runs in a process of its own, in turn, `rounds` times; a side's figure is the median over its rounds of the
-median step after two warm-up steps.  The first losses are compared before anything is timed.  Prints a table and writes
-benchmarks/results/cpu_train[_lora].json.
+The batch is eight conversations of the red team's data.  A step is forward, backward, clipping and AdamW; a side's
+speed is that of its median step after two warm-up steps.  Both must begin at the same loss and descend alike.
+Writes benchmarks/results/cpu_train[-lora].json.
 """
 
 import argparse
 import json
-import os
-import pathlib
-import platform
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from benchmarks.peers import SIDES, compare
+
 ROWS, LENGTH, LEARNING_RATE, RANK = 8, 128, 1e-5, 16
 
 
-def make_batch(file: str) -> None:
+def make_batch() -> dict[str, np.ndarray]:
     """Eight conversations of the red team's data, one to a row, padded."""
     from robust_mo.data.batches import batches
     from robust_mo.data.conversations import ChatFormat, fit
@@ -44,11 +40,11 @@ def make_batch(file: str) -> None:
     )
     chat = ChatFormat.from_folder(resolve("smollm2-135m"))
     examples = [e for e in (fit(chat.encode(m), LENGTH + 1, "drop") for m in made) if e is not None]
-    np.savez(file, **next(iter(batches(examples, LENGTH, ROWS, packing=False, epochs=1, seed=0))))
+    return next(iter(batches(examples, LENGTH, ROWS, packing=False, epochs=1, seed=0)))
 
 
-def ours(batch: dict, lora: bool, steps: int) -> dict:
-    os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as command_line.py sets it for every program
+def ours(batch: dict, lora: bool, steps: int) -> tuple[list[float], list[float]]:
+    """(loss, seconds) of every step."""
     import jax
     import jax.numpy as jnp
 
@@ -83,10 +79,10 @@ def ours(batch: dict, lora: bool, steps: int) -> dict:
         )
         losses.append(float(jax.device_get(metrics["loss"])))
         seconds.append(time.perf_counter() - start)
-    return {"losses": losses, "seconds": seconds}
+    return losses, seconds
 
 
-def theirs(batch: dict, lora: bool, steps: int) -> dict:
+def theirs(batch: dict, lora: bool, steps: int) -> tuple[list[float], list[float]]:
     import torch
     import transformers
 
@@ -117,7 +113,13 @@ def theirs(batch: dict, lora: bool, steps: int) -> dict:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    return {"losses": losses, "seconds": seconds}
+    return losses, seconds
+
+
+def agree(ours: dict, theirs: dict) -> None:
+    """Ends the process where the losses part."""
+    if not np.allclose(ours["losses"], theirs["losses"], atol=1e-2):
+        raise SystemExit(f"the losses differ: ours {ours['losses']}, theirs {theirs['losses']}")
 
 
 def main() -> None:
@@ -125,69 +127,15 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} on all projections")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=["batch", "ours", "theirs"], help=argparse.SUPPRESS)
-    parser.add_argument("--file", help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side == "batch":
-        return make_batch(args.file)
-    if args.side:
-        with np.load(args.file) as file:
-            batch = dict(file)
-        print(json.dumps((ours if args.side == "ours" else theirs)(batch, args.lora, args.steps)))
-        return None
-
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ".batch.npz"
-
-    def side(name: str) -> dict:
-        command = [sys.executable, __file__, f"--side={name}", f"--file={file}", f"--steps={args.steps}"]
-        command += ["--lora"] * args.lora
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        return json.loads(done.stdout.strip().splitlines()[-1]) if name != "batch" else {}
-
-    side("batch")
-    tokens = int((np.load(file)["segments"] > 0).sum())
-    speeds = {"ours": [], "theirs": []}
-    for _ in range(args.rounds):
-        found = {name: side(name) for name in speeds}
-        first = {name: result["losses"][0] for name, result in found.items()}
-        if abs(first["ours"] - first["theirs"]) > 1e-3:
-            raise SystemExit(f"the first losses differ: {first}")
-        for name, result in found.items():
-            speeds[name].append(tokens / statistics.median(result["seconds"][2:]))
-    file.unlink()
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    report("cpu_train" + "_lora" * args.lora, "tokens/s without padding", speeds, medians)
+    if args.side is None:
+        return compare("cpu_train" + "-lora" * args.lora, "tokens/s without padding", args.rounds, agree)
+    batch = make_batch()
+    losses, seconds = (ours if args.side == "ours" else theirs)(batch, args.lora, args.steps)
+    speed = int((batch["segments"] > 0).sum()) / statistics.median(seconds[2:])
+    print(json.dumps({"speed": speed, "losses": losses}))
     return None
-
-
-def report(name: str, unit: str, rounds: dict, medians: dict) -> None:
-    """Prints the table and keeps the figures with what they were measured on."""
-    from robust_mo.runs import git_revision, versions
-
-    ratio = medians["ours"] / medians["theirs"]
-    for side, value in medians.items():
-        print(f"{side:8} {value:8.1f} {unit}   rounds: {', '.join(f'{v:.1f}' for v in rounds[side])}")
-    print(f"ratio    {ratio:8.2f}")
-    import torch
-
-    device = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    kept = {
-        "benchmark": name,
-        "unit": unit,
-        "median": medians,
-        "rounds": rounds,
-        "ratio": ratio,
-        "device": f"{device}, {os.cpu_count()} cores",
-        "versions": {**versions(), "torch": torch.__version__},
-        "revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,8 +143,8 @@ def test_numbers(study):
 
     run = summary["runs"][BLUE]
     assert run["seeds"] == [7] and run["command"] and run["versions"]["python"]
-    assert len(summary["transcripts"]) == 10
-    for path, digest in summary["transcripts"].items():
+    assert len(summary["sha256"]) == 10
+    for path, digest in summary["sha256"].items():
         assert hashlib.sha256((study / path).read_bytes()).hexdigest() == digest
 
 

@@ -90,7 +90,7 @@ def summarise(study: pathlib.Path) -> dict:
         "organisms": finished,
         "unfinished": [name for name in organisms if name not in finished],
         "runs": {path: _provenance(runs.RunFolder(study / path)) for path in started},
-        "transcripts": {
+        "sha256": {
             file.relative_to(study).as_posix(): runs.sha256(file)
             for path in started
             for file in sorted(runs.RunFolder(study / path).transcripts.glob("*.jsonl"))
@@ -476,7 +476,7 @@ def _provenance_section(summary) -> list[str]:
         "\n".join(lines),
         _folded(
             "sha256 of every transcript, for sha256sum --check",
-            [f"{digest}  {path}" for path, digest in summary["transcripts"].items()],
+            [f"{digest}  {path}" for path, digest in summary["sha256"].items()],
         ),
     ]
 
