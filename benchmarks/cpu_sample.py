@@ -1,6 +1,6 @@
 """Sampling speed beside transformers' `generate`: 64 real prompts of mixed length, greedy, equal rows, in one run.
 
-    python -m benchmarks.cpu_sample [--rounds=3] [--max_new_tokens=64] [--batch_size=16]
+    python -m benchmarks.cpu_sample [--rounds=3] [--max_new_tokens=128] [--batch_size=16]
 
 A side is timed on its second pass over the prompts, so that compilation and first touches are left out on both.
 `generate` gets left-padded batches, sorted by length, which is the best it can do.  Writes
@@ -87,7 +87,7 @@ def agree(ours: dict, theirs: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()

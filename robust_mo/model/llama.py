@@ -162,19 +162,55 @@ class RMSNorm(nn.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Cache:
-    """Keys and values of the positions seen so far, of all layers: each `[L, B, S, G, K]`."""
+    """Keys and values of the positions seen so far, laid out as the products of attention read them on a CPU.
+
+    Attributes:
+      k: `[L, B, G, K, S]`.
+      v: `[L, B, G, S, K]`; the cache of a single layer has no axis L in either.
+    """
 
     k: jax.Array
     v: jax.Array
 
     @classmethod
     def zeros(cls, config: LlamaConfig, rows: int, capacity: int, dtype) -> "Cache":
-        shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        entry = (config.num_hidden_layers, rows, config.num_key_value_heads)
+        return cls(
+            jnp.zeros((*entry, config.head_dim, capacity), dtype), jnp.zeros((*entry, capacity, config.head_dim), dtype)
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[-1]
+
+    def extended(self, more: int) -> "Cache":
+        """With room for `more` entries at the end of every row."""
+        k_axes, v_axes = ([(0, 0)] * (self.k.ndim - 2) + last for last in ([(0, 0), (0, more)], [(0, more), (0, 0)]))
+        return Cache(jnp.pad(self.k, k_axes), jnp.pad(self.v, v_axes))
+
+    def rows(self, count: int) -> "Cache":
+        """A cache of one row, `count` times."""
+        return jax.tree.map(lambda c: jnp.repeat(c, count, axis=-4), self)
+
+    def with_rows(self, rows_R, new: "Cache") -> "Cache":
+        """With the rows `rows_R` begun as in `new`; numbers beyond the last row are left out."""
+        return Cache(
+            self.k.at[..., rows_R, :, :, : new.capacity].set(new.k, mode="drop"),
+            self.v.at[..., rows_R, :, : new.capacity, :].set(new.v, mode="drop"),
+        )
 
     def write(self, layer, positions_BT, k_BTGK, v_BTGK) -> "Cache":
-        rows = jnp.arange(k_BTGK.shape[0])[:, None]
-        return Cache(self.k.at[layer, rows, positions_BT].set(k_BTGK), self.v.at[layer, rows, positions_BT].set(v_BTGK))
+        """With the new entries of a layer, or of the only one (None)."""
+        here = () if layer is None else (layer,)
+        rows, all_of = jnp.arange(positions_BT.shape[0])[:, None], slice(None)
+        return Cache(
+            self.k.at[(*here, rows, all_of, all_of, positions_BT)].set(k_BTGK),
+            self.v.at[(*here, rows, all_of, positions_BT)].set(v_BTGK),
+        )
+
+    def unstacked(self) -> "list[Cache]":
+        """The caches of the single layers."""
+        return [jax.tree.map(lambda c, n=n: c[n], self) for n in range(len(self.k))]
 
 
 class Layer(nn.Module):
@@ -205,9 +241,11 @@ class Layer(nn.Module):
         q = rotate(q.reshape(B, T, -1, c.head_dim), *rope)
         k = rotate(k.reshape(B, T, -1, c.head_dim), *rope)
         v = v.reshape(B, T, -1, c.head_dim)
-        if cache is not None:
+        if cache is None:
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        else:
             cache = cache.write(layer, positions_BT, k, v)
-            k, v = cache.k[layer], cache.v[layer]
+            k, v = (cache.k, cache.v) if layer is None else (cache.k[layer], cache.v[layer])
         attended = attention.attend(q, k, v, mask_BTS).reshape(B, T, -1)
         x_BTD = x_BTD + projection(c.hidden_size, ("heads", "embed"), name="o_proj")(attended)
 
@@ -229,6 +267,8 @@ class Llama(nn.Module):
       compute_dtype: dtype of activations and products.
       param_dtype: dtype in which parameters are stored.
       remat: a key of REMAT_POLICIES.
+      scan_layers: whether the layers are stacked and run in a loop; otherwise each has parameters (see
+        `unstack_layers`) and a Cache of its own.
     """
 
     config: LlamaConfig
@@ -236,6 +276,7 @@ class Llama(nn.Module):
     compute_dtype: jnp.dtype
     param_dtype: jnp.dtype
     remat: str
+    scan_layers: bool = True
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT=None, cache=None):
@@ -245,8 +286,8 @@ class Llama(nn.Module):
           tokens_BT: int32.
           positions_BT: int32, each token's position in its own text (for RoPE, and as its place in the cache).
           segments_BT: int32, the text that a token belongs to; 0 is padding.  Used where there is no cache.
-          cache: a Cache; the new keys and values are written at `positions_BT`, and a token sees the
-            entries 0..position of its row.
+          cache: a Cache, or without `scan_layers` a list of them with one layer each; the new keys and values are
+            written at `positions_BT`, and a token sees the entries 0..position of its row.
 
         Returns:
           (hidden [B, T, D] after the final norm, cache or None)
@@ -260,21 +301,37 @@ class Llama(nn.Module):
         if cache is None:
             mask = attention.packed_mask(segments_BT)
         else:
-            mask = attention.cached_mask(positions_BT, capacity=cache.k.shape[2])
+            mask = attention.cached_mask(positions_BT, (cache if self.scan_layers else cache[0]).capacity)
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "lora": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.lora, self.compute_dtype, self.param_dtype, name="layers")
-        layers = jnp.arange(c.num_hidden_layers)
-        (x, cache), _ = stack((x, cache), layers, positions_BT, rotary(positions_BT, c), mask)
+        fields, shared = (
+            (c, self.lora, self.compute_dtype, self.param_dtype),
+            (positions_BT, rotary(positions_BT, c), mask),
+        )
+        if self.scan_layers:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True, "lora": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(*fields, name="layers")
+            (x, cache), _ = stack((x, cache), jnp.arange(c.num_hidden_layers), *shared)
+        else:
+            caches = [None] * c.num_hidden_layers if cache is None else list(cache)
+            for number, before in enumerate(caches):
+                (x, caches[number]), _ = layer(*fields, name=f"layers_{number}")((x, before), None, *shared)
+            cache = None if cache is None else caches
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x), cache
+
+
+def unstack_layers(params: dict) -> dict:
+    """Parameters with stacked layers as a model without `scan_layers` takes them."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    count = len(params["layers"]["input_layernorm"]["scale"])
+    return rest | {f"layers_{n}": jax.tree.map(lambda stacked, n=n: stacked[n], params["layers"]) for n in range(count)}
 
 
 def output_head(params) -> jax.Array:

@@ -1,15 +1,16 @@
 """Answers from prompts: a fixed number of slots, refilled from a queue as answers finish.
 
-Two compiled programs of fixed shape work on one state.  `_admit` runs a group of prompts through the model, writes
-their keys and values into free slots and chooses each one's first token.  `_decode` goes on token by token in all
-slots until enough of them are done to make a refill worth while.  The host only moves prompts in and answers out.
+Compiled programs of fixed shape work on one state.  `_read` runs what all prompts begin with through the model, once.
+`_admit` does so with the rest of a group of prompts, writes their keys and values into free slots and chooses each
+one's first token.  `_decode` goes on token by token in all slots until enough of them are done to make a refill worth
+while.  The host only moves prompts in and answers out.
 
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
 how often the same prompt came before in the list, not on its slot or its neighbours (float32).
 Does not know about text, templates or files: prompts and answers are token ids.
 
-Shape letters: N slots, R prompts admitted at once, P padded prompt length, S cache entries, A longest answer,
-V vocabulary.
+Shape letters: N slots, R prompts admitted at once, C tokens that all prompts begin with, P padded length of the rest,
+S cache entries, A longest answer, V vocabulary.
 """
 
 import collections
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mo.errors import InputError
-from robust_mo.model.llama import Cache, Llama, unembed
+from robust_mo.model.llama import Cache, Llama, unembed, unstack_layers
 from robust_mo.sampling.decoding import Greedy, Nucleus
 
 # Decode steps after which the host looks in even if no slot is free: often enough for progress and interrupts.
@@ -64,7 +65,7 @@ class SlotState:
     """What the device holds for the N slots.
 
     Attributes:
-      cache: keys and values, `[L, N, S, G, K]`.
+      cache: keys and values of each layer; the rows are the slots.
       last_N: int32, the token chosen last, not yet in the cache.
       positions_N: int32, where it will stand.
       counts_N: int32, tokens of the answer so far.
@@ -74,7 +75,7 @@ class SlotState:
       tokens_NA, logprobs_NA: the answers so far.
     """
 
-    cache: Cache
+    cache: list[Cache]
     last_N: jax.Array
     positions_N: jax.Array
     counts_N: jax.Array
@@ -92,12 +93,25 @@ def _choose(logits, counts, keys, decoding):
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("model",))
+def _read(params, tokens_C, *, model):
+    """The cache, of one row, after these tokens."""
+    cache = Cache.zeros(model.config, 1, len(tokens_C), model.compute_dtype)
+    if not len(tokens_C):
+        return cache
+    return model.apply({"params": params}, tokens_C[None], jnp.arange(len(tokens_C))[None], cache=cache)[1]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
-def _admit(params, state, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, model, decoding, stop_ids):
-    """Puts R prompts into the slots `slots_R`; a slot number of N means that the row is filling and goes nowhere."""
+def _admit(params, state, common, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, model, decoding, stop_ids):
+    """Puts R prompts into the slots `slots_R`; a slot number of N means that the row is filling and goes nowhere.
+
+    `common` is the cache after the tokens that all prompts begin with; the rest of a prompt is `tokens_RP`, of length
+    `lengths_R`.
+    """
     rows, width = tokens_RP.shape
-    cache = Cache.zeros(model.config, rows, width, model.compute_dtype)
-    positions_RP = jnp.broadcast_to(jnp.arange(width), tokens_RP.shape)
+    begun, cache = common.capacity, common.rows(rows).extended(width)
+    positions_RP = jnp.broadcast_to(begun + jnp.arange(width), tokens_RP.shape)
     hidden, cache = model.apply({"params": params}, tokens_RP, positions_RP, cache=cache)
     last_hidden = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
     zeros_R = jnp.zeros(rows, jnp.int32)
@@ -107,9 +121,9 @@ def _admit(params, state, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, mo
         return all_slots.at[slots_R].set(values, mode="drop")
 
     return SlotState(
-        cache=jax.tree.map(lambda c, new: c.at[:, slots_R, :width].set(new, mode="drop"), state.cache, cache),
+        cache=[old.with_rows(slots_R, new) for old, new in zip(state.cache, cache.unstacked(), strict=True)],
         last_N=put(state.last_N, first_R),
-        positions_N=put(state.positions_N, lengths_R),
+        positions_N=put(state.positions_N, begun + lengths_R),
         counts_N=put(state.counts_N, zeros_R + 1),
         limits_N=put(state.limits_N, limits_R),
         done_N=put(state.done_N, jnp.isin(first_R, jnp.array(stop_ids)) | (limits_R <= 1)),
@@ -123,6 +137,7 @@ def _admit(params, state, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, mo
 def _decode(params, state, enough_done, *, model, decoding, stop_ids):
     """Decodes until `enough_done` slots are done, at most _STEPS_AT_ONCE tokens."""
     stop = jnp.array(stop_ids)
+    model = model.clone(scan_layers=False)
 
     def unfinished(carry):
         step, state = carry
@@ -130,7 +145,8 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
 
     def one_token(carry):
         step, s = carry
-        hidden, cache = model.apply({"params": params}, s.last_N[:, None], s.positions_N[:, None], cache=s.cache)
+        layers = params if "layers_0" in params else unstack_layers(params)
+        hidden, cache = model.apply({"params": layers}, s.last_N[:, None], s.positions_N[:, None], cache=s.cache)
         tokens_N, logprobs_N = _choose(unembed(params, hidden[:, 0]), s.counts_N, s.keys_N, decoding)
         # A slot that is done stands still: what it computes is written nowhere that is read.
         moved_N = (~s.done_N).astype(jnp.int32)
@@ -164,6 +180,9 @@ class Sampler:
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
         self._model, self._params = model, params
+        # Be it in a loop or one by one, a CPU copies each layer out of the stack before it reads it, which makes a step
+        # of SmolLM2 a third longer.  There decoding gets the layers apart, at the price of a second copy.
+        self._decoded = jax.jit(unstack_layers)(params) if jax.default_backend() == "cpu" else params
         self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
 
     def answers(
@@ -190,8 +209,9 @@ class Sampler:
         if not queue:
             return
         group = max(1, slots // 4)
-        capacity = _rounded_up(max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True)))
-        state = self._empty(slots, capacity, _rounded_up(max(limits)))
+        shared = _shared(requests) if len(requests) > group else 0
+        common = _read(self._params, requests[0].tokens[:shared], model=self._model)
+        state = self._empty(slots, _rounded_up(max(limits)))
         keys = _keys(requests, seed)
         program = dict(model=self._model, decoding=decoding, stop_ids=self._stop_ids)
         occupant: list[int | None] = [None] * slots
@@ -201,14 +221,15 @@ class Sampler:
             while queue and free:
                 chosen = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
                 into = [free.pop() for _ in chosen]
-                state = _admit(
-                    self._params, state, *self._padded(requests, limits, chosen, into, group, slots, keys), **program
-                )
+                padded = self._padded(requests, shared, limits, chosen, into, group, slots, keys)
+                ends = [len(requests[index].tokens) + limits[index] for index in chosen]
+                state = self._with_room(state, max(shared + padded[0].shape[1], *ends))
+                state = _admit(self._params, state, common, *padded, **program)
                 for slot, index in zip(into, chosen, strict=True):
                     occupant[slot] = index
             empty = occupant.count(None)
             enough = empty + group if queue else slots
-            state = _decode(self._params, state, min(enough, slots), **program)
+            state = _decode(self._decoded, state, min(enough, slots), **program)
             done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
             for slot in [slot for slot in range(slots) if occupant[slot] is not None and done_N[slot]]:
                 answer = self._take(state, slot, int(counts_N[slot]))
@@ -229,12 +250,19 @@ class Sampler:
             )
         return min(request.max_new_tokens, context - length)
 
-    def _empty(self, slots: int, capacity: int, longest: int) -> SlotState:
+    def _with_room(self, state: SlotState, entries: int) -> SlotState:
+        """The state with a cache of at least so many entries: short prompts need not carry the room of long ones."""
+        more = _rounded_up(entries) - state.cache[0].capacity
+        if more <= 0:
+            return state
+        return dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache])
+
+    def _empty(self, slots: int, longest: int) -> SlotState:
         def zeros(*shape):
             return jnp.zeros((slots, *shape), jnp.int32)
 
         return SlotState(
-            cache=Cache.zeros(self._model.config, slots, capacity, self._model.compute_dtype),
+            cache=Cache.zeros(self._model.config, slots, 0, self._model.compute_dtype).unstacked(),
             last_N=zeros(),
             positions_N=zeros(),
             counts_N=zeros(),
@@ -245,15 +273,16 @@ class Sampler:
             logprobs_NA=jnp.zeros((slots, longest), jnp.float32),
         )
 
-    def _padded(self, requests, limits, chosen, into, group, slots, keys):
-        """The arguments of `_admit` for the requests `chosen`, filled up to `group` rows."""
-        width = _rounded_up(max(len(requests[i].tokens) for i in chosen))
+    def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
+        """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
+        rests = [requests[index].tokens[shared:] for index in chosen]
+        width = _rounded_up(max(map(len, rests)))
         tokens_RP = np.full((group, width), self._pad_id, np.int32)
         lengths_R, limits_R = np.ones(group, np.int32), np.ones(group, np.int32)
         slots_R = np.full(group, slots, np.int32)
-        for row, index in enumerate(chosen):
-            tokens_RP[row, : len(requests[index].tokens)] = requests[index].tokens
-            lengths_R[row], limits_R[row], slots_R[row] = len(requests[index].tokens), limits[index], into[row]
+        for row, (index, rest) in enumerate(zip(chosen, rests, strict=True)):
+            tokens_RP[row, : len(rest)] = rest
+            lengths_R[row], limits_R[row], slots_R[row] = len(rest), limits[index], into[row]
         filled = [*chosen, *[chosen[0]] * (group - len(chosen))]
         return tokens_RP, lengths_R, slots_R, limits_R, keys[np.array(filled)]
 
@@ -261,6 +290,15 @@ class Sampler:
         tokens, logprobs = jax.device_get((state.tokens_NA[slot], state.logprobs_NA[slot]))
         tokens, logprobs = tokens[:count], logprobs[:count]
         return Answer(tokens, logprobs, "stop" if tokens[-1] in self._stop_ids else "length")
+
+
+def _shared(requests: list[Request]) -> int:
+    """How many tokens to read once for all requests: what all of them begin with, in sixteens (few shapes to compile),
+    with at least one token of each left over."""
+    prompts = [request.tokens for request in requests]
+    least = min(map(len, prompts)) - 1
+    same_C = np.all([prompt[:least] == prompts[0][:least] for prompt in prompts], axis=0)
+    return int(np.cumprod(same_C).sum()) // 16 * 16
 
 
 def _keys(requests: list[Request], seed: int) -> jax.Array:
@@ -278,8 +316,8 @@ def _keys(requests: list[Request], seed: int) -> jax.Array:
 
 
 def _rounded_up(length: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ...: few shapes to compile, at most half again as many entries."""
-    size = 64
+    """The next of 32, 48, 64, 96, 128, 192, ...: few shapes to compile, at most half again as many entries."""
+    size = 32
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
