@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 from absl import flags, logging
@@ -171,14 +172,16 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
 
 
 def _keep_compiled_programs() -> None:
-    """jax's compilation cache on disk, unless the user has set one up."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+    """jax's compilation cache on disk, where the user has set up none."""
     import jax
 
     from robust_mo.model.sources import cache_folder
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    # A full disk is told of where it loses something; here it only costs time.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
 
 
 class Progress:
