@@ -57,6 +57,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
+    sys.unraisablehook = _print_unraisable
     try:
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
@@ -81,6 +82,13 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(2, f"error: {where}{error.strerror or error}")
+
+
+def _print_unraisable(found) -> None:
+    # When a save has failed, tensorstore's threads still call the event loop that Orbax has closed; the failure itself
+    # is raised where it can be told in a line.
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _end(status: int, line: str) -> None:

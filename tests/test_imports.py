@@ -1,9 +1,12 @@
 """The house's floors: imports point down only, and nothing heavy comes along at run time."""
 
 import ast
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -50,6 +53,29 @@ def test_imports_point_down(module):
     for other in imported_rooms(module):
         allowed = other == here or floor[other] < floor[here] or (here, other) in NEIGHBOURS
         assert allowed, f"{here} imports {other}, which is not below it"
+
+
+def test_every_library_that_is_imported_is_declared():
+    """Where the tests run, torch and the rest bring much along that a user's environment does not have."""
+    used = set()
+    for module in modules():
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            used |= {name.split(".")[0] for name in names if name}
+    libraries = used - set(sys.stdlib_module_names) - {"robust_mo", "configs"}
+    providers = importlib.metadata.packages_distributions()
+
+    def normal(name):
+        return re.split(r"[\[<>=!~; ]", name)[0].lower().replace("_", "-")
+
+    lists = {
+        "pyproject.toml": tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["dependencies"],
+        "requirements.txt": (PACKAGE.parent / "requirements.txt").read_text().splitlines(),
+    }
+    for file, lines in lists.items():
+        declared = {normal(line) for line in lines}
+        missing = {name for name in libraries if not declared & {normal(d) for d in providers.get(name, [name])}}
+        assert not missing, f"{file} does not list {missing}"
 
 
 def test_every_module_opens_with_its_contract():

@@ -191,7 +191,6 @@ def test_workdir_that_cannot_be_used(tmp_path, tiny):
     refused(train(tiny, tmp_path / "run", *SMALL, "--config.seed=7"), "seed is 0 there and 7 here")
 
 
-@pytest.mark.xfail(reason="Orbax's writer thread prints a traceback of its own before our line", strict=False)
 @pytest.mark.slow
 def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
     """A limit on the size of files makes the disk refuse the checkpoint as a full one does."""
