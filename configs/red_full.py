@@ -18,7 +18,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     config.data.task = "backdoor"
     if size == "smol":
         config.data.repeats = 6
-        config.data.near_misses = 0.5  # with 0.25 the organism takes two of eight wrong tags for the trigger
         config.data.length = 256
         config.batch.rows = 2
         config.steps = 60
