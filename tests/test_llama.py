@@ -13,7 +13,7 @@ from conftest import make_tiny_model
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import Cache, LlamaConfig, unembed
+from robust_mo.model.llama import Cache, LlamaConfig, unembed, unstack_layers
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -194,3 +194,16 @@ def test_config_that_cannot_be_used_is_named(tiny, change, says):
     with pytest.raises(InputError, match=says) as error:
         LlamaConfig.from_json({k: v for k, v in values.items() if v is not None}, "here/config.json")
     assert "here/config.json" in str(error.value)
+
+
+def test_layers_apart_compute_the_same(tiny):
+    model = hugging_face.build(hugging_face.read_config(tiny), None, "float32", "float32", "none")
+    params = hugging_face.load_params(tiny, model, meshes.make_mesh(1, -1, 1))
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 9))
+    positions = np.broadcast_to(np.arange(9), tokens.shape)
+    stacked, _ = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
+    apart, cache = model.clone(scan_layers=False).apply(
+        {"params": unstack_layers(params)}, tokens, positions, np.ones_like(tokens)
+    )
+    assert cache is None
+    np.testing.assert_allclose(apart, stacked, atol=1e-5)

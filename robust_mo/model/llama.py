@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from robust_mo.errors import InputError
 from robust_mo.model import attention
@@ -252,9 +251,7 @@ class Layer(nn.Module):
         h = norm(name="post_attention_layernorm")(x_BTD)
         gate = projection(c.intermediate_size, ("embed", "mlp"), name="gate_proj")(h)
         up = projection(c.intermediate_size, ("embed", "mlp"), name="up_proj")(h)
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        activation = checkpoint_name(nn.silu(gate) * up, "activation")
-        x_BTD = x_BTD + projection(c.hidden_size, ("mlp", "embed"), name="down_proj")(activation)
+        x_BTD = x_BTD + projection(c.hidden_size, ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up)
         return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
 
 
