@@ -8,6 +8,7 @@ Does not know what any program does.
 
 import difflib
 import importlib.util
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -61,6 +62,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     try:
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
+        # When a save fails, the writes that Orbax had begun beside the one whose failure it raises end in this log.
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         define_flags()
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
