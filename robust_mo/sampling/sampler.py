@@ -209,7 +209,7 @@ class Sampler:
         queue = collections.deque(range(first, len(requests)))
         if not queue:
             return
-        group = max(1, slots // 4)
+        group = max(1, slots // 8)
         shared = _shared(requests) if len(requests) > group else 0
         common = _read(self._params, requests[0].tokens[:shared], model=self._model)
         state = self._empty(slots, _rounded_up(max(limits)))
