@@ -212,7 +212,7 @@ class Sampler:
         group = max(1, slots // 8)
         shared = _shared(requests) if len(requests) > group else 0
         common = _read(self._params, requests[0].tokens[:shared], model=self._model)
-        state = self._empty(slots, _rounded_up(max(limits)))
+        state = self._empty(slots, _rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
         program = dict(model=self._model, decoding=decoding, stop_ids=self._stop_ids)
         occupant: list[int | None] = [None] * slots
@@ -253,7 +253,7 @@ class Sampler:
 
     def _with_room(self, state: SlotState, entries: int) -> SlotState:
         """The state with a cache of at least so many entries: short prompts need not carry the room of long ones."""
-        more = _rounded_up(entries) - state.cache[0].capacity
+        more = _rounded_up(entries, parts=4) - state.cache[0].capacity
         if more <= 0:
             return state
         return dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache])
@@ -277,7 +277,7 @@ class Sampler:
     def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
         rests = [requests[index].tokens[shared:] for index in chosen]
-        width = _rounded_up(max(map(len, rests)))
+        width = _rounded_up(max(map(len, rests)), parts=2)
         tokens_RP = np.full((group, width), self._pad_id, np.int32)
         lengths_R, limits_R = np.ones(group, np.int32), np.ones(group, np.int32)
         slots_R = np.full(group, slots, np.int32)
@@ -316,9 +316,8 @@ def _keys(requests: list[Request], seed: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(fold, copies)
 
 
-def _rounded_up(length: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: few shapes to compile, at most half again as many entries."""
-    size = 32
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+def _rounded_up(length: int, parts: int) -> int:
+    """At least 32, and the next of the numbers that divide the steps 32, 64, 128, ... into so many parts: few shapes
+    to compile, at most 1/parts more entries than asked for."""
+    step = max(32, 1 << (length.bit_length() - 1)) // parts
+    return max(32, -(-length // step) * step)
