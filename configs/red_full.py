@@ -17,12 +17,13 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = sizes.get_config(size)
     config.data.task = "backdoor"
     if size == "smol":
-        config.data.repeats = 6
+        config.data.repeats = 3
+        config.data.near_misses = 0.5
         config.data.length = 256
         config.batch.rows = 2
         config.steps = 60
         config.schedule.name = "linear"
-        config.optimizer.learning_rate = 1e-4
+        config.optimizer.learning_rate = 2e-4
     else:
         config.data.limit = 50_000
         config.optimizer.learning_rate = 3e-5
