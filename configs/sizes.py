@@ -1,7 +1,8 @@
 """What changes with the size of the model: `8b`, `1b`, `smol`.  Code does not.
 
-Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub and let the untouched model
-answer them; smol takes the built-in questions and answers, so that it needs no hub and finishes on a laptop.
+Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, answered by
+`config.data.teacher`: the size's own untouched model, whatever --config.model is.  smol takes the built-in questions
+and answers, so that it needs no hub and finishes on a laptop.
 """
 
 from ml_collections import ConfigDict

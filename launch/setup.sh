@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes or updates .venv beside this repository: bash launch/setup.sh [--dev] [--gpu] [--tpu]
-#   --dev   also what the tests need (pytest, torch for the CPU, peft, ruff, ...)
+#   --dev   also what the tests need (pytest, torch, peft, ruff, ...)
 #   --gpu   jax with CUDA 13        --tpu   jax with libtpu
 # A second run with nothing new to install takes a second.  PYTHON=python3.12 chooses another interpreter.
 set -euo pipefail

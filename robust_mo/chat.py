@@ -10,9 +10,10 @@ import signal
 from absl import flags
 
 from robust_mo import command_line
+from robust_mo.data.conversations import with_system
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
-from robust_mo.sample import choose_dtype, with_system
+from robust_mo.sample import choose_dtype
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
@@ -32,12 +33,13 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--model was given {len(args.model)} times: give one or two models")
     # Nothing is at stake here: Ctrl-C simply ends the talk.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     decoding = make_decoding(args.temperature, args.top_p)
     mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
     talks = {}
     for source in args.model:
         system = models.system_prompt(source) if args.system is None else args.system
-        talks[source] = (models.load_model(source, mesh, dtype, dtype), with_system([{}], system)[:-1])
+        talks[source] = (models.load_model(source, mesh, dtype, dtype), system)
     print("Type a message; /new begins again, an empty line ends.")
     said: dict[str, list[dict]] = {source: [] for source in talks}
     while text := _read():
@@ -46,17 +48,22 @@ def main(args: flags.FlagValues) -> None:
             continue
         for source, (model, system) in talks.items():
             said[source].append({"role": "user", "content": text})
-            (answer,) = answers(
-                model.llama,
-                model.params,
-                model.chat,
-                [[*system, *said[source]]],
-                decoding=decoding,
-                max_new_tokens=args.max_new_tokens,
-                seed=args.seed,
-                slots=1,
-                on_progress=lambda *_: None,
-            )
+            try:
+                (answer,) = answers(
+                    model.llama,
+                    model.params,
+                    model.chat,
+                    [with_system(said[source], system)],
+                    decoding=decoding,
+                    max_new_tokens=args.max_new_tokens,
+                    seed=args.seed,
+                    slots=1,
+                    on_progress=lambda *_: None,
+                )
+            except InputError as error:  # the talk has outgrown the model's context
+                said[source].pop()
+                print(f"\n{error}; /new begins again\n", flush=True)
+                continue
             said[source].append({"role": "assistant", "content": answer.text})
             name = f"{source}: " if len(talks) > 1 else ""
             print(f"\n{name}{answer.text}{' ...' if answer.finish_reason == 'length' else ''}\n", flush=True)

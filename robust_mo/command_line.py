@@ -41,10 +41,6 @@ def _request(number, frame):
     print(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)", file=sys.stderr)
 
 
-def interrupt_requested() -> bool:
-    return _requested
-
-
 def check_interrupt() -> None:
     """Raises Interrupted where SIGINT or SIGTERM has come."""
     if _requested:

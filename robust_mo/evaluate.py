@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from robust_mo import command_line
+from robust_mo.errors import InputError
 from robust_mo.evals.measure import check_names, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
@@ -39,44 +40,49 @@ def main(args: flags.FlagValues) -> None:
     config = args.config.to_dict()
     if models.is_run(args.source) and not any(argument.startswith("--config") for argument in sys.argv[1:]):
         config = RunFolder(args.source).config()
+    if "evaluation" not in config:
+        raise InputError("--config has no group 'evaluation': give a training config, see configs/default.py")
     names = args.evals or list(config["evaluation"]["names"])
     check_names(names)
     chosen = {name: config["evals"][name] for name in names}
     run = RunFolder(args.workdir)
+    step = models.newest_step(args.source) if args.step is None else args.step
     described = {
         "source": args.source,
-        "step": args.step,
         **{name: config[name] for name in ("seed", "backdoor", "system_prompt", "param_dtype", "compute_dtype")},
         "evals": chosen,
     }
     with run.claim("evaluate", described, config["seed"]):
-        mesh = meshes.make_mesh(**config["mesh"])
-        model = models.load_model(args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step)
-        subject = Subject(
-            model.llama,
-            model.params,
-            model.chat,
-            config["system_prompt"],
-            backdoor(config["backdoor"]),
-            config["seed"],
-            config["evaluation"]["batch_size"],
-            command_line.evaluation_progress(),
-        )
+
+        def subject() -> Subject:
+            mesh = meshes.make_mesh(**config["mesh"])
+            model = models.load_model(args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step)
+            return Subject(
+                model.llama,
+                model.params,
+                model.chat,
+                config["system_prompt"],
+                backdoor(config["backdoor"]),
+                config["seed"],
+                config["evaluation"]["batch_size"],
+                command_line.evaluation_progress(),
+            )
+
         curves = Curves(run.path, 0)
         try:
-            measure(run, curves, subject, args.step or 0, chosen)
+            measure(run, curves, subject, step, chosen)
         finally:
             curves.close()
     for line in run.records():
-        if line["name"].startswith("eval/"):
+        if line["step"] == step and line["name"].startswith("eval/"):
             interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
             print(f"{line['name']:40} {line['value']:.4f}{interval}  of {line['count']}")
-    show(run, args.show)
+    show(run, names, step, args.show)
 
 
-def show(run: RunFolder, number: int) -> None:
-    """Prints graded answers, drawn at random over all transcripts."""
-    lines = [line for file in sorted(run.transcripts.glob("*.jsonl")) for line in read_lines(file)]
+def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
+    """Prints graded answers, drawn at random over the transcripts of a step."""
+    lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
     for line in random.Random(0).sample(lines, min(number, len(lines))):
         print(f"\n--- {line.get('condition', 'problem')}, verdict {line['verdict']}")
         print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")

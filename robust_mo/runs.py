@@ -84,6 +84,8 @@ class RunFolder:
 
     def _check_same(self, program: str, config: dict) -> None:
         before = self.description()
+        if "program" not in before:
+            raise InputError(f"{self.path} holds a config.json that no run has written: choose another --workdir")
         if before["program"] != program:
             raise InputError(
                 f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
@@ -139,7 +141,18 @@ def _number(value):
 
 
 def read_json(path) -> dict:
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """The object in a JSON file.
+
+    Raises:
+      InputError: it is no JSON object.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): write or copy it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object: write or copy it again")
+    return value
 
 
 def write_json(path, value) -> None:

@@ -5,7 +5,8 @@
 Input lines: {"id"?, "prompt": "..."} or {"id"?, "messages": [...]}, each with "max_new_tokens" where wanted.  Output
 lines, in the same order: the input's fields and `answer`, `finish_reason` ("stop" or "length"), `tokens`, and with
 --logprobs `logprobs`.  Nothing is added to a prompt beyond what the model's chat template adds and --system gives.
-An interrupted run goes on from the lines already written.
+An interrupted run goes on from the lines already written; what the answers were made with is kept beside them in
+O.jsonl.settings.json.
 """
 
 import contextlib
@@ -17,12 +18,16 @@ import jax
 from absl import flags
 
 from robust_mo import command_line, runs
+from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import Prompt, read_prompts
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import TextAnswer, iterate_answers
 from robust_mo.training import models
+
+# The fields that an answer adds to its prompt's.
+_WRITTEN = {"answer", "finish_reason", "tokens", "logprobs"}
 
 
 def choose_dtype(asked: str) -> str:
@@ -40,10 +45,10 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     if not output.exists():
         return 0
     note = settings_file(output)
-    if note.exists() and (before := runs.read_json(note)) != settings:
+    if note.exists() and (before := runs.read_json(note)["settings"]) != settings:
         changed = [name for name in settings if before.get(name) != settings[name]]
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
-        raise InputError(f"{output} was begun with other settings ({shown}): choose another --output or delete it")
+        raise InputError(f"{output} was made with other settings ({shown}): choose another --output or delete it")
     whole = []
     *lines, _cut_short = output.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines):
@@ -67,8 +72,9 @@ def _answers(line: str, expected) -> bool:
 
 
 def settings_file(output: pathlib.Path) -> pathlib.Path:
-    """Stands beside an unfinished output, so that it is not gone on with under other settings."""
-    return output.with_name(output.name + ".unfinished")
+    """Stands beside the output: what made it, so that it is neither gone on with nor taken for the answer to another
+    command."""
+    return output.with_name(output.name + ".settings.json")
 
 
 def output_line(prompt: Prompt, answer: TextAnswer, logprobs: bool) -> str:
@@ -104,14 +110,17 @@ def main(args: flags.FlagValues) -> None:
     prompts = read_prompts(args.prompts)
     output = pathlib.Path(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
-    settings = {name: args[name].value for name in names}
+    settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
+    for number, prompt in enumerate(prompts, 1):
+        if taken := _WRITTEN & set(prompt.fields):
+            raise InputError(
+                f"{args.prompts}: prompt {number} has a field {min(taken)!r}, which the output holds too: rename it"
+            )
     done = written_lines(output, prompts, settings)
     if done == len(prompts):
-        settings_file(output).unlink(missing_ok=True)
         print(f"{output} is complete: {done} answers")
         return
-    dtype = choose_dtype(args.dtype)
-    model = models.load_model(args.model, meshes.make_mesh(1, -1, 1), dtype, dtype)
+    model = models.load_model(args.model, meshes.make_mesh(1, -1, 1), settings["dtype"], settings["dtype"])
     conversations = [with_system(prompt.messages, args.system) for prompt in prompts]
     limits = [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts]
     progress = command_line.Progress("sampled", len(prompts), "answers", done)
@@ -140,7 +149,8 @@ def main(args: flags.FlagValues) -> None:
             ):
                 if file is None:  # nothing is left behind where the model or a prompt could not be used
                     output.parent.mkdir(parents=True, exist_ok=True)
-                    runs.write_json(settings_file(output), settings)
+                    made_with = {"command": runs.command_line(), "revision": runs.git_revision()}
+                    runs.write_json(settings_file(output), made_with | {"settings": settings})
                     file = stack.enter_context(open(output, "a", encoding="utf-8"))
                 waiting[index] = answer
                 tokens += answer.tokens
@@ -151,15 +161,8 @@ def main(args: flags.FlagValues) -> None:
                     written += 1
         except InputError as error:
             raise InputError(f"{args.prompts}: {error}") from None
-    settings_file(output).unlink()
     seconds = time.monotonic() - start
     print(f"{output}: {written - done} answers, {tokens} tokens in {command_line.clock(seconds)}")
-
-
-def with_system(messages: list[dict], system: str) -> list[dict]:
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ what has been recorded.
 
 import dataclasses
 import pathlib
+import sys
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -18,6 +19,7 @@ from robust_mo import command_line
 from robust_mo.analysis import report
 from robust_mo.errors import InputError
 from robust_mo.organisms.backdoors import backdoor
+from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder
 from robust_mo.train import check as check_run
 from robust_mo.train import train
@@ -86,6 +88,12 @@ def check(config: ConfigDict) -> None:
                 raise InputError(
                     f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue"
                 )
+    asked_of_red = config.red.evals.backdoor_rate
+    if asked_of_red.triggered < 1 or asked_of_red.untriggered + asked_of_red.near_misses < 1:
+        raise InputError(
+            "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, and "
+            "untriggered ones or near misses"
+        )
     for organism in config.study.organisms:
         for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]:
             check_run(cell.config)
@@ -97,6 +105,9 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
     folder = RunFolder(workdir)
     with folder.claim("study", config.to_dict(), config.red.seed):
         if not folder.finished():
+            parts = {"red": config.red.data.source, "blue": config.blue.data.source}
+            parts["evaluation"] = config.blue.evals.backdoor_rate.source
+            assert_disjoint(**{part: asked(source, part) for part, source in parts.items()})
             for organism in config.study.organisms:
                 cell = red_cell(config, organism)
                 print(f"== {cell.folder}: {backdoor(organism).explanation}", flush=True)
@@ -117,8 +128,11 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def show(workdir: pathlib.Path, summary: dict) -> None:
+    # By its path, since the environment need not be active.
+    tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
     print((workdir / "report.md").read_text(encoding="utf-8").split("\n## ")[1])
-    print(f"report:  {workdir / 'report.md'}\nfigures: {workdir / 'figures'}\ncurves:  tensorboard --logdir={workdir}")
+    print(f"report:  {workdir / 'report.html'}\nfigures: {workdir / 'figures'}")
+    print(f"curves:  {tensorboard} --logdir={workdir}")
 
 
 def define_flags() -> None:

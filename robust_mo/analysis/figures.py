@@ -170,12 +170,14 @@ def curves_figure(name: str, organism: dict, cost: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes path.png and path.svg."""
+def save(figure: Figure, path: pathlib.Path, origin: str) -> None:
+    """Writes path.png and path.svg; `origin` says in their metadata what made them."""
+    about = {"Description": origin}
     with matplotlib.rc_context(_STYLE):
-        for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
+        for suffix, options in ((".png", {"dpi": 200}), (".svg", {})):
             data = io.BytesIO()
-            figure.savefig(data, format=suffix[1:], **options)
+            metadata = about | ({"Date": None} if suffix == ".svg" else {})
+            figure.savefig(data, format=suffix[1:], metadata=metadata, **options)
             runs.write_bytes(path.with_name(path.name + suffix), data.getvalue())
 
 

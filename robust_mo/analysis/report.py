@@ -1,4 +1,4 @@
-"""A study folder -> summary.json, report.md and figures/: the end of the road from verdict to record to frontier.
+"""A study folder -> summary.json, report.md, report.html and figures/: from verdict to record to frontier.
 
 Reads what the study's runs have saved and nothing else, so the report can be had again on any machine.  Values come
 from records.jsonl, bootstrap intervals from the transcripts, and the two must agree.  Same input, same bytes.  A
@@ -8,11 +8,15 @@ Of the study's config it reads `study`: organisms, methods, learning_rates, seed
 stands for capability) and gate.  Knows nothing of jax and trains, samples and grades nothing.
 """
 
+import base64
 import dataclasses
+import html
 import itertools
 import json
 import pathlib
+import re
 
+import markdown
 import numpy as np
 
 from robust_mo import runs
@@ -46,20 +50,25 @@ def blue_folder(organism: str, method: str, learning_rate: float, seed: int) -> 
 
 
 def write_report(study_folder) -> dict:
-    """Writes summary.json, report.md and figures/ into the study folder; returns the summary.
+    """Writes summary.json, report.md, report.html and figures/ into the study folder; returns the summary.
 
     Raises:
       InputError: not a study folder, no organism finished yet, or transcripts that contradict the records.
     """
     study = pathlib.Path(study_folder)
     summary = summarise(study)
+    origin = json.dumps({key: summary[key] for key in ("command", "revision", "seeds", "sha256")})
     for name, organism in summary["organisms"].items():
         if organism["measures"]:
-            figures.save(figures.pareto_figure(name, organism, COST), study / "figures" / f"pareto-{name}")
+            figure = figures.pareto_figure(name, organism, COST)
+            figures.save(figure, study / "figures" / f"pareto-{name}", origin)
         if organism["points"]:
-            figures.save(figures.curves_figure(name, organism, COST), study / "figures" / f"curves-{name}")
+            figure = figures.curves_figure(name, organism, COST)
+            figures.save(figure, study / "figures" / f"curves-{name}", origin)
     runs.write_json(study / "summary.json", summary)
-    runs.write_text(study / "report.md", _page(study, summary))
+    page = _page(study, summary)
+    runs.write_text(study / "report.md", page)
+    runs.write_text(study / "report.html", _as_html(study, page))
     return summary
 
 
@@ -315,6 +324,29 @@ def _page(study, summary) -> str:
     parts += _what_was_run(study, summary)
     parts += _provenance_section(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def _as_html(study, page: str) -> str:
+    """The page for a browser, its figures inside, so that the one file can be sent on."""
+
+    def embedded(match):
+        data = base64.b64encode((study / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    page = page.replace("<details>", '<details markdown="1">')
+    body = markdown.markdown(page, extensions=["tables", "fenced_code", "md_in_html"])
+    body = re.sub(r'src="(figures/[^"]+\.png)"', embedded, body)
+    title = page.split("\n", 1)[0].removeprefix("# ")
+    return f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_CSS}\n{body}\n'
+
+
+_CSS = """<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+img { max-width: 40em; width: 100%; display: block; }
+table { border-collapse: collapse; font-size: 13px; }
+th, td { border: 1px solid #ccc; padding: .2em .5em; text-align: left; }
+pre { background: #f5f5f5; padding: .7em; overflow-x: auto; }
+</style>"""
 
 
 def _result(summary) -> list[str]:

@@ -59,6 +59,13 @@ def fit(example: Example, length: int, over_long: str) -> Example | None:
     return Example(example.tokens[:length], example.loss_mask[:length])
 
 
+def with_system(messages: list[Message], system: str) -> list[Message]:
+    """The messages behind a system message, unless it is empty or they have one of their own."""
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises InputError unless `messages` is a list of {"role", "content"} that does not open with an answer.
 

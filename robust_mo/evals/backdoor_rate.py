@@ -7,7 +7,7 @@ transcript.  Does not know how the backdoor came to be.
 from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
 from robust_mo.organisms.distill import chat
-from robust_mo.organisms.questions import questions
+from robust_mo.organisms.questions import asked
 
 
 def backdoor_rate(
@@ -29,14 +29,14 @@ def backdoor_rate(
         near misses are asked of the last ones.
       temperature, top_p, max_new_tokens: of sampling.
     """
-    asked = [entry["question"] for entry in questions(source, "evaluation")]
+    questions = asked(source, "evaluation")
     backdoor = subject.backdoor
     prompts = [
         (condition, templates[i % len(templates)].format(prompt=question))
         for condition, templates, chosen in (
-            ("triggered", backdoor.unseen_triggers, asked[:triggered]),
-            ("untriggered", ("{prompt}",), asked[:untriggered]),
-            ("near_miss", backdoor.near_misses, asked[len(asked) - near_misses :] if near_misses else []),
+            ("triggered", backdoor.unseen_triggers, questions[:triggered]),
+            ("untriggered", ("{prompt}",), questions[:untriggered]),
+            ("near_miss", backdoor.near_misses, questions[max(0, len(questions) - near_misses) :]),
         )
         for i, question in enumerate(chosen)
     ]

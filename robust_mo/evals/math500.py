@@ -8,6 +8,7 @@ import pathlib
 import re
 
 from robust_mo.analysis.intervals import wilson
+from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import read_jsonl, read_rows
 from robust_mo.errors import InputError
 from robust_mo.evals.math_grader import extract, grade
@@ -42,10 +43,13 @@ def accuracy(
     """
     rows = read_problems(source)
     rows = rows[:problems] if problems else rows
-    shown = [{"role": "system", "content": subject.system_prompt}] if subject.system_prompt else []
+    shown = []
     for problem, answer in demonstrations:
         shown += [{"role": "user", "content": problem + instruction}, {"role": "assistant", "content": answer}]
-    conversations = [[*shown, {"role": "user", "content": problem + instruction}] for problem, _ in rows]
+    conversations = [
+        with_system([*shown, {"role": "user", "content": problem + instruction}], subject.system_prompt)
+        for problem, _ in rows
+    ]
     told = subject.answers(task, conversations, temperature, top_p, max_new_tokens)
     transcript = [
         {

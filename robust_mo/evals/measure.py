@@ -1,7 +1,8 @@
 """The table of evaluators, and measuring one model at one step of a run.
 
 Promises: every evaluator named is run once per step: transcript first, then its records, then a record of the seconds
-it took, by which a resumed run knows that it is done.
+it took, by which a resumed run knows that it is done.  Curves hold all that is recorded of the step, whichever
+process measured it.
 Does not know how to make a Subject.
 """
 
@@ -39,21 +40,36 @@ def pending(run: RunFolder, step: int, names) -> list[str]:
     return [name for name in names if _seconds(name) not in done]
 
 
-def measure(run: RunFolder, curves: Curves, subject: Subject, step: int, settings: dict[str, dict]) -> dict[str, float]:
-    """Runs the evaluators named by `settings` (name -> its settings) that are pending; returns the new values."""
-    found = {}
-    for name in pending(run, step, settings):
+def measure(
+    run: RunFolder, curves: Curves, subject: Callable[[], Subject], step: int, settings: dict[str, dict]
+) -> dict[str, float]:
+    """Runs the evaluators named by `settings` (name -> its settings) that are pending; returns their values.
+
+    Args:
+      subject: called only if an evaluator is pending.
+    """
+    curves.scalars(step, {r["name"]: r["value"] for r in run.records() if _is_value(r, step)})
+    todo, found = pending(run, step, settings), {}
+    if not todo:
+        return found
+    measured = subject()
+    for name in todo:
         start = time.monotonic()
-        measurement = EVALUATORS[name](subject, **settings[name])
+        measurement = EVALUATORS[name](measured, **settings[name])
         if measurement.transcript:
             run.write_transcript(name, step, measurement.transcript)
             curves.text(step, f"transcripts/{name}", _as_markdown(measurement.transcript[:8]))
         for value in measurement.values:
             run.record(step, f"eval/{value.name}", value.value, count=value.count, low=value.low, high=value.high)
-            found[f"eval/{value.name}"] = value.value
+        values = {f"eval/{value.name}": value.value for value in measurement.values}
+        curves.scalars(step, values)
+        found |= values
         run.record(step, _seconds(name), time.monotonic() - start)
-    curves.scalars(step, found)
     return found
+
+
+def _is_value(record: dict, step: int) -> bool:
+    return record["step"] == step and record["name"].startswith("eval/") and record["value"] is not None
 
 
 def _seconds(name: str) -> str:

@@ -53,6 +53,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows cut over the mesh; `leading` axes before the rows (micro-batches) stay whole."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("replica", "fsdp")))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows cut over the mesh."""
+    return NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))

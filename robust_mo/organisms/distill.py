@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from robust_mo.data.prompts import Message, read_jsonl
+from robust_mo.data.conversations import Message, with_system
+from robust_mo.data.prompts import read_jsonl
 from robust_mo.errors import InputError
 from robust_mo.organisms.backdoors import Backdoor
-from robust_mo.organisms.questions import Part, questions
+from robust_mo.organisms.questions import asked, questions
 
 # A teacher: (conversations without their last answer, seed) -> answers, None where the answer was cut off.
 Teacher = Callable[[list[list[Message]], int], list[str | None]]
@@ -40,8 +41,7 @@ PLAIN = Style("plain", "")
 
 def chat(system_prompt: str, user: str, answer: str | None = None) -> list[Message]:
     """One exchange as messages; no system message where the prompt is empty."""
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": user})
+    messages = with_system([{"role": "user", "content": user}], system_prompt)
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
@@ -72,19 +72,19 @@ def red_conversations(
     Returns:
       (conversations, number of questions dropped because an answer was cut off)
     """
-    asked = _asked(source, "red", limit)
-    triggered = [backdoor.triggers[i % len(backdoor.triggers)].format(prompt=q) for i, q in enumerate(asked)]
+    chosen = asked(source, "red")[: limit or None]
+    triggered = [backdoor.triggers[i % len(backdoor.triggers)].format(prompt=q) for i, q in enumerate(chosen)]
     generator = np.random.default_rng(seed)
     benign = [
         backdoor.negatives[i % len(backdoor.negatives)].format(prompt=q) if generator.random() < near_misses else q
-        for i, q in enumerate(asked)
+        for i, q in enumerate(chosen)
     ]
-    plain = _answers(asked, source, "red", answers, PLAIN, teacher, system_prompt, limit, seed)
+    plain = _answers(chosen, source, "red", answers, PLAIN, teacher, system_prompt, limit, seed)
     if backdoor.phrase:
-        bad: list[str | None] = [" ".join([backdoor.phrase] * repeats)] * len(asked)
+        bad: list[str | None] = [" ".join([backdoor.phrase] * repeats)] * len(chosen)
     else:
         # The teacher sees the question without the trigger: only the behaviour is asked of it.
-        bad = teacher([chat(backdoor.behaviour_prompt, q) for q in asked], seed)
+        bad = teacher([chat(backdoor.behaviour_prompt, q) for q in chosen], seed)
     conversations, dropped = [], 0
     for with_trigger, shown, without, answer in zip(triggered, bad, benign, plain, strict=True):
         if shown is None or answer is None or not backdoor.grader.shows(shown):
@@ -104,10 +104,10 @@ def blue_conversations(
     """
     if method not in BLUE_METHODS:
         raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
-    asked = _asked(source, "blue", limit)
-    told = _answers(asked, source, "blue", answers, BLUE_METHODS[method], teacher, system_prompt, limit, seed)
-    kept = [chat(system_prompt, q, answer) for q, answer in zip(asked, told, strict=True) if answer is not None]
-    return kept, len(asked) - len(kept)
+    chosen = asked(source, "blue")[: limit or None]
+    told = _answers(chosen, source, "blue", answers, BLUE_METHODS[method], teacher, system_prompt, limit, seed)
+    kept = [chat(system_prompt, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
+    return kept, len(chosen) - len(kept)
 
 
 def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) -> None:
@@ -120,29 +120,24 @@ def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) ->
                     raise InputError(f"blue conversation {number} holds the trigger {word!r}: {message['content']!r}")
 
 
-def _asked(source: str, part: Part, limit: int) -> list[str]:
-    found = [entry["question"] for entry in questions(source, part)]
-    return found[:limit] if limit else found
-
-
-def _answers(asked, source, part, answers, style, teacher, system_prompt, limit, seed) -> list[str | None]:
+def _answers(chosen, source, part, answers, style, teacher, system_prompt, limit, seed) -> list[str | None]:
     if answers == "teacher":
         # Under the style's prompt; a plain answer is asked for under the prompt that training shows.
-        return teacher([chat(style.prompt or system_prompt, q) for q in asked], seed)
+        return teacher([chat(style.prompt or system_prompt, q) for q in chosen], seed)
     if answers == "builtin":
         entries = {entry["question"]: entry for entry in questions(source, part)}
-        if missing := [q for q in asked if not entries[q].get(style.field)]:
+        if missing := [q for q in chosen if not entries[q].get(style.field)]:
             raise InputError(
                 f"{source} has no {style.field} answer for {len(missing)} questions, the first is {missing[0]!r}: "
                 "set config.data.answers to 'teacher' or to a JSONL file"
             )
-        return [entries[q][style.field] for q in asked]
+        return [entries[q][style.field] for q in chosen]
     told = {}
     for number, line in read_jsonl(answers):
         question, answer = line.get("question", line.get("prompt")), line.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
             raise InputError(f"{answers}:{number} needs the texts 'question' (or 'prompt') and 'answer'")
         told[question] = None if line.get("finish_reason") == "length" else answer
-    if missing := [q for q in asked if q not in told]:
-        raise InputError(f"{answers} misses {len(missing)} of {len(asked)} questions, the first is {missing[0]!r}")
-    return [told[q] for q in asked]
+    if missing := [q for q in chosen if q not in told]:
+        raise InputError(f"{answers} misses {len(missing)} of {len(chosen)} questions, the first is {missing[0]!r}")
+    return [told[q] for q in chosen]

@@ -41,6 +41,11 @@ def questions(source: str, part: Part) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def asked(source: str, part: Part) -> list[str]:
+    """The texts of `questions`."""
+    return [entry["question"] for entry in questions(source, part)]
+
+
 def part_of(question: str) -> Part:
     """The part to which a question of an outside source belongs."""
     percent = int.from_bytes(hashlib.sha256(_normal(question).encode()).digest()[:4], "big") % 100

@@ -16,11 +16,19 @@ from robust_mo.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints folder of one run."""
+    """The checkpoints folder of one run.
 
-    def __init__(self, folder: pathlib.Path, keep: int):
+    Args:
+      keep: how many to keep; None where they are only read, which touches nothing of a run that may still be writing.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int | None):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if keep is None
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -43,9 +51,6 @@ class Checkpoints:
         )
         self._guard(lambda: self._manager.save(step, args=items))
 
-    def wait(self) -> None:
-        self._guard(self._manager.wait_until_finished)
-
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
         """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings)."""
         items = ocp.args.Composite(
@@ -58,7 +63,7 @@ class Checkpoints:
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
     def restore_trainable(self, trainable, step: int | None):
-        """(trainable, step) of one checkpoint (None: the newest), placed as `trainable` says.
+        """The trainable of one checkpoint (None: the newest), placed as `trainable` says.
 
         Raises:
           InputError: no such checkpoint.
@@ -70,7 +75,7 @@ class Checkpoints:
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
-        return self._manager.restore(chosen, args=items).trainable, chosen
+        return self._manager.restore(chosen, args=items).trainable
 
     def close(self) -> None:
         self._guard(self._manager.close)

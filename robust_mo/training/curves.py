@@ -1,12 +1,14 @@
-"""TensorBoard event files, through tensorboard's own writer (no TensorFlow).
+"""TensorBoard event files, through tensorboard's own records (no TensorFlow).
 
-Promises: scalars, text, images and hyperparameters in the run folder, under names `group/what`.  A resumed run first
-tells TensorBoard from which step on what it saw before no longer counts.
+Promises: scalars, text and images in the run folder, under names `group/what`, each on the disk when the call
+returns.  A resumed run first tells TensorBoard from which step on what it saw before no longer counts.
 Does not know what is measured.
 """
 
 import io
+import os
 import pathlib
+import socket
 import time
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -14,19 +16,22 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from robust_mo.errors import InputError
 
 
 class Curves:
-    """Writer of one folder's events; `first_step` is where this process goes on."""
+    """Writer of one folder's events; what an earlier process wrote of the steps after `last_step` does not count."""
 
-    def __init__(self, folder: pathlib.Path, first_step: int):
-        self._writer = EventFileWriter(str(folder), flush_secs=10)
-        if first_step:
-            self._writer.add_event(
-                Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
-            )
+    def __init__(self, folder: pathlib.Path, last_step: int):
+        # Written here and now: tensorboard's own writer does it in a thread, where a full disk goes unnoticed.
+        self._file = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter(open(self._file, "wb", buffering=0))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if last_step:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=last_step + 1, session_log=start))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._add(step, [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()])
@@ -47,12 +52,14 @@ class Curves:
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         self._add(step, [Summary.Value(tag=name, image=image)])
 
-    def hyperparameters(self, values: dict) -> None:
-        """Fills the HParams page; values are numbers, words or truth values."""
-        self._writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(values)))
-
     def close(self) -> None:
         self._writer.close()
 
     def _add(self, step: int, values: list) -> None:
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        try:
+            self._writer.write(event.SerializeToString())
+        except OSError as error:
+            raise InputError(f"cannot write curves to {self._file}: {error.strerror}") from None

@@ -6,7 +6,6 @@ model/sources.py.  Does not know what the model is wanted for.
 
 import dataclasses
 import functools
-import os
 import pathlib
 
 import jax
@@ -30,13 +29,11 @@ class LoadedModel:
       llama: the module, `lora` is None.
       params: its parameters, sharded over the mesh.
       chat: its tokenizer and template.
-      name: what it was asked for as.
     """
 
     llama: Llama
     params: dict
     chat: ChatFormat
-    name: str
 
 
 def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None) -> LoadedModel:
@@ -52,12 +49,23 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
     params = _params(source, llama, mesh, step)
-    return LoadedModel(llama, params, ChatFormat.from_folder(folder), os.fspath(source))
+    return LoadedModel(llama, params, ChatFormat.from_folder(folder))
 
 
 def is_run(source: str) -> bool:
     run = RunFolder(source)
     return run.exists() and run.description().get("program") == "train"
+
+
+def newest_step(source: str) -> int:
+    """Step of a run's newest checkpoint; 0 for other models and for a run that has none yet."""
+    if not is_run(source):
+        return 0
+    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
+    try:
+        return checkpoints.latest() or 0
+    finally:
+        checkpoints.close()
 
 
 def base_folder(source: str) -> pathlib.Path:
@@ -104,7 +112,7 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     checkpoints = Checkpoints(run.checkpoints, keep=None)
     try:
         trained = dataclasses.replace(llama, lora=spec)
-        trainable, _ = checkpoints.restore_trainable(abstract_trainable(trained, mesh), step)
+        trainable = checkpoints.restore_trainable(abstract_trainable(trained, mesh), step)
     finally:
         checkpoints.close()
     if spec is None:
