@@ -8,6 +8,7 @@ Does not know what any program does.
 
 import difflib
 import importlib.util
+import itertools
 import logging as python_logging
 import os
 import pathlib
@@ -123,6 +124,7 @@ def _check_config(arguments: list[str]) -> None:
       InputError: the file cannot be loaded, or an override names a field that it does not have.
     """
     given = [match[1] for a in arguments if (match := re.match(r"--?config=(.*)", a))]
+    given += [following for a, following in itertools.pairwise(arguments) if a in ("--config", "-config")]
     default = flags.FLAGS["config"].default
     if given:
         file, _, argument = given[-1].partition(":")

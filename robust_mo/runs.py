@@ -7,8 +7,8 @@
     events.out.tfevents* written by training/curves.py
 
 Promises: nothing is overwritten; a run with the same config resumes, one with another config is refused with both
-values shown; two processes never write one folder; files appear whole or not at all; a line cut short by a kill is
-ignored and mended.  Where a measurement was repeated after a kill, the newest line counts.
+values shown; two processes never train or measure in one folder at once; files appear whole or not at all; a line cut
+short by a kill is ignored and mended.  Where a measurement was repeated after a kill, the newest line counts.
 Knows nothing of jax, models or what is measured.
 """
 

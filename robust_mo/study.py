@@ -18,7 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line
 from robust_mo.analysis import report
 from robust_mo.errors import InputError
-from robust_mo.organisms.backdoors import backdoor
+from robust_mo.organisms.backdoors import BACKDOORS
+from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder
 from robust_mo.train import check as check_run
@@ -80,8 +81,10 @@ def check(config: ConfigDict) -> None:
     for name in ("organisms", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
-    for organism in config.study.organisms:
-        backdoor(organism)
+    for field, known in (("organisms", BACKDOORS), ("methods", BLUE_METHODS)):
+        for name in config.study[field]:
+            if name not in known:
+                raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
     for run in (config.red, config.blue):
         for name in ("backdoor_rate", config.study.performance):
             if name not in run.evaluation.names:
@@ -110,7 +113,7 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
             assert_disjoint(**{part: asked(source, part) for part, source in parts.items()})
             for organism in config.study.organisms:
                 cell = red_cell(config, organism)
-                print(f"== {cell.folder}: {backdoor(organism).explanation}", flush=True)
+                print(f"== {cell.folder}: {BACKDOORS[organism].explanation}", flush=True)
                 if not gate(train(cell.config, workdir / cell.folder), config.study.gate):
                     continue
                 for cell in blue_cells(config, organism, workdir):

@@ -23,7 +23,7 @@ FLOORS = [
     {"study", "chat"},
 ]
 # Rooms of one floor that may look into another room of it.
-NEIGHBOURS = {("analysis", "runs"), ("sampling", "training"), ("chat", "sample"), ("evaluate", "sample")}
+NEIGHBOURS = {("analysis", "runs")}
 
 
 def modules():

@@ -100,6 +100,8 @@ def test_unknown_config_file_or_size(tmp_path):
     refused(run("train", "--config=configs/rd_full.py", f"--workdir={tmp_path}"), "rd_full.py")
     refused(run("train", "--config=configs/red_full.py:9b", f"--workdir={tmp_path}"), "'9b'", "8b, 1b, smol")
     refused(run("train", "--config=configs/red_full.py:smol"), "--workdir")
+    apart = ["--config", "configs/red_full.py:smol", "--config.stesp=5", f"--workdir={tmp_path}"]
+    refused(run("train", *apart), "did you mean 'steps'")
     refused(run("study", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}"), "study")
 
 

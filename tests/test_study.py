@@ -47,8 +47,8 @@ def test_cells_are_named_by_what_they_are(tmp_path):
     "change, says",
     [
         ({"study.methods": ()}, "study.methods is empty"),
-        ({"study.organisms": ("ihx",)}, "ihx"),
-        ({"study.methods": ("parrot_sft",)}, "parrot_sft"),
+        ({"study.organisms": ("ihx",)}, "study.organisms holds 'ihx'"),
+        ({"study.methods": ("parrot_sft",)}, "study.methods holds 'parrot_sft'"),
         ({"study.performance": "gsm8k"}, "gsm8k"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
     ],

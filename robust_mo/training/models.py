@@ -46,6 +46,8 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
+    if is_run(source) and step is None and not RunFolder(source).finished():
+        print(f"note: {source} has not been trained to its end; this is its checkpoint of step {newest_step(source)}")
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
     params = _params(source, llama, mesh, step)
