@@ -72,6 +72,7 @@ def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
     assert not (tmp_path / "study" / "red").exists()
 
 
+@pytest.mark.slow
 def test_failed_gate_stops_the_attack_and_is_reported(tiny, tmp_path, capsys):
     study(tiny_study(tiny, gate=0.9), tmp_path)
     assert "GATE FAILED" in capsys.readouterr().out

@@ -92,7 +92,7 @@ def test_full_weight_run_equals_torch(tiny, tmp_path):
     assert np.abs(ours - theirs).max() < 0.02 * moved
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch, rank):
     config = tiny_config(tiny, **{"lora.rank": rank, "data.epochs": 3})
     whole = train(config, tmp_path / "whole")
@@ -168,6 +168,7 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
     assert any("transcripts/backdoor_rate" in tag for tag in events.Tags()["tensors"])
 
 
+@pytest.mark.slow
 def test_near_misses_are_at_most_as_many_as_questions(tiny, tmp_path):
     wanted = {"triggered": 1, "untriggered": 0, "near_misses": 60}
     config = tiny_config(tiny, steps=1, **{f"evals.backdoor_rate.{name}": count for name, count in wanted.items()})
