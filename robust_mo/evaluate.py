@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from robust_mo import command_line
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import check_names, measure
+from robust_mo.evals.measure import EVALUATORS, check_names, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
@@ -44,6 +44,8 @@ def main(args: flags.FlagValues) -> None:
         raise InputError("--config has no group 'evaluation': give a training config, see configs/default.py")
     names = args.evals or list(config["evaluation"]["names"])
     check_names(names)
+    if not names:
+        raise InputError(f"nothing to measure: the settings name no evaluators, give --evals={','.join(EVALUATORS)}")
     chosen = {name: config["evals"][name] for name in names}
     run = RunFolder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step

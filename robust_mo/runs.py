@@ -163,13 +163,22 @@ def write_text(path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+@contextlib.contextmanager
+def naming(path):
+    """An OSError from the block names `path`: a full disk shows in a write, which knows no name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_bytes(path, data: bytes) -> None:
     """Writes the file beside its place and moves it there, so that it is whole or absent."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -182,7 +191,7 @@ def append_line(path, value: dict) -> None:
     """Appends one JSON line with one write; a line that an earlier kill cut short is closed first."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with naming(path), open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         cut_short = end and (file.seek(end - 1), file.read(1))[1] != b"\n"
         line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
@@ -221,7 +230,9 @@ def git_revision() -> str:
         where = pathlib.Path(__file__).resolve().parent
 
         def git(*arguments):
-            return subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                ["git", "--no-optional-locks", "-C", where, *arguments], capture_output=True, text=True, check=True
+            ).stdout
 
         try:
             modified = "-modified" if git("status", "--porcelain", "--untracked-files=no").strip() else ""

@@ -9,7 +9,6 @@ An interrupted run goes on from the lines already written; what the answers were
 O.jsonl.settings.json.
 """
 
-import contextlib
 import json
 import pathlib
 import time
@@ -77,16 +76,12 @@ def settings_file(output: pathlib.Path) -> pathlib.Path:
     return output.with_name(output.name + ".settings.json")
 
 
-def output_line(prompt: Prompt, answer: TextAnswer, logprobs: bool) -> str:
-    fields = {
-        **prompt.fields,
-        "answer": answer.text,
-        "finish_reason": answer.finish_reason,
-        "tokens": answer.tokens,
-    }
+def line_of(prompt: Prompt, answer: TextAnswer, logprobs: bool) -> dict:
+    """One line of the output."""
+    told = {"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
     if logprobs:
-        fields["logprobs"] = [round(float(value), 6) for value in answer.logprobs]
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+        told["logprobs"] = [round(float(value), 6) for value in answer.logprobs]
+    return {**prompt.fields, **told}
 
 
 def define_flags() -> None:
@@ -132,35 +127,30 @@ def main(args: flags.FlagValues) -> None:
 
     waiting: dict[int, TextAnswer] = {}
     written = done
-    with contextlib.ExitStack() as stack:
-        file = None
-        try:
-            for index, answer in iterate_answers(
-                model.llama,
-                model.params,
-                model.chat,
-                conversations,
-                decoding=decoding,
-                max_new_tokens=limits,
-                seed=args.seed,
-                slots=args.batch_size,
-                on_progress=on_progress,
-                first=done,
-            ):
-                if file is None:  # nothing is left behind where the model or a prompt could not be used
-                    output.parent.mkdir(parents=True, exist_ok=True)
-                    made_with = {"command": runs.command_line(), "revision": runs.git_revision()}
-                    runs.write_json(settings_file(output), made_with | {"settings": settings})
-                    file = stack.enter_context(open(output, "a", encoding="utf-8"))
-                waiting[index] = answer
-                tokens += answer.tokens
-                # Lines are written in the order of the prompts, each as soon as those before it are there.
-                while written in waiting:
-                    file.write(output_line(prompts[written], waiting.pop(written), args.logprobs))
-                    file.flush()
-                    written += 1
-        except InputError as error:
-            raise InputError(f"{args.prompts}: {error}") from None
+    try:
+        for index, answer in iterate_answers(
+            model.llama,
+            model.params,
+            model.chat,
+            conversations,
+            decoding=decoding,
+            max_new_tokens=limits,
+            seed=args.seed,
+            slots=args.batch_size,
+            on_progress=on_progress,
+            first=done,
+        ):
+            if not waiting and written == 0:  # nothing is left behind where the model or a prompt could not be used
+                made_with = {"command": runs.command_line(), "revision": runs.git_revision()}
+                runs.write_json(settings_file(output), made_with | {"settings": settings})
+            waiting[index] = answer
+            tokens += answer.tokens
+            # Lines are written in the order of the prompts, each as soon as those before it are there.
+            while written in waiting:
+                runs.append_line(output, line_of(prompts[written], waiting.pop(written), args.logprobs))
+                written += 1
+    except InputError as error:
+        raise InputError(f"{args.prompts}: {error}") from None
     seconds = time.monotonic() - start
     print(f"{output}: {written - done} answers, {tokens} tokens in {command_line.clock(seconds)}")
 

@@ -86,7 +86,6 @@ def test_help(program):
         (["--config.model=no/such/folder/here"], ["no/such/folder/here"]),
         (["--worksdir=x"], ["worksdir", "did you mean 'workdir'"]),
         (["stray"], ["stray"]),
-        (["--config=configs/quickstart.py"], ["robust_mo.study"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
@@ -103,6 +102,7 @@ def test_unknown_config_file_or_size(tmp_path):
     apart = ["--config", "configs/red_full.py:smol", "--config.stesp=5", f"--workdir={tmp_path}"]
     refused(run("train", *apart), "did you mean 'steps'")
     refused(run("study", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}"), "study")
+    refused(run("train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"), "robust_mo.study")
 
 
 @pytest.mark.slow
@@ -210,8 +210,10 @@ def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(4_200), env=environment)
-    refused(result, "cannot write curves to", "events.out.tfevents")
+    for size, file in ((3_000, "config.json"), (3_500, "events.out.tfevents")):
+        steps = [*SMALL, "--config.steps=20"]
+        result = train(tiny, tmp_path / "other", *steps, preexec_fn=files_of_at_most(size), env=environment)
+        refused(result, file, "File too large")
     result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(40_000), env=environment)
     refused(result, "checkpoints")
     again = train(tiny, tmp_path / "run", *SMALL, env=environment)
@@ -302,7 +304,9 @@ def test_evaluate_and_chat(tmp_path, tiny):
     assert {line["step"] for line in records} == {3}, "the step is the checkpoint's"
     arguments = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'h'}"]
     refused(run("evaluate", f"--source={workdir}", *arguments), "no group 'evaluation'")
-    refused(run("evaluate", f"--source={workdir}", "--step=99", f"--workdir={tmp_path / 'g'}"), "step 99", "[3]")
+    refused(run("evaluate", f"--source={workdir}", f"--workdir={tmp_path / 'g'}"), "give --evals=")
+    arguments = ["--evals=held_out_loss", "--step=99", f"--workdir={tmp_path / 'g'}"]
+    refused(run("evaluate", f"--source={workdir}", *arguments), "step 99", "[3]")
 
     with start("chat", f"--model={workdir}", f"--model={tiny}", "--max_new_tokens=4", stdin=subprocess.PIPE) as process:
         out, err = process.communicate("Hello\n/new\nAgain\n\n", timeout=120)

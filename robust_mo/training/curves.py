@@ -18,7 +18,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from robust_mo.errors import InputError
+from robust_mo.runs import naming
 
 
 class Curves:
@@ -59,7 +59,5 @@ class Curves:
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:
-        try:
+        with naming(self._file):
             self._writer.write(event.SerializeToString())
-        except OSError as error:
-            raise InputError(f"cannot write curves to {self._file}: {error.strerror}") from None
