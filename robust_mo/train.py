@@ -218,7 +218,7 @@ def check_rows(batch: ConfigDict, mesh) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
-    if missing := [name for name in _GROUPS if name not in config]:
+    if missing := [name for name in _NEEDED if name not in config]:
         hint = ": it is a study's, for robust_mo.study" if "study" in config else ", see configs/default.py"
         raise InputError(f"--config has no {', '.join(missing)}{hint}")
     if config.remat not in REMAT_POLICIES:
@@ -240,18 +240,10 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
 
 
-_GROUPS = (
-    "model",
-    "backdoor",
-    "system_prompt",
-    "remat",
-    "data",
-    "batch",
-    "optimizer",
-    "schedule",
-    "lora",
-    "evaluation",
-)
+_NEEDED = (
+    "model param_dtype compute_dtype remat lora mesh system_prompt backdoor data batch loss_chunk steps optimizer "
+    "schedule log_every distance_from_start checkpoint evaluation evals seed"
+).split()
 _AT_LEAST_ONE = (
     "data.length",
     "data.epochs",

@@ -265,7 +265,8 @@ def test_sample_writes_in_order_and_resumes(tmp_path, tiny):
         assert line["finish_reason"] in ("stop", "length")
     note = output.with_name("answers.jsonl.settings.json")
     assert set(output.parent.iterdir()) == {output, note}
-    assert "--seed" not in json.loads(note.read_text())["command"]
+    made_with = json.loads(note.read_text())
+    assert "--temperature=0.9" in made_with["command"] and made_with["settings"]["seed"] == 0
 
     assert "complete" in sample().stdout  # again: nothing to do
     refused(sample("--seed=5"), "seed was 0 and is 5")

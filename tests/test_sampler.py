@@ -62,7 +62,9 @@ def test_greedy_equals_generate(tiny, sampler):
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
 
 
-@pytest.mark.parametrize("decoding", [Greedy(), Nucleus(1.2, 0.8)], ids=str)
+@pytest.mark.parametrize(
+    "decoding", [Greedy(), pytest.param(Nucleus(0.9, 1.0), marks=pytest.mark.slow), Nucleus(1.2, 0.8)], ids=str
+)
 def test_answer_depends_on_neither_slot_nor_neighbours(sampler, decoding):
     asked = requests(count=31)
     together = sample(sampler, asked, decoding, slots=24)  # admitted in threes, the last group not full

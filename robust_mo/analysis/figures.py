@@ -174,10 +174,9 @@ def save(figure: Figure, path: pathlib.Path, origin: str) -> None:
     """Writes path.png and path.svg; `origin` says in their metadata what made them."""
     about = {"Description": origin}
     with matplotlib.rc_context(_STYLE):
-        for suffix, options in ((".png", {"dpi": 200}), (".svg", {})):
+        for suffix, metadata in ((".png", about), (".svg", about | {"Date": None})):
             data = io.BytesIO()
-            metadata = about | ({"Date": None} if suffix == ".svg" else {})
-            figure.savefig(data, format=suffix[1:], metadata=metadata, **options)
+            figure.savefig(data, format=suffix[1:], dpi=200, metadata=metadata)
             runs.write_bytes(path.with_name(path.name + suffix), data.getvalue())
 
 

@@ -1,7 +1,7 @@
 """TensorBoard event files, through tensorboard's own records (no TensorFlow).
 
-Promises: scalars, text and images in the run folder, under names `group/what`, each on the disk when the call
-returns.  A resumed run first tells TensorBoard from which step on what it saw before no longer counts.
+Promises: scalars, text and images in the run folder, under names `group/what`, each handed to the operating system when
+the call returns.  A resumed run first tells TensorBoard from which step on what it saw before no longer counts.
 Does not know what is measured.
 """
 
