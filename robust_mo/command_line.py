@@ -72,7 +72,10 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
 
         _end(0, f"stopped; the same command goes on: {command_line()}")
     except KeyboardInterrupt:
-        _end(130, "stopped at once; the same command goes on from what was saved")
+        print("stopped at once; the same command goes on from what was saved", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Threads that still write a checkpoint would crash beside an interpreter that takes itself down.
+        os._exit(130)
     except InputError as error:
         _end(2, f"error: {error}")
     except BrokenPipeError:

@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+from conftest import make_tiny_model
 from safetensors.numpy import load_file, save_file
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -244,6 +245,30 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path, tiny):
     recorded = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     numbers = [line["step"] for line in recorded if line["name"] == "train/loss"]
     assert numbers == list(range(1, len(numbers) + 1)), "a step was lost or taken twice"
+
+
+@pytest.mark.slow
+def test_second_interrupt_during_a_checkpoint_stops_at_once_and_loses_nothing(tmp_path):
+    large = make_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=8192)  # its save takes a while
+    arguments = [*SMALL[:-1], "--config.steps=3", "--config.batch.rows=1", "--config.checkpoint.every=1"]
+    command = ["train", "--config=configs/red_full.py:smol", f"--workdir={tmp_path / 'run'}"]
+    with start(*command, f"--config.model={large}", *arguments) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        while "saving, then stopping" not in process.stderr.readline():
+            assert process.poll() is None, "ended before the second signal"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines() == ["stopped at once; the same command goes on from what was saved"]
+    again = train(large, tmp_path / "run", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stdout
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in recorded if line["name"] == "train/loss"] == [1, 2, 3]
 
 
 @pytest.mark.slow
