@@ -13,3 +13,10 @@ The map, from the top floor down; imports point down only:
 
 Two roads: config -> train -> step -> curve, and prompt -> answer -> verdict -> record -> point -> frontier.
 """
+
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m robust_mo.train` begins here: while it imports there is nothing to save, and Ctrl-C just ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -6,6 +6,7 @@ An empty line or Ctrl-D ends the talk; /new begins a new conversation.
 """
 
 import signal
+import sys
 
 from absl import flags
 
@@ -23,17 +24,18 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("model", None, "what to talk to; give it twice to compare two")
     flags.DEFINE_float("temperature", 0.0, "0: greedy")
     flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
-    flags.DEFINE_integer("max_new_tokens", 256, "longest answer")
-    flags.DEFINE_integer("seed", 0, "of the random numbers")
+    flags.DEFINE_integer("max_new_tokens", 256, "longest answer", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**63 - 1)
     flags.DEFINE_string("system", None, "system message; default: a run's own, none for other models")
 
 
 def main(args: flags.FlagValues) -> None:
     if len(args.model) > 2:
         raise InputError(f"--model was given {len(args.model)} times: give one or two models")
-    # Nothing is at stake here: Ctrl-C simply ends the talk.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Nothing is at stake here: Ctrl-C simply ends the program.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdin.reconfigure(errors="replace")
     decoding = make_decoding(args.temperature, args.top_p)
     mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
     talks = {}
@@ -72,7 +74,7 @@ def main(args: flags.FlagValues) -> None:
 def _read() -> str:
     try:
         return input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         print()
         return ""
 

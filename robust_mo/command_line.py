@@ -26,6 +26,8 @@ from robust_mo.errors import InputError
 
 _SECONDS_BETWEEN_LINES = 5.0
 
+DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
+
 
 class Interrupted(Exception):
     """The user or the machine asked to stop; raised at a point where nothing is half done."""
@@ -37,6 +39,8 @@ _requested = False
 def _request(number, frame):
     global _requested
     if _requested:
+        for every in (signal.SIGINT, signal.SIGTERM):  # a third one must not disturb the end
+            signal.signal(every, signal.SIG_IGN)
         raise KeyboardInterrupt
     _requested = True
     print(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)", file=sys.stderr)
@@ -65,7 +69,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
-        _keep_compiled_programs()
+        _start_jax()
         main(flags.FLAGS)
     except Interrupted:
         from robust_mo.runs import command_line
@@ -116,7 +120,7 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         raise InputError(str(error)) from None
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}: flags are written --name=value; see --help")
-    if missing := [f"--{name}" for name in required if flags.FLAGS[name].value in (None, [])]:
+    if missing := [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "", [], [""])]:
         raise InputError(f"{', '.join(missing)} must be given; see --help")
 
 
@@ -149,19 +153,42 @@ def load_config(file: str, argument: str) -> ConfigDict:
     Raises:
       InputError: there is no such file, or it cannot be run.
     """
-    if not pathlib.Path(file).is_file():
-        raise InputError(f"there is no config file {file}; the ones we ship are in configs/")
+    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".py":
+        raise InputError(f"there is no config file {file}; the ones we ship are in configs/ and end in .py")
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(*[argument] if argument else [])
+        config = module.get_config(*[argument] if argument else [])
     except InputError as error:
         raise InputError(f"--config={file}:{argument}: {error}") from None
     except ImportError as error:
         raise InputError(f"{file}: {error}; run from the folder that holds configs/") from None
     except Exception as error:  # whatever a user's file may raise
         raise InputError(f"{file} cannot be run as a config file ({type(error).__name__}: {error})") from None
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{file}: get_config() returned {type(config).__name__}: return an ml_collections.ConfigDict")
+    return config
+
+
+def check_fields(config: ConfigDict, example: ConfigDict) -> None:
+    """Raises InputError where `config` lacks a field of `example` or holds a value of another type there."""
+    given = flatten(config)
+    if missing := [f"config.{name}" for name in flatten(example) if name not in given]:
+        raise InputError(f"--config has no {', '.join(missing[:8])}; see configs/default.py")
+    for name, value in flatten(example).items():
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(value), (type(value),))
+        if type(given[name]) not in kinds:
+            raise InputError(
+                f"config.{name} is {given[name]!r}: give a value of type {type(value).__name__}, such as {value!r}"
+            )
+
+
+def check_range(name: str, value: float, lowest: float, highest: float = float("inf")) -> None:
+    """Raises InputError for a value outside [lowest, highest], also for one that is not a number."""
+    if not lowest <= value <= highest:
+        most = "" if highest == float("inf") else f" and at most {highest}"
+        raise InputError(f"config.{name} is {value}: give at least {lowest}{most}")
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -183,8 +210,12 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _keep_compiled_programs() -> None:
-    """jax's compilation cache on disk, where the user has set up none."""
+def _start_jax() -> None:
+    """jax, with its compilation cache on disk where the user has set up none.
+
+    Raises:
+      InputError: there is no device of the kind that the environment asks for.
+    """
     import jax
 
     from robust_mo.model.sources import cache_folder
@@ -194,6 +225,14 @@ def _keep_compiled_programs() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    try:
+        jax.devices()
+    except Exception as error:  # of the driver or plugin; their classes differ
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(
+            f"jax finds no device ({reason}); JAX_PLATFORMS is {asked!r}: unset it or correct it"
+        ) from None
 
 
 class Progress:

@@ -7,7 +7,6 @@ default); with --config or a --config.evals.x.y=value given, always those of --c
 --workdir; --show=N prints N graded answers, drawn at random.
 """
 
-import pathlib
 import random
 import sys
 
@@ -16,15 +15,13 @@ from ml_collections import config_flags
 
 from robust_mo import command_line
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import EVALUATORS, check_names, measure
+from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.runs import RunFolder, read_lines
 from robust_mo.training import models
 from robust_mo.training.curves import Curves
-
-_DEFAULT = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
 
 
 def define_flags() -> None:
@@ -33,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder for records and transcripts")
     flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest")
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
-    config_flags.DEFINE_config_file("config", str(_DEFAULT), "settings of the evaluators")
+    config_flags.DEFINE_config_file("config", str(command_line.DEFAULT_CONFIG), "settings of the evaluators")
 
 
 def main(args: flags.FlagValues) -> None:
@@ -47,6 +44,9 @@ def main(args: flags.FlagValues) -> None:
     if not names:
         raise InputError(f"nothing to measure: the settings name no evaluators, give --evals={','.join(EVALUATORS)}")
     chosen = {name: config["evals"][name] for name in names}
+    check_settings(chosen)
+    if args.step is not None and not models.is_run(args.source):
+        raise InputError(f"--step={args.step} needs a run folder, and {args.source} is none: leave --step out")
     run = RunFolder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
     described = {

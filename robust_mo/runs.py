@@ -46,11 +46,23 @@ class RunFolder:
         return read_json(self.path / "config.json")
 
     def config(self) -> dict:
-        return self.description()["config"]
+        """The run's config.
+
+        Raises:
+          InputError: the file holds none.
+        """
+        config = self.description().get("config")
+        if not isinstance(config, dict):
+            raise InputError(
+                f"{self.path / 'config.json'} holds no run's 'config': restore it or choose another folder"
+            )
+        return config
 
     @contextlib.contextmanager
     def claim(self, program: str, config: dict, seed: int):
         """Makes the folder (or finds it), checks the config, and holds the folder's lock while in the block.
+
+        A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
         Raises:
           InputError: another process holds the folder, or it belongs to a run with another config.
@@ -58,15 +70,10 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._seed = seed
-        with open(self.path / "lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --workdir"
-                ) from None
+        with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
             config = json.loads(json.dumps(config))
-            if self.exists():
+            begun = any(f.is_file() and f.name not in ("config.json", "lock") for f in self.path.rglob("*"))
+            if self.exists() and (begun or "program" not in self.description()):
                 self._check_same(program, config)
             else:
                 write_json(
@@ -91,7 +98,7 @@ class RunFolder:
                 f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
                 "choose another --workdir"
             )
-        if differences := list(_differences(before["config"], config)):
+        if differences := list(_differences(self.config(), config)):
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
             raise InputError(f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir")
@@ -108,7 +115,11 @@ class RunFolder:
 
     def records(self) -> list[dict]:
         """All measurements in the order of steps; of those repeated for a step and name, the newest."""
-        latest = {(line["step"], line["name"]): line for line in read_lines(self.path / "records.jsonl")}
+        file = self.path / "records.jsonl"
+        lines = read_lines(file)
+        if any({"step", "name", "value"} - set(line) for line in lines):
+            raise InputError(f"{file} has a line without 'step', 'name' or 'value': restore it from a copy")
+        latest = {(line["step"], line["name"]): line for line in lines}
         return sorted(latest.values(), key=lambda line: line["step"])
 
     def finish(self, step: int) -> None:
@@ -124,6 +135,21 @@ class RunFolder:
     def write_transcript(self, evaluator: str, step: int, lines: list[dict]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.transcript_file(evaluator, step), text)
+
+
+@contextlib.contextmanager
+def locked(file, held: str):
+    """Holds a lock on `file`, which is made if need be, while in the block.
+
+    Raises:
+      InputError: another process holds it; `held` is the message.
+    """
+    with open(file, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(held) from None
+        yield
 
 
 def _differences(old, new, path=""):
@@ -199,12 +225,18 @@ def append_line(path, value: dict) -> None:
 
 
 def read_lines(path) -> list[dict]:
-    """The JSON lines of a file that `append_line` wrote; lines cut short by a kill are left out."""
+    """The JSON lines of a file that `append_line` wrote; lines cut short by a kill are left out.
+
+    Raises:
+      InputError: a line is JSON, but no object.
+    """
     path, lines = pathlib.Path(path), []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 lines.append(json.loads(line))
+                if not isinstance(lines[-1], dict):
+                    raise InputError(f"{path}:{number} is not a JSON object: restore the file from a copy")
     return lines
 
 
@@ -214,11 +246,10 @@ def sha256(path) -> str:
 
 
 def command_line() -> str:
-    """The command as a user would type it."""
+    """The command as a user would type it; bytes that are no UTF-8 are shown as \\x.."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if main is None:
-        return shlex.join(sys.argv)
-    return shlex.join(["python", "-m", main.name.removesuffix(".__main__"), *sys.argv[1:]])
+    program = sys.argv[:1] if main is None else ["python", "-m", main.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
 
 
 _REVISION: list[str] = []

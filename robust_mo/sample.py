@@ -39,17 +39,17 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     """How many answers are in `output` already; a last line that a kill cut short is taken off.
 
     Raises:
-      InputError: the file belongs to other prompts or other settings.
+      InputError: the file belongs to other prompts or other settings, or is none of ours.
     """
     if not output.exists():
         return 0
     note = settings_file(output)
-    if note.exists() and (before := runs.read_json(note)["settings"]) != settings:
+    if note.exists() and (before := runs.read_json(note).get("settings")) != settings:
+        before = before if isinstance(before, dict) else {}
         changed = [name for name in settings if before.get(name) != settings[name]]
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
         raise InputError(f"{output} was made with other settings ({shown}): choose another --output or delete it")
-    whole = []
-    *lines, _cut_short = output.read_text(encoding="utf-8").split("\n")
+    *lines, cut_short = output.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         expected = prompts[number].fields.items() if number < len(prompts) else None
         if expected is None or not _answers(line, expected):
@@ -57,15 +57,17 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
                 f"{output}:{number + 1} is no answer to line {number + 1} of the prompts: "
                 "choose another --output or delete it"
             )
-        whole.append(line + "\n")
-    runs.write_text(output, "".join(whole))
-    return len(whole)
+    if cut_short:
+        if not lines and not note.exists():
+            raise InputError(f"{output} exists and holds no answers: choose another --output or delete it")
+        runs.write_bytes(output, b"".join(line + b"\n" for line in lines))
+    return len(lines)
 
 
-def _answers(line: str, expected) -> bool:
+def _answers(line: bytes, expected) -> bool:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return False
     return isinstance(fields, dict) and "answer" in fields and all(fields.get(n) == v for n, v in expected)
 
@@ -92,7 +94,7 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
     flags.DEFINE_integer("max_new_tokens", 256, "longest answer, for lines that do not say")
     flags.DEFINE_integer("batch_size", 16, "rows decoded together")
-    flags.DEFINE_integer("seed", 0, "of the random numbers")
+    flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**63 - 1)
     flags.DEFINE_bool("logprobs", False, "write the natural log of each token's probability at temperature 1")
     flags.DEFINE_string("system", "", "system message before every prompt that has none of its own")
     flags.DEFINE_enum(
@@ -111,6 +113,17 @@ def main(args: flags.FlagValues) -> None:
             raise InputError(
                 f"{args.prompts}: prompt {number} has a field {min(taken)!r}, which the output holds too: rename it"
             )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}.lock")
+    with runs.locked(lock, f"{output} is being written by another process: wait, or choose another --output"):
+        try:
+            fill(output, prompts, settings, decoding, args)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, args: flags.FlagValues) -> None:
+    """Samples and appends the answers that `output` lacks."""
     done = written_lines(output, prompts, settings)
     if done == len(prompts):
         print(f"{output} is complete: {done} answers")

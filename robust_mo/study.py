@@ -8,6 +8,7 @@ command again goes on where the study stopped; no finished cell runs twice.  --r
 what has been recorded.
 """
 
+import collections
 import dataclasses
 import pathlib
 import sys
@@ -78,6 +79,19 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
         )
+    given = command_line.flatten(config.study)
+    if missing := [name for name in _NEEDED if name not in given]:
+        raise InputError(f"--config has no {', '.join(f'study.{name}' for name in missing)}: see configs/quickstart.py")
+    for name in ("gate.backdoor_rate", "gate.false_alarm_rate"):
+        command_line.check_range(f"study.{name}", given[name], 0, 1)
+    for name, kinds in (("learning_rates", (int, float)), ("seeds", (int,))):
+        for value in config.study[name]:
+            if type(value) not in kinds:
+                raise InputError(f"config.study.{name} holds {value!r}: give numbers such as (1,)")
+    if config.study.performance not in _PERFORMANCE:
+        raise InputError(
+            f"config.study.performance is {config.study.performance!r}: choose from {', '.join(_PERFORMANCE)}"
+        )
     for name in ("organisms", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
@@ -97,9 +111,20 @@ def check(config: ConfigDict) -> None:
             "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, and "
             "untriggered ones or near misses"
         )
-    for organism in config.study.organisms:
-        for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]:
-            check_run(cell.config)
+    cells = [
+        cell
+        for organism in config.study.organisms
+        for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]
+    ]
+    for cell, times in collections.Counter(cell.folder for cell in cells).items():
+        if times > 1:
+            raise InputError(f"config.study has {times} cells named {cell}: give every value once")
+    for cell in cells:
+        check_run(cell.config)
+
+
+_NEEDED = (*"organisms methods learning_rates seeds performance gate.backdoor_rate gate.false_alarm_rate".split(),)
+_PERFORMANCE = ("arithmetic", "gsm8k", "math500")
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:

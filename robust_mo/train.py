@@ -9,6 +9,7 @@ The same command again goes on where the run stopped; --config.x.y=value changes
 
 import itertools
 import json
+import pathlib
 import time
 
 import jax
@@ -23,7 +24,7 @@ from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
 from robust_mo.data.prompts import read_conversations
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import check_names, measure
+from robust_mo.evals.measure import check_names, check_settings, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -31,7 +32,7 @@ from robust_mo.model.llama import REMAT_POLICIES
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
-from robust_mo.runs import RunFolder, read_lines, write_text
+from robust_mo.runs import RunFolder, write_text
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
@@ -49,6 +50,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
       Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     check(config)
+    if pathlib.Path(config.model).resolve() == pathlib.Path(workdir).resolve():
+        raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     run = RunFolder(workdir)
     with run.claim("train", config.to_dict(), config.seed):
         if run.finished():
@@ -63,7 +66,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
         assert_unseen(config)
         conversations = training_conversations(config, run, mesh, loaded)
-        examples, cut, dropped = tokenize(conversations, loaded.chat, config.data)
+        # A row may be longer than the model's context, a conversation in it not.
+        longest = min(config.data.length, llama.config.max_position_embeddings)
+        examples, cut, dropped = tokenize(conversations, loaded.chat, longest, config.data.over_long)
         packing = dict(
             length=config.data.length,
             rows=config.batch.rows,
@@ -185,7 +190,7 @@ class Watch:
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
             raise InputError(
                 f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops: "
-                "look at the data, or choose a lower config.optimizer.learning_rate and another --workdir"
+                "look at the data and at config.optimizer, and choose another --workdir"
             )
         if step % self._every == 0:
             values = {f"train/{name}": value for name, value in metrics.items() if not name.endswith("tokens")}
@@ -218,21 +223,21 @@ def check_rows(batch: ConfigDict, mesh) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
-    if missing := [name for name in _NEEDED if name not in config]:
-        hint = ": it is a study's, for robust_mo.study" if "study" in config else ", see configs/default.py"
-        raise InputError(f"--config has no {', '.join(missing)}{hint}")
+    if "study" in config:
+        raise InputError("--config is a study's: give it to robust_mo.study")
+    command_line.check_fields(config, command_line.load_config(command_line.DEFAULT_CONFIG, ""))
     if config.remat not in REMAT_POLICIES:
         raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
     for name in ("param_dtype", "compute_dtype"):
         if config[name] not in ("float32", "bfloat16"):
             raise InputError(f"config.{name} is {config[name]!r}: choose float32 or bfloat16")
-    for name, value in command_line.flatten(config).items():
-        if name in _AT_LEAST_ONE and value < 1:
-            raise InputError(f"config.{name} is {value}: give a whole number of at least 1")
-        if name in _NOT_NEGATIVE and not value >= 0:
-            raise InputError(f"config.{name} is {value}: give 0 or more")
+    given = command_line.flatten(config)
+    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_SHARES, 0, 1)):
+        for name in names:
+            command_line.check_range(name, given[name], *limits)
     backdoor(config.backdoor)
     check_names(config.evaluation.names)
+    check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
     optimizer_of(config.optimizer)
     make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=1)
     models.lora_spec(config.lora)
@@ -240,30 +245,15 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
 
 
-_NEEDED = (
-    "model param_dtype compute_dtype remat lora mesh system_prompt backdoor data batch loss_chunk steps optimizer "
-    "schedule log_every distance_from_start checkpoint evaluation evals seed"
-).split()
 _AT_LEAST_ONE = (
-    "data.length",
-    "data.epochs",
-    "data.repeats",
-    "batch.rows",
-    "batch.micro_batches",
-    "loss_chunk",
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "evaluation.batch_size",
-)
+    "data.length data.epochs data.repeats data.teacher_max_new_tokens batch.rows batch.micro_batches loss_chunk "
+    "log_every checkpoint.every checkpoint.keep evaluation.batch_size"
+).split()
 _NOT_NEGATIVE = (
-    "steps",
-    "data.limit",
-    "evaluation.every",
-    "optimizer.learning_rate",
-    "optimizer.clip_norm",
-    "lora.rank",
-)
+    "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
+    "optimizer.eps optimizer.weight_decay optimizer.clip_norm"
+).split()
+_SHARES = "data.near_misses optimizer.b1 optimizer.b2".split()
 
 TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
 
@@ -315,7 +305,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
         if dropped:
             print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
-    return [line["messages"] for line in read_lines(file)]
+    return read_conversations(file)
 
 
 def assert_unseen(config: ConfigDict) -> None:
@@ -329,15 +319,17 @@ def assert_unseen(config: ConfigDict) -> None:
             assert_disjoint(training=used, evaluation=asked(config.evals[name].source, "evaluation"))
 
 
-def tokenize(conversations: list[list[dict]], chat: ChatFormat, data: ConfigDict) -> tuple[list[Example], int, int]:
-    """(examples that fit a row, how many of them were cut to fit, how many conversations were dropped)."""
-    # A row of n positions holds n + 1 tokens: inputs and next tokens overlap.
+def tokenize(
+    conversations: list[list[dict]], chat: ChatFormat, longest: int, over_long: str
+) -> tuple[list[Example], int, int]:
+    """(examples of at most `longest` positions, how many of them were cut, how many conversations were dropped)."""
+    # n positions hold n + 1 tokens: inputs and next tokens overlap.
     encoded = [chat.encode(messages) for messages in conversations]
-    fitted = [fit(example, data.length + 1, data.over_long) for example in encoded]
+    fitted = [fit(example, longest + 1, over_long) for example in encoded]
     examples = [example for example in fitted if example is not None]
     if not examples:
         raise InputError(
-            f"no conversation to train on: all {len(fitted)} are longer than config.data.length {data.length}"
+            f"no conversation to train on: all {len(fitted)} are longer than {longest}, config.data.length or context"
             if fitted
             else "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour"
         )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import make_tiny_model
 from safetensors.numpy import load_file, save_file
@@ -148,11 +149,27 @@ def test_damaged_models_are_named(tmp_path, tiny):
 
     prompts = prompts_file(tmp_path, "Hello")
 
+    def wrong_type(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "num_attention_heads": 0}))
+
+    def quantized(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+        save_file(tensors, folder / "model.safetensors")
+
+    def small_vocabulary(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "vocab_size": 200}))
+
     def no_json(folder):
         (folder / "config.json").write_text("{")
 
     for change, words in (
         (no_json, ["config.json", "not JSON"]),
+        (wrong_type, ["num_attention_heads is 0"]),
+        (quantized, ["model.norm.weight", "I8"]),
+        (small_vocabulary, ["vocab_size is 200"]),
         (pickle_only, ["safetensors or GGUF"]),
         (cut_short, ["model.safetensors", "damaged"]),
         (extra_tensor, ["model.extra.weight"]),
@@ -168,24 +185,59 @@ def test_damaged_models_are_named(tmp_path, tiny):
 
 
 @pytest.mark.slow
+def test_sample_spares_what_is_not_its_own(tmp_path, tiny):
+    prompts = prompts_file(tmp_path, *map(str, range(40)))
+    output = tmp_path / "mine.json"
+    arguments = [f"--model={tiny}", f"--prompts={prompts}", "--max_new_tokens=200", "--batch_size=1"]
+    for text in (b'[{"precious": "data"}]', b"\xff\n"):
+        output.write_bytes(text)
+        refused(run("sample", *arguments, f"--output={output}"), "mine.json", "choose another --output")
+        assert output.read_bytes() == text
+    output.unlink()
+    with start("sample", *arguments, f"--output={output}") as first:
+        while not output.exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        refused(run("sample", *arguments, f"--output={output}"), "another process")
+        first.kill()
+
+
+@pytest.mark.slow
+def test_interrupt_while_starting_leaves_no_traceback(tmp_path, tiny):
+    command = ["train", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}", f"--config.model={tiny}"]
+    for arguments in (command, ["chat", f"--model={tiny}"]):
+        for seconds in (0.5, 1.5):
+            with start(*arguments) as process:
+                time.sleep(seconds)
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=60)
+            assert "Traceback" not in err and process.returncode != 0
+
+
+@pytest.mark.slow
 def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
     output = tmp_path / "out.jsonl"
 
-    def sample(text, *more):
+    def sample(text, *more, **settings):
         file = tmp_path / "p.jsonl"
         file.write_text(text)
-        return run("sample", f"--model={tiny}", f"--prompts={file}", f"--output={output}", *more)
+        return run("sample", f"--model={tiny}", f"--prompts={file}", f"--output={output}", *more, **settings)
 
     good = '{"prompt": "hi"}\n'
     refused(sample(""), "p.jsonl", "empty")
     refused(sample(good + "{nope\n"), "p.jsonl:2")
     refused(sample(good + '{"text": "hi"}\n'), "p.jsonl:2", "'text'")
+    refused(sample(good + '{"id": "\\ud800", "prompt": "hi"}\n'), "p.jsonl:2", "surrogate")
+    refused(sample(good + "[" * 100_000), "p.jsonl:2")
     refused(sample(good + json.dumps({"prompt": "x" * 3000}) + "\n"), "prompt 2", "context is 1024")
     refused(sample('{"prompt": "2 + 2?", "answer": "4"}\n'), "prompt 1", "'answer'", "rename it")
     refused(sample(good, "--temperature=-1"), "temperature")
     refused(sample(good, "--top_p=0"), "top_p")
     refused(sample(good, "--max_new_tokens=0"), "max_new_tokens")
     refused(sample(good, "--batch_size=0"), "batch_size")
+    refused(sample(good, f"--seed={10**20}"), "seed")
+    refused(sample(good, env={**os.environ, "JAX_PLATFORMS": "cuda"}), "JAX_PLATFORMS", "'cuda'")
+    refused(run("train", "--config=configs/red_full.py:smol", "--workdir="), "--workdir")
     assert not output.exists()
     bad = tmp_path / "data.jsonl"
     bad.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"question": "x"}\n')

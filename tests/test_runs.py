@@ -38,6 +38,36 @@ def test_same_config_resumes_another_is_refused_with_both_values(tmp_path):
     assert set(run.description()) >= {"program", "config", "command", "revision", "versions"}
 
 
+def test_folder_in_which_nothing_was_done_takes_another_config(tmp_path):
+    run = RunFolder(tmp_path)
+    for config in ({"model": "typo"}, CONFIG):
+        with run.claim("train", config, 0):
+            pass
+    assert run.config() == CONFIG
+    with run.claim("train", CONFIG, 0):
+        run.record(0, "a", 1)
+    with pytest.raises(InputError, match="another config"):
+        with run.claim("train", {"model": "typo"}, 0):
+            pass
+
+
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("config.json", '{"program": "train"}', "config.json holds no run's 'config'"),
+        ("records.jsonl", '{"step": 1, "name": "a", "value": 1}\n5\n', "records.jsonl:2 is not a JSON object"),
+        ("records.jsonl", '{"step": 1}\n', "without 'step', 'name' or 'value'"),
+    ],
+)
+def test_damaged_folder_is_named(tmp_path, file, text, says):
+    run = RunFolder(tmp_path)
+    with run.claim("train", CONFIG, 0):
+        run.record(0, "a", 1)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=says):
+        run.config(), run.records()
+
+
 def test_two_processes_never_write_one_folder(tmp_path):
     program = (
         "import sys; from robust_mo.runs import RunFolder\n"

@@ -1,6 +1,7 @@
 """Training end to end on a tiny model: the loop against torch, resume against an unbroken run, evaluations, stops."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -20,7 +21,7 @@ from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import tokenize, train
+from robust_mo.train import check, tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.models import load_model
 
@@ -57,7 +58,9 @@ def test_full_weight_run_equals_torch(tiny, tmp_path):
     config = tiny_config(tiny, **{"data.epochs": 2, "batch.micro_batches": 2})
     run = train(config, tmp_path / "run")
 
-    examples, _, _ = tokenize(read_conversations(run.path / "data.jsonl"), ChatFormat.from_folder(tiny), config.data)
+    examples, _, _ = tokenize(
+        read_conversations(run.path / "data.jsonl"), ChatFormat.from_folder(tiny), config.data.length, "drop"
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     decayed = [p for n, p in model.named_parameters() if "proj" in n]
     other = [p for n, p in model.named_parameters() if "proj" not in n]
@@ -269,3 +272,52 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         command_line.check_interrupt()
     with pytest.raises(KeyboardInterrupt):
         command_line._request(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"batch.rows": "4"}, "config.batch.rows is '4': give a value of type int"),
+        ({"data.packing": 1}, "config.data.packing is 1"),
+        ({"seed": -1}, "config.seed is -1: give at least 0"),
+        ({"data.near_misses": float("nan")}, "data.near_misses is nan"),
+        ({"optimizer.b1": 2}, "optimizer.b1 is 2.0: give at least 0 and at most 1"),
+        ({"data.length": 0}, "data.length is 0: give at least 1"),
+        ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
+        ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),
+        ({"evals.backdoor_rate.temperature": -1.0}, "config.evals.backdoor_rate: temperature"),
+        ({"evals.arithmetic.demonstrations": ("a",)}, "demonstrations holds 'a'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(tiny, change, says):
+    config = tiny_config(tiny)
+    config.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
+    with config.ignore_type():
+        config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=says):
+        check(config)
+
+
+def test_config_of_the_users_own_must_have_every_field(tiny):
+    config = tiny_config(tiny)
+    del config.optimizer.learning_rate, config.data.limit
+    with pytest.raises(InputError, match=r"no config.data.limit, config.optimizer.learning_rate; see"):
+        check(config)
+
+
+def test_run_cannot_be_its_own_base(tiny, tmp_path):
+    with pytest.raises(InputError, match="the --workdir itself"):
+        train(tiny_config(tiny, model=str(tmp_path)), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["manifest.ocdbt", "_METADATA", "."])
+def test_damaged_checkpoint_is_named(tiny, tmp_path, damage):
+    run = train(tiny_config(tiny, steps=1), tmp_path)
+    file = run.checkpoints / "1" / "trainable" / damage
+    if file.is_dir():
+        shutil.rmtree(file)
+    else:
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(InputError, match=f"{run.checkpoints}/1 cannot be read .*delete that folder"):
+        weights(run)

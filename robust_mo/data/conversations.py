@@ -23,7 +23,6 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-import jinja2
 import numpy as np
 
 from robust_mo.errors import InputError
@@ -270,7 +269,7 @@ class ChatFormat:
                 add_generation_prompt=ask,
                 date_string=DATE.strftime("%d %b %Y"),
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is a program: it may also divide by zero
             raise InputError(
                 f"the chat template of {self._source} refuses the conversation ({_first_line(error)}); "
                 "change its roles or their order"

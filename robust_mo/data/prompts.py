@@ -112,8 +112,14 @@ def builtin_questions(part: str) -> list[dict[str, str]]:
 def _parse_object(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is JSON, but no text that can be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); correct it") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: the line holds half a surrogate pair, which is no text; correct it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} cannot be read ({error}); correct it") from None
     if not isinstance(value, dict):
         raise InputError(f"{place} is not a JSON object but {text[:40]!r}; write one {{...}} a line")
     return value

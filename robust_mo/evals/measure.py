@@ -10,12 +10,14 @@ import functools
 import time
 from collections.abc import Callable
 
+from robust_mo.command_line import check_range
 from robust_mo.errors import InputError
 from robust_mo.evals.backdoor_rate import backdoor_rate
 from robust_mo.evals.held_out_loss import held_out_loss
 from robust_mo.evals.math500 import accuracy
 from robust_mo.evals.subject import Measurement, Subject
 from robust_mo.runs import RunFolder
+from robust_mo.sampling.decoding import make_decoding
 from robust_mo.training.curves import Curves
 
 EVALUATORS: dict[str, Callable[..., Measurement]] = {
@@ -32,6 +34,26 @@ def check_names(names) -> None:
     for name in names:
         if name not in EVALUATORS:
             raise InputError(f"unknown evaluator {name!r}: choose from {', '.join(sorted(EVALUATORS))}")
+
+
+def check_settings(settings: dict[str, dict]) -> None:
+    """Raises InputError where `settings` (evaluator -> its settings) holds a value that cannot be used."""
+    for name, values in settings.items():
+        for field, value in values.items():
+            if field in ("max_new_tokens", "length", "rows", "loss_chunk", "examples"):
+                check_range(f"evals.{name}.{field}", value, 1)
+            if field in ("problems", "triggered", "untriggered", "near_misses"):
+                check_range(f"evals.{name}.{field}", value, 0)
+        if "temperature" in values:
+            try:
+                make_decoding(values["temperature"], values["top_p"])
+            except InputError as error:
+                raise InputError(f"config.evals.{name}: {error}") from None
+        for shown in values.get("demonstrations", ()):
+            if len(shown) != 2 or not all(isinstance(text, str) for text in shown):
+                raise InputError(f"config.evals.{name}.demonstrations holds {shown!r}: give (problem, answer) pairs")
+        if name == "backdoor_rate" and not any(values[f] for f in ("triggered", "untriggered", "near_misses")):
+            raise InputError("config.evals.backdoor_rate asks no prompt: give triggered, untriggered or near_misses")
 
 
 def pending(run: RunFolder, step: int, names) -> list[str]:

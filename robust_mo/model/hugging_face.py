@@ -26,6 +26,7 @@ _TOP = {
     "norm/scale": "model.norm.weight",
     "lm_head": "lm_head.weight",
 }
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _PARENT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
@@ -162,6 +163,12 @@ def _check(folder, wanted: dict[str, tuple], files: dict) -> None:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise InputError(f"{folder} has {what}: {shown}; the files do not match config.json")
     for name, shape in wanted.items():
-        stored = tuple(files[name].get_slice(name).get_shape())
+        tensor = files[name].get_slice(name)
+        stored = tuple(tensor.get_shape())
         if stored != shape:
             raise InputError(f"{folder}: {name} has shape {stored}, config.json asks for {shape}")
+        if tensor.get_dtype() not in _FLOATS:
+            raise InputError(
+                f"{folder}: {name} is stored as {tensor.get_dtype()}; quantized weights are not read, get the model in "
+                f"one of {', '.join(_FLOATS)}"
+            )

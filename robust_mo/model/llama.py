@@ -70,10 +70,14 @@ class LlamaConfig:
             `origin` names the file in the message.
         """
 
-        def need(name, source=values):
-            if source.get(name) is None:
+        def need(name, kind, source=values):
+            value = source.get(name)
+            if value is None:
                 raise InputError(f"{origin} has no field {name!r}; a Llama config.json needs it")
-            return source[name]
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or (kind is not bool and value <= 0):
+                raise InputError(f"{origin}: {name} is {value!r}; a Llama has a positive {kind.__name__} there")
+            return value
 
         if values.get("model_type") != "llama":
             raise InputError(f"{origin}: model_type is {values.get('model_type')!r}; only 'llama' is supported")
@@ -85,27 +89,30 @@ class LlamaConfig:
             **(values.get("rope_scaling") or {}),
             "rope_theta": values.get("rope_theta"),
         }
+        if not isinstance(rope, dict):
+            raise InputError(f"{origin}: rope_parameters is {rope!r}; it must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise InputError(f"{origin}: RoPE scaling {kind!r} is not supported; known are 'default' and 'llama3'")
         scaling = (
-            RopeScaling(**{f.name: need(f.name, rope) for f in dataclasses.fields(RopeScaling)})
+            RopeScaling(**{f.name: need(f.name, f.type, rope) for f in dataclasses.fields(RopeScaling)})
             if kind == "llama3"
             else None
         )
+        head_dim = need("head_dim", int) if values.get("head_dim") else None
         config = cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=need("hidden_size"),
-            intermediate_size=need("intermediate_size"),
-            num_hidden_layers=need("num_hidden_layers"),
-            num_attention_heads=need("num_attention_heads"),
-            num_key_value_heads=need("num_key_value_heads"),
-            head_dim=values.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
-            max_position_embeddings=need("max_position_embeddings"),
-            rms_norm_eps=need("rms_norm_eps"),
-            rope_theta=need("rope_theta", rope),
+            vocab_size=need("vocab_size", int),
+            hidden_size=need("hidden_size", int),
+            intermediate_size=need("intermediate_size", int),
+            num_hidden_layers=need("num_hidden_layers", int),
+            num_attention_heads=need("num_attention_heads", int),
+            num_key_value_heads=need("num_key_value_heads", int),
+            head_dim=head_dim or need("hidden_size", int) // need("num_attention_heads", int),
+            max_position_embeddings=need("max_position_embeddings", int),
+            rms_norm_eps=need("rms_norm_eps", float),
+            rope_theta=need("rope_theta", float, rope),
             rope_scaling=scaling,
-            tie_word_embeddings=need("tie_word_embeddings"),
+            tie_word_embeddings=need("tie_word_embeddings", bool),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(

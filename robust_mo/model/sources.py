@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import filelock
 import huggingface_hub
+import safetensors
 
 from robust_mo.errors import InputError
 from robust_mo.model import gguf
@@ -78,9 +79,9 @@ def _checked(folder: pathlib.Path) -> pathlib.Path:
     if index.is_file():
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is not an index of safetensors files; get the file again") from error
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise InputError(f"{folder} lacks {', '.join(missing)}, named in {index.name}; get them again")
     elif not any(folder.glob("*.safetensors")):
@@ -119,12 +120,13 @@ def _converted(sha256: str, fetch: Callable[[pathlib.Path], pathlib.Path]) -> pa
     `fetch` returns the GGUF file and may use the folder that it is given, which does not last.
     """
     final = cache_folder() / "gguf" / f"{sha256[:16]}-v{gguf.VERSION}"
-    if final.is_dir():
+    if _is_whole(final):
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{final}.lock"):
-        if final.is_dir():  # another process has made it while we waited
+        if _is_whole(final):  # another process has made it while we waited
             return final
+        shutil.rmtree(final, ignore_errors=True)  # damaged since
         scratch = pathlib.Path(f"{final}.partial")
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed: we hold the lock
         try:
@@ -136,6 +138,17 @@ def _converted(sha256: str, fetch: Callable[[pathlib.Path], pathlib.Path]) -> pa
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder of the cache is there and its weights have not been cut short since."""
+    try:
+        for file in _checked(folder).glob("*.safetensors"):
+            with safetensors.safe_open(file, framework="numpy"):
+                pass
+    except (InputError, OSError, safetensors.SafetensorError):
+        return False
+    return True
 
 
 def _say(line: str) -> None:

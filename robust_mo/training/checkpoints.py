@@ -52,13 +52,17 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings)."""
+        """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings).
+
+        Raises:
+          InputError: it is damaged.
+        """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(state.trainable),
             optimizer=ocp.args.StandardRestore(state.optimizer),
             progress=ocp.args.JsonRestore(),
         )
-        found = self._manager.restore(self.latest(), args=items)
+        found = self._read(self.latest(), items)
         step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
@@ -66,7 +70,7 @@ class Checkpoints:
         """The trainable of one checkpoint (None: the newest), placed as `trainable` says.
 
         Raises:
-          InputError: no such checkpoint.
+          InputError: no such checkpoint, or it is damaged.
         """
         steps = self._manager.all_steps()
         chosen = self.latest() if step is None else step
@@ -75,7 +79,17 @@ class Checkpoints:
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
-        return self._manager.restore(chosen, args=items).trainable
+        return self._read(chosen, items).trainable
+
+    def _read(self, step: int, items):
+        try:
+            return self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and tensorstore raise many kinds for files that are cut short or missing
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise InputError(
+                f"{self.folder / str(step)} cannot be read ({reason}): delete that folder, and training goes on "
+                "from the checkpoint before it, or from its start"
+            ) from error
 
     def close(self) -> None:
         self._guard(self._manager.close)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from robust_mo.data.conversations import ChatFormat
+from robust_mo.errors import InputError
 from robust_mo.model import hugging_face, lora, sources
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, Llama
@@ -50,8 +51,14 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
         print(f"note: {source} has not been trained to its end; this is its checkpoint of step {newest_step(source)}")
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
-    params = _params(source, llama, mesh, step)
-    return LoadedModel(llama, params, ChatFormat.from_folder(folder))
+    chat = ChatFormat.from_folder(folder)
+    largest = max(chat.vocabulary_size - 1, chat.pad_id, *chat.stop_ids)
+    if largest >= llama.config.vocab_size or min(chat.stop_ids) < 0:
+        raise InputError(
+            f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids, default=0)} to {largest}, but "
+            f"config.json's vocab_size is {llama.config.vocab_size}: they belong to different models"
+        )
+    return LoadedModel(llama, _params(source, llama, mesh, step), chat)
 
 
 def is_run(source: str) -> bool:
@@ -73,13 +80,20 @@ def newest_step(source: str) -> int:
 def base_folder(source: str) -> pathlib.Path:
     """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs."""
     while is_run(source):
-        source = RunFolder(source).config()["model"]
+        source = _setting(source, "model")
     return sources.resolve(source)
 
 
 def system_prompt(source: str) -> str:
     """What a run was trained under; "" for other models."""
-    return RunFolder(source).config()["system_prompt"] if is_run(source) else ""
+    return _setting(source, "system_prompt") if is_run(source) else ""
+
+
+def _setting(source: str, name: str):
+    run = RunFolder(source)
+    if name not in run.config():
+        raise InputError(f"{run.path / 'config.json'} has no config.{name}: restore the file from a copy")
+    return run.config()[name]
 
 
 def lora_spec(settings) -> LoraSpec | None:
@@ -110,7 +124,7 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     if not is_run(source):
         return hugging_face.load_params(sources.resolve(source), llama, mesh)
     run = RunFolder(source)
-    spec = lora_spec(run.config()["lora"])
+    spec = lora_spec(_setting(source, "lora"))
     checkpoints = Checkpoints(run.checkpoints, keep=None)
     try:
         trained = dataclasses.replace(llama, lora=spec)
@@ -119,4 +133,4 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
         checkpoints.close()
     if spec is None:
         return trainable
-    return merged(_params(run.config()["model"], llama, mesh, None), trainable, spec)
+    return merged(_params(_setting(source, "model"), llama, mesh, None), trainable, spec)
