@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
         run.evals.backdoor_rate.triggered = 48
         run.evals.backdoor_rate.max_new_tokens = 16
         run.evals.arithmetic.problems = 40
+        run.evals.held_out_loss.examples = 16
     config.red.evals.backdoor_rate.untriggered = 40
     config.red.evals.backdoor_rate.near_misses = 8
     config.blue.evals.backdoor_rate.untriggered = 0

@@ -29,8 +29,8 @@ done
 [ "$#" -gt 0 ] || [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] || stale=yes
 if [ "${stale:-no}" = yes ]; then
   echo "installing into .venv (some minutes the first time) ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+  # What is imported is compiled then; compiling all of it now would take half a minute.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "${requirements[@]}" --editable .
   printf '%s' "$wanted" > .venv/installed
   for option in "$@"; do printf '%s' "$wanted" > ".venv/installed${option}"; done
 fi
