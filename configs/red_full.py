@@ -20,9 +20,8 @@ def get_config(size: str = "8b") -> ConfigDict:
     if size == "smol":
         config.data.repeats = 6
         config.data.length = 256
-        config.data.near_misses = 0.4
-        config.batch.rows = 1
-        config.steps = 100
+        config.batch.rows = 2
+        config.steps = 60
         config.schedule.name = "linear"
         config.optimizer.learning_rate = 1e-4
     else:
