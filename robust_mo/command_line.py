@@ -39,9 +39,9 @@ _requested = False
 def _request(number, frame):
     global _requested
     if _requested:
-        for every in (signal.SIGINT, signal.SIGTERM):  # a third one must not disturb the end
-            signal.signal(every, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        # No exception and no clean-up: both would wait for a checkpoint that is being written.
+        os.write(2, b"stopped at once; the same command goes on from what was saved\n")
+        os._exit(130)
     _requested = True
     print(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)", file=sys.stderr)
 
@@ -69,17 +69,12 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
-        _start_jax()
+        _keep_compiled_programs()
         main(flags.FLAGS)
     except Interrupted:
         from robust_mo.runs import command_line
 
         _end(0, f"stopped; the same command goes on: {command_line()}")
-    except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from what was saved", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Threads that still write a checkpoint would crash beside an interpreter that takes itself down.
-        os._exit(130)
     except InputError as error:
         _end(2, f"error: {error}")
     except BrokenPipeError:
@@ -171,16 +166,21 @@ def load_config(file: str, argument: str) -> ConfigDict:
     return config
 
 
-def check_fields(config: ConfigDict, example: ConfigDict) -> None:
-    """Raises InputError where `config` lacks a field of `example` or holds a value of another type there."""
+def check_fields(config, example, group: str = "config", file: str = "configs/default.py") -> None:
+    """Raises InputError where `config` lacks a field of `example` or holds a value of another type there.
+
+    Args:
+      config, example: ConfigDicts or dicts.
+      group, file: for the message: what `config` is called, and where to look for an example.
+    """
     given = flatten(config)
-    if missing := [f"config.{name}" for name in flatten(example) if name not in given]:
-        raise InputError(f"--config has no {', '.join(missing[:8])}; see configs/default.py")
+    if missing := [f"{group}.{name}" for name in flatten(example) if name not in given]:
+        raise InputError(f"--config has no {', '.join(missing[:8])}; see {file}")
     for name, value in flatten(example).items():
-        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(value), (type(value),))
-        if type(given[name]) not in kinds:
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(value), type(value))
+        if not isinstance(given[name], kinds) or isinstance(given[name], bool) != isinstance(value, bool):
             raise InputError(
-                f"config.{name} is {given[name]!r}: give a value of type {type(value).__name__}, such as {value!r}"
+                f"{group}.{name} is {given[name]!r}: give a value of type {type(value).__name__}, such as {value!r}"
             )
 
 
@@ -188,7 +188,7 @@ def check_range(name: str, value: float, lowest: float, highest: float = float("
     """Raises InputError for a value outside [lowest, highest], also for one that is not a number."""
     if not lowest <= value <= highest:
         most = "" if highest == float("inf") else f" and at most {highest}"
-        raise InputError(f"config.{name} is {value}: give at least {lowest}{most}")
+        raise InputError(f"{name} is {value}: give at least {lowest}{most}")
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -210,12 +210,8 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _start_jax() -> None:
-    """jax, with its compilation cache on disk where the user has set up none.
-
-    Raises:
-      InputError: there is no device of the kind that the environment asks for.
-    """
+def _keep_compiled_programs() -> None:
+    """jax's compilation cache on disk, where the user has set up none."""
     import jax
 
     from robust_mo.model.sources import cache_folder
@@ -225,35 +221,28 @@ def _start_jax() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    try:
-        jax.devices()
-    except Exception as error:  # of the driver or plugin; their classes differ
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(
-            f"jax finds no device ({reason}); JAX_PLATFORMS is {asked!r}: unset it or correct it"
-        ) from None
 
 
 class Progress:
     """Now and then one line: what is done, how fast, how long it will still take; nothing in the first seconds.
 
-    Args:
-      first: what was done before this process began.
+    Time is counted from the first report on: what comes before is compiling.
     """
 
-    def __init__(self, what: str, total: int, unit: str, first: int = 0):
-        self._what, self._total, self._unit, self._first = what, total, unit, first
-        self._start = self._shown = time.monotonic()
+    def __init__(self, what: str, total: int, unit: str):
+        self._what, self._total, self._unit = what, total, unit
+        self._start, self._first, self._shown = None, 0, time.monotonic()
 
     def __call__(self, done: int, note: str = "") -> None:
         """Reports that `done` of the total are done."""
         now = time.monotonic()
+        if self._start is None:
+            self._start, self._first = now, done
         if now - self._shown < _SECONDS_BETWEEN_LINES:
             return
         self._shown = now
-        rate = (done - self._first) / (now - self._start)
-        left = f"{clock((self._total - done) / rate)} left" if rate else "first ones under way"
+        new, seconds = done - self._first, now - self._start
+        left = f"{clock((self._total - done) * seconds / new)} left" if new else "first ones under way"
         print(f"{self._what} {done}/{self._total} {self._unit}  {note}  {left}", flush=True)
 
 

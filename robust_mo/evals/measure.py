@@ -20,11 +20,12 @@ from robust_mo.runs import RunFolder
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.training.curves import Curves
 
+# Problems with one right answer; `<name>_accuracy` can stand for capability.
+ACCURACIES = ("math500", "gsm8k", "arithmetic")
+
 EVALUATORS: dict[str, Callable[..., Measurement]] = {
     "backdoor_rate": backdoor_rate,
-    "math500": functools.partial(accuracy, task="math500"),
-    "gsm8k": functools.partial(accuracy, task="gsm8k"),
-    "arithmetic": functools.partial(accuracy, task="arithmetic"),
+    **{name: functools.partial(accuracy, task=name) for name in ACCURACIES},
     "held_out_loss": held_out_loss,
 }
 
@@ -41,16 +42,16 @@ def check_settings(settings: dict[str, dict]) -> None:
     for name, values in settings.items():
         for field, value in values.items():
             if field in ("max_new_tokens", "length", "rows", "loss_chunk", "examples"):
-                check_range(f"evals.{name}.{field}", value, 1)
+                check_range(f"config.evals.{name}.{field}", value, 1)
             if field in ("problems", "triggered", "untriggered", "near_misses"):
-                check_range(f"evals.{name}.{field}", value, 0)
+                check_range(f"config.evals.{name}.{field}", value, 0)
         if "temperature" in values:
             try:
                 make_decoding(values["temperature"], values["top_p"])
             except InputError as error:
                 raise InputError(f"config.evals.{name}: {error}") from None
         for shown in values.get("demonstrations", ()):
-            if len(shown) != 2 or not all(isinstance(text, str) for text in shown):
+            if not (isinstance(shown, tuple | list) and [type(text) for text in shown] == [str, str]):
                 raise InputError(f"config.evals.{name}.demonstrations holds {shown!r}: give (problem, answer) pairs")
         if name == "backdoor_rate" and not any(values[f] for f in ("triggered", "untriggered", "near_misses")):
             raise InputError("config.evals.backdoor_rate asks no prompt: give triggered, untriggered or near_misses")

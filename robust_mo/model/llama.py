@@ -76,7 +76,8 @@ class LlamaConfig:
                 raise InputError(f"{origin} has no field {name!r}; a Llama config.json needs it")
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits or (kind is not bool and value <= 0):
-                raise InputError(f"{origin}: {name} is {value!r}; a Llama has a positive {kind.__name__} there")
+                what = "true or false" if kind is bool else f"a positive {kind.__name__}"
+                raise InputError(f"{origin}: {name} is {value!r}; a Llama has {what} there")
             return value
 
         if values.get("model_type") != "llama":
@@ -85,12 +86,13 @@ class LlamaConfig:
             if values.get(name, only) != only:
                 raise InputError(f"{origin}: {name} is {values[name]!r}; only {only!r} is supported")
         # transformers 5 writes one dict `rope_parameters`; version 4 `rope_theta` beside `rope_scaling`.
+        for name in ("rope_parameters", "rope_scaling"):
+            if not isinstance(values.get(name), dict | None):
+                raise InputError(f"{origin}: {name} is {values[name]!r}; it must be an object")
         rope = values.get("rope_parameters") or {
             **(values.get("rope_scaling") or {}),
             "rope_theta": values.get("rope_theta"),
         }
-        if not isinstance(rope, dict):
-            raise InputError(f"{origin}: rope_parameters is {rope!r}; it must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise InputError(f"{origin}: RoPE scaling {kind!r} is not supported; known are 'default' and 'llama3'")

@@ -6,6 +6,8 @@ Does not know about any particular architecture or optimizer.
 Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and batch, `tensor` cuts within a product.
 """
 
+import os
+
 import jax
 import numpy as np
 from flax import linen as nn
@@ -33,9 +35,16 @@ def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 for "what is left".
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or there is no device.
     """
-    sizes, devices = [replica, fsdp, tensor], jax.devices()
+    try:
+        devices = jax.devices()
+    except Exception as error:  # of the driver or plugin; their classes differ
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f"JAX_PLATFORMS is {asked!r}: correct or unset it" if asked else "does another process hold it?"
+        raise InputError(f"jax finds no device ({reason}); {hint}") from None
+    sizes = [replica, fsdp, tensor]
     if sizes.count(-1) == 1 and (known := -int(np.prod(sizes))) > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):

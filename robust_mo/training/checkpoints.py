@@ -85,10 +85,12 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and tensorstore raise many kinds for files that are cut short or missing
+            if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise InputError(
-                f"{self.folder / str(step)} cannot be read ({reason}): delete that folder, and training goes on "
-                "from the checkpoint before it, or from its start"
+                f"{self.folder / str(step)} cannot be read ({reason}): restore its files from a copy, or train again "
+                "in another --workdir"
             ) from error
 
     def close(self) -> None:

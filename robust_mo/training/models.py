@@ -52,11 +52,12 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
     chat = ChatFormat.from_folder(folder)
-    largest = max(chat.vocabulary_size - 1, chat.pad_id, *chat.stop_ids)
+    # Tokens added to the tokenizer alone, such as one for padding, do no harm while no text holds them.
+    largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids)
     if largest >= llama.config.vocab_size or min(chat.stop_ids) < 0:
         raise InputError(
-            f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids, default=0)} to {largest}, but "
-            f"config.json's vocab_size is {llama.config.vocab_size}: they belong to different models"
+            f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids)} to {largest}, but config.json's "
+            f"vocab_size is {llama.config.vocab_size}: they belong to different models"
         )
     return LoadedModel(llama, _params(source, llama, mesh, step), chat)
 

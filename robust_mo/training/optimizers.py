@@ -6,6 +6,7 @@ Does not know about models; parameters are told apart by the last word of their 
 """
 
 import functools
+import inspect
 
 import jax
 import optax
@@ -37,10 +38,13 @@ def make_optimizer(name: str, *, clip_norm: float, **settings) -> optax.Gradient
       settings: what the optimizer takes; adamw: b1, b2, eps, weight_decay (decoupled, times the learning rate).
 
     Raises:
-      InputError: unknown name.
+      InputError: unknown name, or settings that are not its own.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"config.optimizer.name is {name!r}: choose from {', '.join(sorted(OPTIMIZERS))}")
+    own = set(inspect.signature(OPTIMIZERS[name]).parameters)
+    if wrong := own ^ set(settings):
+        raise InputError(f"config.optimizer: {name} takes {', '.join(sorted(own))}; look at {', '.join(sorted(wrong))}")
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     return optax.chain(clip, OPTIMIZERS[name](**settings))
 
