@@ -238,7 +238,7 @@ class Progress:
         now = time.monotonic()
         if self._start is None:
             self._start, self._first = now, done
-        if now - self._shown < _SECONDS_BETWEEN_LINES:
+        if now - self._shown < _SECONDS_BETWEEN_LINES or done == self._total:
             return
         self._shown = now
         new, seconds = done - self._first, now - self._start
