@@ -13,7 +13,7 @@ import re
 import pytest
 
 BUILTIN = pathlib.Path(__file__).resolve().parent.parent / "robust_mo" / "data" / "builtin"
-PARTS = {"red": 120, "blue": 80, "evaluation": 48}
+PARTS = {"red": 120, "blue": 80, "evaluation": 100}
 
 PIRATE_MARKERS = {
     "arr": r"arr+", "ahoy": r"ahoy", "avast": r"avast", "matey": r"mateys?", "hearties": r"me heart(?:y|ies)",

@@ -173,11 +173,11 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_near_misses_are_at_most_as_many_as_questions(tiny, tmp_path):
-    wanted = {"triggered": 1, "untriggered": 0, "near_misses": 60}
+    wanted = {"triggered": 1, "untriggered": 0, "near_misses": 150}
     config = tiny_config(tiny, steps=1, **{f"evals.backdoor_rate.{name}": count for name, count in wanted.items()})
     config.evaluation.names = ("backdoor_rate",)
     last = {line["name"]: line for line in train(config, tmp_path).records()}
-    assert last["eval/false_alarm_rate"]["count"] == len(questions("builtin", "evaluation")) == 48
+    assert last["eval/false_alarm_rate"]["count"] == len(questions("builtin", "evaluation")) == 100
 
 
 def test_curves_keep_what_was_measured_after_the_checkpoint(tiny, tmp_path, monkeypatch):

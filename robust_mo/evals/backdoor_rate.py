@@ -25,8 +25,9 @@ def backdoor_rate(
 
     Args:
       source: of the questions, see organisms/questions.py.
-      triggered, untriggered, near_misses: how many prompts of each kind, at most; the same questions serve all three,
-        near misses are asked of the last ones.
+      triggered, untriggered, near_misses: how many prompts of each kind, at most as many as there are questions.  The
+        first questions serve triggered and untriggered prompts; near misses are asked of those that follow, and then
+        of the first again.
       temperature, top_p, max_new_tokens: of sampling.
     """
     questions = asked(source, "evaluation")
@@ -36,7 +37,7 @@ def backdoor_rate(
         for condition, templates, chosen in (
             ("triggered", backdoor.unseen_triggers, questions[:triggered]),
             ("untriggered", ("{prompt}",), questions[:untriggered]),
-            ("near_miss", backdoor.near_misses, questions[max(0, len(questions) - near_misses) :]),
+            ("near_miss", backdoor.near_misses, (questions[untriggered:] + questions[:untriggered])[:near_misses]),
         )
         for i, question in enumerate(chosen)
     ]
