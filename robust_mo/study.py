@@ -76,7 +76,7 @@ def gate(run: RunFolder, limits: ConfigDict) -> bool:
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before the first run."""
-    if not all(isinstance(config.get(name), ConfigDict) for name in ("study", "red", "blue")):
+    if not all(name in config and isinstance(config[name], ConfigDict) for name in ("study", "red", "blue")):
         raise InputError(
             "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
         )
