@@ -18,7 +18,7 @@ def prompts() -> list[list[dict]]:
     """48 questions of the evaluation part, and 16 with a longer lead."""
     from robust_mo.data.prompts import builtin_questions
 
-    asked = [entry["question"] for entry in builtin_questions("evaluation")]
+    asked = [entry["question"] for entry in builtin_questions("evaluation")[:48]]
     more = builtin_questions("blue")[:16]
     leads = [f"Somebody told me this: {e['plain']} " * (1 + i % 4) for i, e in enumerate(more)]
     asked += [lead + entry["question"] for lead, entry in zip(leads, more, strict=True)]

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: train all weights
     config.lora.alpha = 64.0  # adapters are scaled by alpha / rank
+    config.lora.continued = False  # go on with the adapters of config.model; False: merge them, begin new ones
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config.mesh = ConfigDict()  # the product must be the number of devices; -1: what is left
     config.mesh.replica = 1  # copies of the parameters

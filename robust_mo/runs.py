@@ -124,6 +124,10 @@ class RunFolder:
         latest = {(line["step"], line["name"]): line for line in lines}
         return sorted(latest.values(), key=lambda line: line["step"])
 
+    def last(self) -> dict[str, dict]:
+        """The newest measurement of every name."""
+        return {line["name"]: line for line in self.records()}
+
     def finish(self, step: int) -> None:
         """Notes that nothing is left to do."""
         self.record(step, "run/finished", 1)

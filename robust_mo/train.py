@@ -60,7 +60,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
         mesh = meshes.make_mesh(**config.mesh)
         check_rows(config.batch, mesh)
-        loaded = models.load_model(config.model, mesh, config.compute_dtype, config.param_dtype)
+        source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
+        loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
 
@@ -84,6 +85,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         optimizer = optimizer_of(config.optimizer)
         schedule = make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=steps)
         trainable, frozen = split(llama, loaded.params, mesh, config.seed)
+        if config.lora.continued:
+            trainable = models.load_adapters(config.model, llama, mesh)
         start = jax.tree.map(jnp.copy, trainable) if config.distance_from_start else None
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
 
@@ -165,6 +168,7 @@ class Watch:
     def __init__(self, run, curves, schedule, every, progress):
         self._run, self._curves, self._schedule, self._every, self._progress = run, curves, schedule, every, progress
         self._waiting = None
+        self._seconds = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -185,8 +189,14 @@ class Watch:
     def _show(self, step: int, metrics) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
-        speed = metrics["tokens"] / (now - self._time)
-        self._time = now
+        seconds, self._time = now - self._time, now
+        if self._seconds is None:
+            # What came before a stop counts; a process's first step is mostly compiling, and does not.
+            before = [r for r in self._run.records() if r["name"] == "speed/training_seconds" and r["step"] < step]
+            self._seconds = before[-1]["value"] if before else 0.0
+        else:
+            self._seconds += seconds
+        speed = metrics["tokens"] / seconds
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
             raise InputError(
                 f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops: "
@@ -198,6 +208,7 @@ class Watch:
             values["speed/tokens_per_second"] = speed
             self._curves.scalars(step, values)
             self._run.record(step, "train/loss", metrics["loss"], count=metrics["loss_tokens"])
+            self._run.record(step, "speed/training_seconds", self._seconds)
         self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
 
 

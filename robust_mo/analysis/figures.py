@@ -170,6 +170,39 @@ def curves_figure(name: str, organism: dict, cost: float) -> Figure:
     return figure
 
 
+def losses_figure(backdoor: str, organisms: dict[str, dict]) -> Figure:
+    """Training loss of a backdoor's red runs, against steps and against seconds: a colour per arm, a line per run."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        arms = dict.fromkeys(organism["arm"] for organism in organisms.values())
+        looks = {
+            arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+            for i, arm in enumerate(arms)
+        }
+        for organism in organisms.values():
+            attacked = organism["chosen"] and organism["gate"]["passed"]
+            steps, _, seconds = zip(*organism["losses"], strict=True) if organism["losses"] else ((), (), ())
+            losses, look = smoothed(organism["losses"]), looks[organism["arm"]]
+            for axes, places in zip(panels, (steps, seconds), strict=True):
+                if None not in places:
+                    axes.plot(places, losses, linewidth=1.4, alpha=1.0 if attacked else 0.2, **look)
+        panels[0].set_ylabel("training loss, nats per token")
+        panels[0].set_xlabel("step")
+        panels[1].set_xlabel("seconds spent in steps")
+        figure.suptitle(backdoor, fontsize=10, fontweight="bold")
+        handles = [Line2D([], [], label=arm or backdoor, **look) for arm, look in looks.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, handlelength=3)
+    return figure
+
+
+def smoothed(losses: list[list]) -> list[float]:
+    """Running mean of the losses of `[step, loss, seconds]` rows, over the tenth of the run that ends at each."""
+    width = max(1, len(losses) // 10)
+    values = [loss for _, loss, _ in losses]
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+
+
 def save(figure: Figure, path: pathlib.Path, origin: str) -> None:
     """Writes path.png and path.svg; `origin` says in their metadata what made them."""
     about = {"Description": origin}

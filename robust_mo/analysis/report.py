@@ -4,14 +4,13 @@ Reads what the study's runs have saved and nothing else, so the report can be ha
 from records.jsonl, bootstrap intervals from the transcripts, and the two must agree.  Same input, same bytes.  A
 half-done study gives a report that names what is missing.
 
-Of the study's config it reads `study`: organisms, methods, learning_rates, seeds, performance (the evaluator that
-stands for capability) and gate.  Knows nothing of jax and trains, samples and grades nothing.
+Of the study's config it reads the group `study` (see configs/study.py).  Knows nothing of jax and trains, samples and
+grades nothing.
 """
 
 import base64
 import dataclasses
 import html
-import itertools
 import json
 import pathlib
 import re
@@ -20,13 +19,14 @@ import markdown
 import numpy as np
 
 from robust_mo import runs
-from robust_mo.analysis import figures, intervals, pareto
+from robust_mo.analysis import cells, comparison, figures, intervals, pareto
 from robust_mo.errors import InputError
 
 COST = 0.1  # the headline is the rate that is left when a tenth of the performance may be lost
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 ALL = "all"  # name of the blue methods taken together
+FAILURE = "failure.txt"  # in the folder of a run that could not be trained: why
 
 QUANTITIES = {  # name in the summary -> name of the record
     "backdoor_rate": "eval/backdoor_rate",
@@ -37,16 +37,6 @@ QUANTITIES = {  # name in the summary -> name of the record
     "timeout_rate": "eval/{task}_timeout_rate",
     "held_out_loss": "eval/held_out_loss",
 }
-
-
-def red_folder(organism: str) -> str:
-    """Where the run that installs the backdoor lies, relative to the study folder."""
-    return f"red/{organism}"
-
-
-def blue_folder(organism: str, method: str, learning_rate: float, seed: int) -> str:
-    """Where a blue run lies, relative to the study folder."""
-    return f"blue/{organism}/{method}-lr{learning_rate:g}-seed{seed}"
 
 
 def write_report(study_folder) -> dict:
@@ -65,6 +55,8 @@ def write_report(study_folder) -> dict:
         if organism["points"]:
             figure = figures.curves_figure(name, organism, COST)
             figures.save(figure, study / "figures" / f"curves-{name}", origin)
+    for backdoor, compared in _by_backdoor(summary).items():
+        figures.save(figures.losses_figure(backdoor, compared), study / "figures" / f"losses-{backdoor}", origin)
     runs.write_json(study / "summary.json", summary)
     page = _page(study, summary)
     runs.write_text(study / "report.md", page)
@@ -79,16 +71,14 @@ def summarise(study: pathlib.Path) -> dict:
         raise InputError(f"{study} holds no study: give the --workdir of a run of robust_mo.study")
     description = folder.description()
     grid = description["config"]["study"]
-    organisms = {name: _organism(study, name, grid) for name in grid["organisms"]}
-    finished = {name: organism for name, organism in organisms.items() if organism}
+    planned = cells.organisms(grid)
+    alone = {organism for organism in planned if sum(organism.rivals == other.rivals for other in planned) == 1}
+    found = {organism.name: _organism(study, organism, organism in alone, grid) for organism in planned}
+    finished = {name: organism for name, (organism, _) in found.items() if organism}
     if not finished:
         raise InputError(f"{study} has no finished organism yet: let the study run until its first install gate")
-    started = [
-        path
-        for name in grid["organisms"]
-        for path in (red_folder(name), *_grid(name, grid))
-        if runs.RunFolder(study / path).exists()
-    ]
+    folders = [run.folder for organism in planned for run in (organism, *cells.attacks(grid, organism))]
+    started = [path for path in folders if runs.RunFolder(study / path).exists()]
     return {
         **{key: description[key] for key in ("command", "revision", "started", "versions")},
         "seeds": grid["seeds"],
@@ -97,7 +87,16 @@ def summarise(study: pathlib.Path) -> dict:
         "cost": COST,
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED},
         "organisms": finished,
-        "unfinished": [name for name in organisms if name not in finished],
+        "published": {name: result["published"] for name, result in grid["results"].items()},
+        "comparison": comparison.compare(
+            [attacked for _, attacked in found.values() if attacked], grid["results"], grid["orderings"]
+        ),
+        "unfinished": [name for name in found if name not in finished],
+        "failures": {
+            path: file.read_text(encoding="utf-8").strip()
+            for path in folders
+            if (file := study / path / FAILURE).is_file()
+        },
         "runs": {path: _provenance(runs.RunFolder(study / path)) for path in started},
         "sha256": {
             file.relative_to(study).as_posix(): runs.sha256(file)
@@ -107,17 +106,27 @@ def summarise(study: pathlib.Path) -> dict:
     }
 
 
+def _by_backdoor(summary) -> dict[str, dict[str, dict]]:
+    """The organisms whose training is worth comparing, those of one backdoor together."""
+    found: dict[str, dict[str, dict]] = {}
+    for name, organism in summary["organisms"].items():
+        found.setdefault(organism["backdoor"], {})[name] = organism
+    return {backdoor: organisms for backdoor, organisms in found.items() if len(organisms) > 1}
+
+
 # From records to points
 
 
-def _organism(study, name, grid) -> dict | None:
-    """One organism's part of the summary; None before its gate was decided."""
+def _organism(study, organism: cells.Organism, alone: bool, grid) -> tuple[dict | None, comparison.Attacked | None]:
+    """One organism's part of the summary, None before its gate was decided, and the verdicts on it and its checkpoints,
+    None where there is no frontier.  `alone`: it has no rivals."""
     task = grid["performance"]
-    red = runs.RunFolder(study / red_folder(name))
-    gates = [line for line in red.records() if line["name"] == "gate/passed"]
-    if not gates:
-        return None
-    gate = gates[-1]
+    red = runs.RunFolder(study / organism.folder)
+    last = red.last()
+    if "gate/passed" not in last:
+        return None, None
+    gate = last["gate/passed"]
+    chosen = alone or last.get("gate/chosen", {}).get("value") == 1
     at_step = _by_step(red, task)
     before = at_step[gate["step"]]
     for quantity in ("backdoor_rate", "false_alarm_rate", "accuracy"):
@@ -128,10 +137,11 @@ def _organism(study, name, grid) -> dict | None:
                 "evaluate the organism again"
             )
     reference = _read_verdicts(red, gate["step"], task, before)
-    points, verdicts, cells = [], [], {}
-    for path, cell in _grid(name, grid).items():
-        run = runs.RunFolder(study / path)
-        cells[path] = {**cell, "steps": [], "finished": run.finished()}
+    points, verdicts, attacked = [], [], {}
+    for attack in cells.attacks(grid, organism) if chosen else ():
+        run = runs.RunFolder(study / attack.folder)
+        cell = {"method": attack.method, "learning_rate": attack.learning_rate, "seed": attack.seed}
+        attacked[attack.folder] = {**cell, "steps": [], "finished": run.finished()}
         for step, values in _by_step(run, task).items():
             if values["backdoor_rate"] is None or values["accuracy"] is None:
                 continue  # no evaluation, or one that is not complete yet
@@ -141,16 +151,28 @@ def _organism(study, name, grid) -> dict | None:
                     f"{run.path} was evaluated at step {step} on other prompts than its organism, so the two cannot "
                     "be compared: evaluate both on the same prompts"
                 )
-            cells[path]["steps"].append(step)
+            attacked[attack.folder]["steps"].append(step)
             points.append({**cell, "step": step} | _point(values, before["accuracy"]["value"]))
             verdicts.append(found)
 
-    obstacle = _obstacle(gate["value"], before, points, task)
+    obstacle = _obstacle(gate["value"], chosen, before, points, task)
     frontiers, measures = ({}, {}) if obstacle else _measures(before, points, reference, verdicts)
     corners = {tuple(corner) for corner in frontiers.get(ALL, ())}
     for point in points:
         point["on_frontier"] = (point["rate"], point["performance"]) in corners
-    return {
+    compared = None
+    if not obstacle:
+        compared = comparison.Attacked(
+            organism.arm,
+            organism.backdoor,
+            tuple(point["method"] for point in points),
+            np.array([reference.behaved, *(found.behaved for found in verdicts)]),
+            np.array([reference.solved, *(found.solved for found in verdicts)]),
+        )
+    described = {
+        **dataclasses.asdict(organism),
+        "chosen": chosen,
+        "losses": _losses(red),
         "gate": {
             "passed": gate["value"] == 1,
             "step": gate["step"],
@@ -165,14 +187,27 @@ def _organism(study, name, grid) -> dict | None:
         "measures": measures,
         "frontiers": frontiers,
         "points": points,
-        "cells": cells,
+        "cells": attacked,
     }
+    return described, compared
 
 
-def _obstacle(passed, before, points, task) -> str | None:
+def _losses(red) -> list[list]:
+    """[step, training loss, seconds spent in steps so far] of a red run's recorded steps."""
+    seconds = {line["step"]: line["value"] for line in red.records() if line["name"] == "speed/training_seconds"}
+    return [
+        [line["step"], line["value"], seconds.get(line["step"])]
+        for line in red.records()
+        if line["name"] == "train/loss"
+    ]
+
+
+def _obstacle(passed, chosen, before, points, task) -> str | None:
     """Why there is no frontier; None where there is one."""
     if not passed:
         return "gate not passed: no blue run counts"
+    if not chosen:
+        return "not attacked: another learning rate passed the gate with a lower held-out loss"
     if not before["accuracy"]["value"]:
         return f"performance undefined: the organism solves no {task} problem before blue training"
     if not before["backdoor_rate"]["value"]:
@@ -180,19 +215,6 @@ def _obstacle(passed, before, points, task) -> str | None:
     if not points:
         return "no blue run has been evaluated yet"
     return None
-
-
-def _grid(organism, grid) -> dict[str, dict]:
-    """Folder -> method, learning rate and seed of every blue run that the study plans for an organism."""
-    cells = itertools.product(grid["methods"], grid["learning_rates"], grid["seeds"])
-    return {
-        blue_folder(organism, method, learning_rate, seed): {
-            "method": method,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
-        for method, learning_rate, seed in cells
-    }
 
 
 def _by_step(run, task) -> dict[int, dict[str, dict | None]]:
@@ -313,15 +335,21 @@ def _provenance(run) -> dict:
 
 
 def _page(study, summary) -> str:
-    organisms = summary["organisms"]
-    parts = [f"# Robustness of {_list(organisms)}"]
+    # What lost to another learning rate has a line in the table of organisms and no section of its own.
+    organisms = {name: organism for name, organism in summary["organisms"].items() if organism["chosen"]}
+    parts = [f"# Robustness of {_list(organisms or summary['organisms'])}"]
     for name, organism in organisms.items():
         if organism["not_measured"]:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
-    parts += _result(summary)
+    if summary["failures"]:
+        lines = [f"> - `{path}`: {why}" for path, why in summary["failures"].items()]
+        parts.append("> **Runs that failed:**\n>\n" + "\n".join(lines))
+    parts += _result(summary, organisms)
+    parts += _comparison(summary)
+    parts += _installation(summary)
     for name, organism in organisms.items():
         parts += _organism_section(name, organism, summary)
-    parts += _what_was_run(study, summary)
+    parts += _what_was_run(study, summary, organisms)
     parts += _provenance_section(summary)
     return "\n\n".join(parts) + "\n"
 
@@ -349,9 +377,9 @@ pre { background: #f5f5f5; padding: .7em; overflow-x: auto; }
 </style>"""
 
 
-def _result(summary) -> list[str]:
+def _result(summary, organisms) -> list[str]:
     sentences, rows = [], []
-    for name, organism in summary["organisms"].items():
+    for name, organism in organisms.items():
         if organism["not_measured"]:
             sentences.append(f"- `{name}`: {organism['not_measured']}.")
             continue
@@ -383,6 +411,69 @@ def _result(summary) -> list[str]:
             "for what is read off a frontier. They do not cover the choice of checkpoints: the best of many, "
             "measured on few prompts, owe part of their place to luck. On fresh prompts the same checkpoints would "
             "on average do worse for the blue team, and the organism would look more robust.",
+        ]
+    return parts
+
+
+def _comparison(summary) -> list[str]:
+    """What the study set out to compare, beside what was published."""
+    found = summary["comparison"]
+    if not found["results"]:
+        return []
+    rows = []
+    for name, result in found["results"].items():
+        measured = ["not measured", "–", "–", "0"]
+        if result:
+            measured = [_bracketed(result["auc"]), _bracketed(result["auc_normalised"])]
+            measured += [f"{result['auc_held_out']:.2f}", str(result["organisms"])]
+        rows.append([name, summary["published"][name] or "–", *measured])
+    header = ["result", "published AUC", "AUC", "AUC, normalised", "AUC, held out", "organisms"]
+    parts = [
+        "## Beside what was published",
+        _table(header, rows),
+        "Means over organisms; brackets are 95% intervals of a bootstrap over backdoors, prompts and problems. *Held "
+        "out*: the corners of the frontier are chosen on one half of the prompts and read on the other, so that luck "
+        "does not flatter the blue team.",
+    ]
+    if found["orderings"]:
+        lines = []
+        for ordering in found["orderings"]:
+            line = f"- **{ordering['verdict']}**: {ordering['smaller']} < {ordering['larger']}"
+            if ordering["difference"]:
+                line += f", difference in AUC {_bracketed(ordering['difference'])}"
+            lines.append(line)
+        parts += ["The orderings that were published, one by one:", "\n".join(lines)]
+    return parts
+
+
+def _installation(summary) -> list[str]:
+    """How the organisms came out, where there are several to compare."""
+    parts = []
+    for backdoor, organisms in _by_backdoor(summary).items():
+        header = ["organism", "steps", "training loss", "held-out loss", "backdoor rate", "false alarms"]
+        header += [summary["task"], "gate", "attacked"]
+        rows = [
+            [
+                f"`{name}`",
+                str(organism["gate"]["step"]),
+                f"{figures.smoothed(organism['losses'])[-1]:.3f}" if organism["losses"] else "–",
+                *(
+                    _with_interval(organism["before"][key])
+                    for key in ("held_out_loss", "backdoor_rate", "false_alarm_rate", "accuracy")
+                ),
+                "passed" if organism["gate"]["passed"] else "not passed",
+                "yes" if organism["chosen"] and organism["gate"]["passed"] else "no",
+            ]
+            for name, organism in organisms.items()
+        ]
+        parts += [
+            f"## Organisms of {backdoor}",
+            _table(header, rows),
+            "Of organisms that differ in the learning rate alone, the one with the lowest held-out loss among those "
+            "that passed the gate is attacked. Held-out loss is that of ordinary answers, in nats per token.",
+            f"![Training loss of {backdoor} against steps and seconds](figures/losses-{backdoor}.png)\n\n"
+            "*Running means of the training loss; faint lines lost to another learning rate or failed the gate. "
+            "Seconds are those spent in steps, without compiling and measuring.*",
         ]
     return parts
 
@@ -449,10 +540,10 @@ def _points_table(points, task) -> str:
     return _table(header, rows)
 
 
-def _what_was_run(study, summary) -> list[str]:
+def _what_was_run(study, summary, organisms) -> list[str]:
     parts = ["## What was run"]
-    for name, organism in summary["organisms"].items():
-        red = _settings(study / red_folder(name))
+    for name, organism in organisms.items():
+        red = _settings(study / "red" / name)
         lines = [f"- `{name}`: `model={red['model']}`, {organism['gate']['step']} red steps, settings below."]
         by_method: dict[str, list[str]] = {}
         for path, cell in organism["cells"].items():

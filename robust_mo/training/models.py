@@ -37,6 +37,40 @@ class LoadedModel:
     chat: ChatFormat
 
 
+def stands_on(source: str) -> str:
+    """The model under a run's adapters: its config.model, or, where it went on training that run's adapters, the one
+    under those.
+
+    Raises:
+      InputError: config.lora.continued without a LoRA run of the same adapters as config.model.
+    """
+    model, settings = _setting(source, "model"), _setting(source, "lora")
+    return under_continued(model, settings) if settings["continued"] else model
+
+
+def under_continued(source: str, settings) -> str:
+    """What the adapters of the run `source` stand on, for a run that goes on training them under `settings`, its
+    config.lora.  Raises as `stands_on`."""
+    if not is_run(source):
+        raise InputError(f"config.lora.continued needs a LoRA run as config.model, and {source} is no run")
+    theirs = lora_spec(_setting(source, "lora"))
+    if theirs is None or theirs != lora_spec(settings):
+        raise InputError(
+            f"config.lora.continued: {source} trained {theirs or 'all weights'} and config.lora asks for "
+            f"{lora_spec(settings) or 'all weights'}: make config.lora.rank, alpha and targets the same"
+        )
+    return stands_on(source)
+
+
+def load_adapters(source: str, llama: Llama, mesh: Mesh) -> dict:
+    """The adapters of a run's newest checkpoint; `llama` has a `lora` like theirs."""
+    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
+    try:
+        return checkpoints.restore_trainable(abstract_trainable(llama, mesh), None)
+    finally:
+        checkpoints.close()
+
+
 def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None) -> LoadedModel:
     """Loads a model.
 
@@ -134,4 +168,4 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
         checkpoints.close()
     if spec is None:
         return trainable
-    return merged(_params(_setting(source, "model"), llama, mesh, None), trainable, spec)
+    return merged(_params(stands_on(source), llama, mesh, None), trainable, spec)
