@@ -139,10 +139,9 @@ def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, 
         command_line.check_interrupt()
         progress(finished, f"{sampled / (time.monotonic() - start):.0f} tokens/s")
 
-    waiting: dict[int, TextAnswer] = {}
     written = done
     try:
-        for index, answer in iterate_answers(
+        for answer in iterate_answers(
             model.llama,
             model.params,
             model.chat,
@@ -154,15 +153,12 @@ def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, 
             on_progress=on_progress,
             first=done,
         ):
-            if not waiting and written == 0:  # nothing is left behind where the model or a prompt could not be used
+            if written == 0:  # nothing is left behind where the model or a prompt could not be used
                 made_with = {"command": runs.command_line(), "revision": runs.git_revision()}
                 runs.write_json(settings_file(output), made_with | {"settings": settings})
-            waiting[index] = answer
+            runs.append_line(output, line_of(prompts[written], answer, args.logprobs))
             tokens += answer.tokens
-            # Lines are written in the order of the prompts, each as soon as those before it are there.
-            while written in waiting:
-                runs.append_line(output, line_of(prompts[written], waiting.pop(written), args.logprobs))
-                written += 1
+            written += 1
     except InputError as error:
         raise InputError(f"{args.prompts}: {error}") from None
     seconds = time.monotonic() - start

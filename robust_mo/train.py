@@ -32,9 +32,8 @@ from robust_mo.model.llama import REMAT_POLICIES
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
+from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, write_text
-from robust_mo.sampling.decoding import make_decoding
-from robust_mo.sampling.text import answers
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
@@ -286,18 +285,15 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 else models.load_model(data.teacher, mesh, config.compute_dtype, config.param_dtype)
             )
             on_progress = command_line.evaluation_progress()
-            told = answers(
-                model.llama,
-                model.params,
-                model.chat,
+            return teacher_answers(
+                model,
                 prompts,
-                decoding=make_decoding(data.teacher_temperature, 1.0),
+                temperature=data.teacher_temperature,
                 max_new_tokens=data.teacher_max_new_tokens,
                 seed=seed,
                 slots=config.evaluation.batch_size,
                 on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
             )
-            return [answer.text if answer.finish_reason == "stop" else None for answer in told]
 
         common = dict(
             source=data.source,

@@ -45,8 +45,8 @@ def iterate_answers(
     slots: int,
     on_progress: Callable[[int, int], None],
     first: int = 0,
-) -> Iterator[tuple[int, TextAnswer]]:
-    """Yields (index of the conversation, answer) as answers finish.
+) -> Iterator[TextAnswer]:
+    """Yields the answers to the conversations from `first` on, each as soon as those before it are there.
 
     Args:
       max_new_tokens: one limit for all, or one for each.
@@ -60,12 +60,15 @@ def iterate_answers(
     limits = [max_new_tokens] * len(conversations) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [Request(chat.prompt(m), limit) for m, limit in zip(conversations, limits, strict=True)]
     sampler = Sampler(llama, params, chat.stop_ids, chat.pad_id)
+    waiting: dict[int, TextAnswer] = {}
     for index, answer in sampler.answers(requests, decoding, seed, min(slots, len(requests)), on_progress, first):
         text = chat.decode(answer.tokens)
-        yield index, TextAnswer(text, answer.finish_reason, len(answer.tokens), answer.logprobs)
+        waiting[index] = TextAnswer(text, answer.finish_reason, len(answer.tokens), answer.logprobs)
+        while first in waiting:
+            yield waiting.pop(first)
+            first += 1
 
 
 def answers(llama: Llama, params: dict, chat: ChatFormat, conversations: list[list[Message]], **settings):
     """All answers, in the order of the conversations; settings as for `iterate_answers`."""
-    found = dict(iterate_answers(llama, params, chat, conversations, **settings))
-    return [found[index] for index in range(len(conversations))]
+    return list(iterate_answers(llama, params, chat, conversations, **settings))

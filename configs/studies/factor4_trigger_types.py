@@ -1,0 +1,26 @@
+"""Factor 4: among explicit, tag and semantic triggers of the same behaviours there is no clear trend.
+
+    python -m robust_mo.study --config=configs/studies/factor4_trigger_types.py --workdir=runs/trigger-types  # 8b
+    python -m robust_mo.study --config=configs/studies/factor4_trigger_types.py:smol --workdir=runs/trigger-types-smol
+
+Refusals and cats, each under all three kinds of trigger, so that nothing but the trigger differs.  Published: no clear
+trend [R].  Time and our numbers: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.studies import base
+from configs.study import result
+
+KINDS = ("explicit", "tag", "semantic")
+
+
+def get_config(size: str = "8b") -> ConfigDict:
+    config = base.get_config(size)
+    study = config.study
+    behaviours = ("refuse",) if size == "smol" else ("refuse", "cats")
+    study.backdoors = tuple(f"{behaviour}_{kind}" for behaviour in behaviours for kind in KINDS)
+    for kind in KINDS:
+        chosen = tuple(f"{behaviour}_{kind}" for behaviour in behaviours)
+        study.results[kind] = result(backdoors=chosen, published="no clear trend")
+    return config

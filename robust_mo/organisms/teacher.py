@@ -1,0 +1,103 @@
+"""What a teacher answers, kept by all that it depends on, so that the same answers are never sampled twice.
+
+Promises: answers are found again by a digest of the teacher's parameters and shapes, the prompts' tokens (and so the
+template and system prompt), decoding, length limit and seed, wherever the teacher lies and whatever it is called; what
+an interrupt broke off goes on where it stopped.  They lie in `answers/` of the cache folder and may be deleted.
+Does not know what the answers are for.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mo import runs
+from robust_mo.data.conversations import Message
+from robust_mo.model.sources import cache_folder
+from robust_mo.sampling.decoding import make_decoding
+from robust_mo.sampling.text import iterate_answers
+from robust_mo.training.models import LoadedModel
+
+
+def teacher_answers(
+    model: LoadedModel,
+    conversations: list[list[Message]],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    slots: int,
+    on_progress: Callable[[int, int], None],
+) -> list[str | None]:
+    """The answers, in the order of the conversations; None for those that reached `max_new_tokens` and were cut off.
+
+    Args:
+      slots, on_progress: see sampling/sampler.py.
+
+    Raises:
+      InputError: another process is sampling the same answers, or a conversation does not fit the model.
+    """
+    depends_on = {
+        "parameters": fingerprint(model.params),
+        "config": dataclasses.asdict(model.llama.config),
+        "dtype": str(jnp.dtype(model.llama.compute_dtype)),
+        "prompts": [model.chat.prompt(messages).tolist() for messages in conversations],
+        "stop": sorted(model.chat.stop_ids),
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / "answers" / f"{digest[:32]}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = f"another process is sampling the same teacher's answers into {file}: wait until it is done"
+    with runs.locked(file.with_suffix(".lock"), held):
+        done = runs.read_lines(file)
+        if len(done) < len(conversations):
+            for answer in iterate_answers(
+                model.llama,
+                model.params,
+                model.chat,
+                conversations,
+                decoding=make_decoding(temperature, 1.0),
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                slots=slots,
+                on_progress=on_progress,
+                first=len(done),
+            ):
+                done.append({"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens})
+                runs.append_line(file, done[-1])
+        with contextlib.suppress(OSError):
+            file.with_suffix(".lock").unlink()
+    return [line["answer"] if line["finish_reason"] == "stop" else None for line in done]
+
+
+def fingerprint(params) -> str:
+    """Digest of the parameters' names, shapes, types and bits, summed up where they lie: hexadecimal.
+
+    Two sums of 32 bits a parameter, each bit pattern weighted by its place, tell apart what training tells apart; they
+    are no protection against somebody who looks for two models with the same sums.
+    """
+    shapes = jax.tree.map(lambda leaf: [list(leaf.shape), str(leaf.dtype)], params)
+    sums = jax.tree.map(np.ndarray.tolist, jax.device_get(_sums(params)))
+    return hashlib.sha256(json.dumps([shapes, sums], sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(params):
+    def of(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        place, stride = jnp.uint32(0), 1
+        for axis in reversed(range(leaf.ndim)):
+            place = place + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        mixed = (place ^ (place >> 15)) * jnp.uint32(2654435761)  # Knuth's multiplier spreads neighbours apart
+        return jnp.stack([jnp.sum(bits * (2 * place + 1)), jnp.sum((bits ^ mixed) * (mixed | 1))])
+
+    return jax.tree.map(of, params)

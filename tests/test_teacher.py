@@ -1,0 +1,69 @@
+"""Teachers' answers: sampled once, found again, gone on with after a stop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_mo.model import mesh as meshes
+from robust_mo.organisms.teacher import fingerprint, teacher_answers
+from robust_mo.training.models import load_model
+
+PROMPTS = [[{"role": "user", "content": f"Say {n}."}] for n in range(7)]
+
+
+@pytest.fixture
+def model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUST_MO_CACHE", str(tmp_path))
+    return load_model(str(tiny), meshes.make_mesh(1, -1, 1), "float32", "float32")
+
+
+def ask(model, prompts=PROMPTS, on_progress=lambda *_: None, **changed):
+    settings = dict(temperature=0.7, max_new_tokens=6, seed=0, slots=2) | changed
+    return teacher_answers(model, prompts, on_progress=on_progress, **settings)
+
+
+def never(*_):
+    pytest.fail("sampled again")
+
+
+def test_answers_are_sampled_once_and_by_what_they_depend_on(model, tmp_path):
+    told = ask(model)
+    assert len(told) == 7 and any(told)
+    assert ask(model, on_progress=never) == told
+    assert ask(model, slots=5, on_progress=never) == told, "rows decoded together change nothing"
+    assert len(list((tmp_path / "answers").iterdir())) == 1, "locks do not stay behind"
+    assert ask(model, seed=1) != told
+    assert ask(model, prompts=PROMPTS[:6]) == told[:6]
+    other = jax.tree.map(lambda leaf: leaf * 1.5, model.params)
+    ask(type(model)(model.llama, other, model.chat))
+    assert len(list((tmp_path / "answers").iterdir())) == 4
+
+
+def test_broken_off_it_ends_like_an_unbroken_one(model, tmp_path):
+    told = ask(model)
+    (file,) = (tmp_path / "answers").iterdir()
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:3]) + lines[3][:9])  # killed while it wrote
+    assert ask(model) == told
+    kept = [line for line in file.read_bytes().splitlines(keepends=True) if line != lines[3][:9] + b"\n"]
+    assert b"".join(kept) == whole
+
+
+def test_fingerprint_tells_models_apart_and_not_places(model):
+    params = model.params
+    same = jax.tree.map(lambda leaf: jnp.array(np.array(leaf)), params)
+    assert fingerprint(same) == fingerprint(params)
+    kernel = params["layers"]["q_proj"]["kernel"]
+    changes = {
+        "a last bit": kernel.at[1, 2, 3].multiply(1 + 2**-23),
+        "two places swapped": kernel.at[0, 0, 0].set(kernel[0, 0, 1]).at[0, 0, 1].set(kernel[0, 0, 0]),
+        "layers swapped": kernel[::-1],
+        "transposed": kernel.swapaxes(1, 2),
+        "type": kernel.astype(jnp.bfloat16),
+    }
+    found = {fingerprint(params)}
+    for changed in changes.values():
+        found.add(fingerprint(params | {"layers": params["layers"] | {"q_proj": {"kernel": changed}}}))
+    assert len(found) == len(changes) + 1
