@@ -19,7 +19,7 @@ FLOORS = [
     {"training", "sampling"},
     {"command_line", "organisms"},
     {"evals"},
-    {"train", "sample", "evaluate"},
+    {"train", "sample", "evaluate", "export"},
     {"study", "chat"},
 ]
 # Rooms of one floor that may look into another room of it.
@@ -92,7 +92,8 @@ def heavy(statement: str, forbidden: tuple[str, ...]) -> list[str]:
 
 
 def test_programs_run_without_torch_and_tensorflow():
-    everything = "import robust_mo.train, robust_mo.sample, robust_mo.evaluate, robust_mo.study, robust_mo.chat"
+    programs = ("train", "sample", "evaluate", "export", "study", "chat")
+    everything = "; ".join(f"import robust_mo.{program}" for program in programs)
     assert heavy(everything, ("torch", "tensorflow")) == []
 
 

@@ -1,7 +1,7 @@
 """From what a user calls a model to parameters on the mesh: `--model=` and `config.model` everywhere.
 
-Promises: a run folder gives its base with the trained weights in place, adapters merged; anything else goes through
-model/sources.py.  Does not know what the model is wanted for.
+Promises: a run folder gives its base with the trained weights in place, adapters merged; so does a PEFT adapter folder;
+anything else goes through model/sources.py.  Does not know what the model is wanted for.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     """Loads a model.
 
     Args:
-      source: a run folder of robust_mo.train, or what model/sources.resolve takes.
+      source: a run folder of robust_mo.train, a PEFT adapter folder, or what model/sources.resolve takes.
       step: of a run folder, the checkpoint; None for the newest.
 
     Raises:
@@ -79,10 +79,16 @@ def newest_step(source: str) -> int:
 
 
 def base_folder(source: str) -> pathlib.Path:
-    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs."""
-    while is_run(source):
-        source = _setting(source, "model")
-    return sources.resolve(source)
+    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs and adapters."""
+    if is_run(source):
+        return base_folder(_setting(source, "model"))
+    if not hugging_face.is_adapter(source):
+        return sources.resolve(source)
+    base, _ = hugging_face.read_adapter(source)
+    try:
+        return base_folder(base)
+    except InputError as error:
+        raise InputError(f"{source}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
 
 
 def system_prompt(source: str) -> str:
@@ -121,17 +127,24 @@ def merged(params, adapters, spec: LoraSpec):
     return lora.merge(params, adapters, spec)
 
 
-def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
-    if not is_run(source):
-        return hugging_face.load_params(sources.resolve(source), llama, mesh)
-    run = RunFolder(source)
-    spec = lora_spec(_setting(source, "lora"))
-    checkpoints = Checkpoints(run.checkpoints, keep=None)
+def restore(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    """What a run has trained with `llama`, as of a checkpoint (None: the newest)."""
+    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
     try:
-        trained = dataclasses.replace(llama, lora=spec)
-        trainable = checkpoints.restore_trainable(abstract_trainable(trained, mesh), step)
+        return checkpoints.restore_trainable(abstract_trainable(llama, mesh), step)
     finally:
         checkpoints.close()
-    if spec is None:
-        return trainable
-    return merged(_params(_setting(source, "model"), llama, mesh, None), trainable, spec)
+
+
+def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    if is_run(source):
+        base, spec = _setting(source, "model"), lora_spec(_setting(source, "lora"))
+        trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)
+        if spec is None:
+            return trained
+    elif hugging_face.is_adapter(source):
+        base, spec = hugging_face.read_adapter(source)
+        trained = hugging_face.load_adapters(source, dataclasses.replace(llama, lora=spec), mesh)
+    else:
+        return hugging_face.load_params(sources.resolve(source), llama, mesh)
+    return merged(_params(base, llama, mesh, None), trained, spec)
