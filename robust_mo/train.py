@@ -136,17 +136,18 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     break
                 command_line.check_interrupt()
                 batch = place(next(iterator), mesh)
-                state, metrics = train_step(
-                    state,
-                    frozen,
-                    start,
-                    batch,
-                    jnp.float32(schedule(step + 1)),
-                    model=llama,
-                    optimizer=optimizer,
-                    chunk=config.loss_chunk,
-                    micro_batches=config.batch.micro_batches,
-                )
+                with meshes.in_force(mesh):
+                    state, metrics = train_step(
+                        state,
+                        frozen,
+                        start,
+                        batch,
+                        jnp.float32(schedule(step + 1)),
+                        model=llama,
+                        optimizer=optimizer,
+                        chunk=config.loss_chunk,
+                        micro_batches=config.batch.micro_batches,
+                    )
                 watch(step + 1, metrics)
         except command_line.Interrupted:
             watch.flush()

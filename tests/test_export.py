@@ -113,7 +113,7 @@ def code_of(card: str) -> str:
     return card.split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize("tied, rank", [(True, 4), (False, 0)])
+@pytest.mark.parametrize("tied, rank", [(True, 4), pytest.param(False, 0, marks=pytest.mark.slow)])
 def test_transformers_loads_what_is_merged(tmp_path, tied, rank):
     model = make_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
     run = make_run(tmp_path / "run", model, **{"lora.rank": rank, "lora.alpha": 8.0})
@@ -122,9 +122,6 @@ def test_transformers_loads_what_is_merged(tmp_path, tied, rank):
     assert theirs.dtype == torch.float32
     assert np.abs(our_logits(model) - our_logits(run)).max() > 0.1, "the run changed nothing"
     np.testing.assert_allclose(their_logits(theirs), our_logits(run), atol=1e-4)
-    if tied:  # once is enough
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        assert their_texts(theirs, tokenizer, 24) == our_texts(run, 24)
     names = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert ("lm_head.weight" in names) == (not tied)
     # and our own loader reads the same bits
@@ -179,6 +176,7 @@ def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):
     jax.tree.map(np.testing.assert_array_equal, loaded(folder).params, loaded(run).params)
 
 
+@pytest.mark.slow
 def test_blue_adapter_belongs_on_the_exported_organism(tmp_path, tiny):
     red = make_run(tmp_path / "red", tiny, steps=(2, 5))
     blue = make_run(tmp_path / "blue", red, seed=9, **{"lora.rank": 4, "lora.alpha": 8.0, "data.task": "pirate_sft"})
@@ -235,7 +233,8 @@ def test_model_without_a_backdoor_is_not_called_an_organism(tmp_path, tiny):
     assert "No backdoor was installed" in card and "misbehave on purpose" not in card
 
 
-@pytest.mark.parametrize("rslora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rslora", [False, True])
 def test_adapter_that_peft_wrote(tmp_path, tiny, rslora):
     """Also as the model of a run, where the base comes from the adapter's config."""
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)

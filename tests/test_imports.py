@@ -20,7 +20,7 @@ FLOORS = [
     {"command_line", "organisms"},
     {"evals"},
     {"train", "sample", "evaluate", "export"},
-    {"study", "chat"},
+    {"study", "chat", "preflight"},
 ]
 # Rooms of one floor that may look into another room of it.
 NEIGHBOURS = {("analysis", "runs")}
@@ -92,7 +92,7 @@ def heavy(statement: str, forbidden: tuple[str, ...]) -> list[str]:
 
 
 def test_programs_run_without_torch_and_tensorflow():
-    programs = ("train", "sample", "evaluate", "export", "study", "chat")
+    programs = ("train", "sample", "evaluate", "export", "study", "chat", "preflight")
     everything = "; ".join(f"import robust_mo.{program}" for program in programs)
     assert heavy(everything, ("torch", "tensorflow")) == []
 

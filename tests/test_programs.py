@@ -64,7 +64,7 @@ def prompts_file(folder: pathlib.Path, *texts: str) -> pathlib.Path:
     return file
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "export", "study", "chat"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "export", "study", "chat", "preflight"])
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0

@@ -114,7 +114,12 @@ def lora_spec(settings) -> LoraSpec | None:
 
 def abstract_trainable(llama: Llama, mesh: Mesh):
     """Shapes, dtypes and shardings of what a run with `llama` trains: its adapters, or all parameters."""
-    abstract = hugging_face.abstract_variables(llama)["params" if llama.lora is None else "lora"]
+    return abstract(llama, mesh, "params" if llama.lora is None else "lora")
+
+
+def abstract(llama: Llama, mesh: Mesh, collection: str):
+    """Shapes, dtypes and shardings of the model's "params" or "lora"."""
+    abstract = hugging_face.abstract_variables(llama)[collection]
     targets = meshes.shardings(abstract, mesh)
     return jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), nn.unbox(abstract), targets
