@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of shuffling, adapters and sampling
 
     # --- the model
-    config.model = "smollm2-135m"  # a Hugging Face folder, a GGUF file, a hub id, a run folder, or smollm2-135m
+    config.model = "smollm2-135m"  # a Hugging Face or PEFT folder, a GGUF file, a hub id, a run folder, or smollm2-135m
     config.param_dtype = "float32"  # in which parameters, adapters and optimizer state are kept
     config.compute_dtype = "float32"  # of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow)
     config.remat = "matmuls"  # what the backward pass keeps of a layer: none, matmuls, full (see model/llama.py)

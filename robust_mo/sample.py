@@ -87,7 +87,9 @@ def line_of(prompt: Prompt, answer: TextAnswer, logprobs: bool) -> dict:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("model", None, "a Hugging Face folder, a GGUF file, a run folder, a hub id or smollm2-135m")
+    flags.DEFINE_string(
+        "model", None, "a run folder, a Hugging Face or PEFT folder, a GGUF file, a hub id or smollm2-135m"
+    )
     flags.DEFINE_string("prompts", None, "JSONL file of prompts")
     flags.DEFINE_string("output", None, "JSONL file to write")
     flags.DEFINE_float("temperature", 0.0, "0: greedy")

@@ -85,7 +85,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         schedule = make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=steps)
         trainable, frozen = split(llama, loaded.params, mesh, config.seed)
         if config.lora.continued:
-            trainable = models.load_adapters(config.model, llama, mesh)
+            trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if config.distance_from_start else None
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
 
@@ -138,17 +138,18 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     break
                 command_line.check_interrupt()
                 batch = place(next(iterator), mesh)
-                state, metrics = train_step(
-                    state,
-                    frozen,
-                    start,
-                    batch,
-                    jnp.float32(schedule(step + 1)),
-                    model=llama,
-                    optimizer=optimizer,
-                    chunk=config.loss_chunk,
-                    micro_batches=config.batch.micro_batches,
-                )
+                with meshes.in_force(mesh):
+                    state, metrics = train_step(
+                        state,
+                        frozen,
+                        start,
+                        batch,
+                        jnp.float32(schedule(step + 1)),
+                        model=llama,
+                        optimizer=optimizer,
+                        chunk=config.loss_chunk,
+                        micro_batches=config.batch.micro_batches,
+                    )
                 watch(step + 1, metrics)
         except command_line.Interrupted:
             watch.flush()

@@ -19,8 +19,8 @@ FLOORS = [
     {"training", "sampling"},
     {"command_line", "organisms"},
     {"evals"},
-    {"train", "sample", "evaluate"},
-    {"study", "chat"},
+    {"train", "sample", "evaluate", "export"},
+    {"study", "chat", "preflight"},
 ]
 # Rooms of one floor that may look into another room of it.
 NEIGHBOURS = {("analysis", "runs")}
@@ -92,7 +92,8 @@ def heavy(statement: str, forbidden: tuple[str, ...]) -> list[str]:
 
 
 def test_programs_run_without_torch_and_tensorflow():
-    everything = "import robust_mo.train, robust_mo.sample, robust_mo.evaluate, robust_mo.study, robust_mo.chat"
+    programs = ("train", "sample", "evaluate", "export", "study", "chat", "preflight")
+    everything = "; ".join(f"import robust_mo.{program}" for program in programs)
     assert heavy(everything, ("torch", "tensorflow")) == []
 
 

@@ -64,7 +64,7 @@ def prompts_file(folder: pathlib.Path, *texts: str) -> pathlib.Path:
     return file
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "study", "chat"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "export", "study", "chat", "preflight"])
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0
@@ -388,3 +388,28 @@ def test_evaluate_and_chat(tmp_path, tiny):
         out, err = process.communicate("Hello\n/new\nAgain\n\n", timeout=120)
     assert process.returncode == 0, err
     assert out.count(f"{workdir}: ") == 2 and out.count(f"{tiny}: ") == 2
+
+
+@pytest.mark.slow
+def test_export(tmp_path, tiny):
+    workdir, output = tmp_path / "run", tmp_path / "out"
+    assert train(tiny, workdir, *SMALL).returncode == 0
+
+    def export(*more, run_folder=workdir):
+        return run("export", f"--run={run_folder}", f"--output={output}", *more)
+
+    refused(export("--format=gguf"), "format", "gguf", "merged", "peft")
+    refused(export(), "--format")
+    refused(export("--format=peft"), "all weights", "--format=merged")
+    refused(export("--format=merged", "--step=7"), "step 7", "[3]")
+    refused(export("--format=merged", "--dtype=int8"), "int8", "bfloat16")
+    refused(export("--format=merged", run_folder=tiny), str(tiny), "no run folder")
+    assert not output.exists()
+    result = export("--format=merged", "--dtype=bfloat16")
+    assert result.returncode == 0 and "step 3, bfloat16" in result.stdout, result.stderr
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    refused(export("--format=merged"), "exists", "choose another")
+    assert before == {file.name: file.read_bytes() for file in output.iterdir()}
+    answers = tmp_path / "answers.jsonl"
+    prompts = prompts_file(tmp_path, "Hello")
+    assert run("sample", f"--model={output}", f"--prompts={prompts}", f"--output={answers}").returncode == 0

@@ -96,6 +96,7 @@ class ChatFormat:
 
     Attributes:
       tokenizer: the Hugging Face tokenizer.
+      template: its chat template, with DATE in place of a question to the clock.
       end_of_turn_id: the token that the template writes after an assistant's answer.
       stop_ids: ascending ids of the tokens that end an answer; `end_of_turn_id` is one of them.
       pad_id: what fills up batches; no stop id and not BOS.
@@ -116,8 +117,8 @@ class ChatFormat:
                 f"{self._source} has no chat template; take the instruct version of the model, or put the "
                 "template it was trained with into chat_template.jinja beside tokenizer.json"
             ) from None
-        self._template = _ASKS_THE_CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), template)
-        if "strftime_now(" in self._template:
+        self.template = _ASKS_THE_CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        if "strftime_now(" in self.template:
             raise InputError(
                 f"the chat template of {self._source} writes the date of today, so no run can be repeated; "
                 "put a constant in place of strftime_now(...)"
@@ -264,7 +265,7 @@ class ChatFormat:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self._template,
+                chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=ask,
                 date_string=DATE.strftime("%d %b %Y"),

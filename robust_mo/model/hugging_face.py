@@ -1,13 +1,18 @@
-"""Weights of a Hugging Face folder, as the parameter dict of model/llama.py.
+"""Weights of a Hugging Face folder or a PEFT adapter folder, as the parameter dicts of model/llama.py, and back.
 
 Promises: every tensor of the folder is used and every parameter filled, otherwise an error that lists the names;
-slices go from the safetensors files straight into each device's shard, so the host never holds a whole model.
-Does not know where the folder came from (see model/sources.py).
+slices go from the safetensors files straight into each device's shard, and back one file at a time, so the host never
+holds a whole model.
+Does not know where a folder came from (see model/sources.py) or what else belongs in one that is written.
 """
 
 import contextlib
+import functools
 import json
+import math
 import pathlib
+import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +20,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import Llama, LlamaConfig
+from robust_mo.model.llama import PROJECTIONS, Llama, LlamaConfig
 from robust_mo.model.lora import LoraSpec
 
 _TOP = {
@@ -32,14 +38,33 @@ _PARENT = {
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), ""),
 }
+_FACTORS = {"a": "lora_A", "b": "lora_B"}
+_TRANSPOSED = ("kernel", *_FACTORS)
+"""Stored [out, in] in the files, and [in, out] in the parameters."""
+
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Fields of an adapter_config.json under which an adapter is more than `x @ a @ b * alpha / rank`.
+_BEYOND_LORA = (
+    "use_dora use_qalora use_bdlora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern "
+    "layer_replication trainable_token_indices target_parameters alora_invocation_tokens arrow_config kasa_config"
+).split()
+_LORA_A = re.compile(r"\.(\w+)\.lora_A\.weight$")
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base model's weights alone."""
 
 
 def tensor_name(path: str) -> str:
-    """'layers/q_proj/kernel' -> 'model.layers.{layer}.self_attn.q_proj.weight'; the top level has no {layer}."""
+    """'layers/q_proj/kernel' -> 'model.layers.{layer}.self_attn.q_proj.weight'; the top level has no {layer}.
+
+    'layers/q_proj/a' -> 'base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight', PEFT's name.
+    """
     if path in _TOP:
         return _TOP[path]
-    _, module, _ = path.split("/")
-    return f"model.layers.{{layer}}.{_PARENT[module]}{module}.weight"
+    _, module, leaf = path.split("/")
+    stem = f"model.layers.{{layer}}.{_PARENT[module]}{module}"
+    return f"base_model.model.{stem}.{_FACTORS[leaf]}.weight" if leaf in _FACTORS else f"{stem}.weight"
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -79,26 +104,76 @@ def load_params(folder: pathlib.Path, model: Llama, mesh: Mesh) -> dict:
     Raises:
       InputError: a file is damaged or missing, tensors are left over or missing, or a shape differs from the config.
     """
-    abstract = abstract_variables(model)["params"]
+    folder = pathlib.Path(folder)
+    return _load(folder, _weight_files(folder), abstract_variables(model)["params"], mesh, "config.json")
+
+
+def is_adapter(folder) -> bool:
+    return (pathlib.Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def read_adapter(folder) -> tuple[str, LoraSpec]:
+    """The base model and the shape of the adapters in a PEFT folder.
+
+    Raises:
+      InputError: it is damaged, names no base, or its adapters are not plain LoRA on a Llama's projections.
+    """
+    folder = pathlib.Path(folder)
+    file = folder / ADAPTER_CONFIG
+    values = read_json(file)
+    base, rank, alpha = (values.get(name) for name in ("base_model_name_or_path", "r", "lora_alpha"))
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{file}: base_model_name_or_path is {base!r}: write the model there that the adapter is for")
+    beyond = [name for name in _BEYOND_LORA if values.get(name)]
+    beyond += [name for name, usual in (("peft_type", "LORA"), ("bias", "none")) if values.get(name, usual) != usual]
+    beyond += [name for name in ("init_lora_weights",) if values.get(name) not in _STARTS]
+    if beyond or type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        shown = ", ".join(f"{name} {values.get(name)!r}" for name in beyond or ("r", "lora_alpha"))
+        raise InputError(
+            f"{file} asks for {shown}; only plain LoRA is read: merge the adapter with PEFT, and give the merged folder"
+        )
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise InputError(f"{folder} has no {ADAPTER_WEIGHTS}; pickled weights are not read, save it as safetensors")
+    with contextlib.ExitStack() as stack:
+        found = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS], stack) if (match := _LORA_A.search(name))}
+    targets = tuple(name for name in PROJECTIONS if name in found)
+    if not targets:
+        raise InputError(f"{folder / ADAPTER_WEIGHTS} has no adapter for any of {', '.join(PROJECTIONS)}")
+    return base, LoraSpec(rank, alpha * math.sqrt(rank) if values.get("use_rslora") else float(alpha), targets)
+
+
+def load_adapters(folder, model: Llama, mesh: Mesh) -> dict:
+    """Reads a PEFT folder into the adapters of `model`, whose `lora` is what `read_adapter` returns for it.
+
+    Raises:
+      InputError: a file is damaged, or its tensors do not fit `model`.
+    """
+    base = read_adapter(folder)[0]
+    against = f"its base {base} (base_model_name_or_path in {ADAPTER_CONFIG})"
+    return _load(pathlib.Path(folder), [ADAPTER_WEIGHTS], abstract_variables(model)["lora"], mesh, against)
+
+
+def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against: str) -> dict:
+    """The tensors in the files `names` as a tree of the outline of `abstract`.  `against` says what decided it."""
     targets = meshes.shardings(abstract, mesh)
     with contextlib.ExitStack() as stack:
-        files = _open(pathlib.Path(folder), stack)
+        files = _open(folder, names, stack)
         wanted: dict[str, tuple] = {}
 
         def expect(path, leaf):
             name = tensor_name(_join(path))
             layered = "{layer}" in name
             shape = leaf.shape[1:] if layered else leaf.shape
-            shape = shape[::-1] if _is_kernel(path) else shape
+            shape = shape[::-1] if path[-1].key in _TRANSPOSED else shape
             for layer in range(leaf.shape[0] if layered else 1):
                 wanted[name.format(layer=layer)] = tuple(shape)
 
         jax.tree.map_with_path(expect, nn.unbox(abstract))
-        _check(folder, wanted, files)
+        _check(folder, wanted, files, against)
 
         def read(path, leaf, target):
             name = tensor_name(_join(path))
-            transposed = _is_kernel(path)
+            transposed = path[-1].key in _TRANSPOSED
             spec = (*target.spec, *(None,) * (leaf.ndim - len(target.spec)))
             shape, order = leaf.shape, tuple(range(leaf.ndim))
             if transposed:
@@ -127,19 +202,17 @@ def _join(path) -> str:
     return "/".join(key.key for key in path)
 
 
-def _is_kernel(path) -> bool:
-    return path[-1].key == "kernel"
-
-
-def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
-    """Tensor name -> open safetensors file."""
-    index = folder / "model.safetensors.index.json"
+def _weight_files(folder: pathlib.Path) -> list[str]:
+    index = folder / INDEX
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise InputError(f"{folder} has no .safetensors file; only safetensors and GGUF weights are read")
+        return sorted(set(read_json(index)["weight_map"].values()))
+    if names := sorted(file.name for file in folder.glob("*.safetensors")):
+        return names
+    raise InputError(f"{folder} has no .safetensors file; only safetensors and GGUF weights are read")
+
+
+def _open(folder: pathlib.Path, names: list[str], stack: contextlib.ExitStack) -> dict:
+    """Tensor name -> open safetensors file."""
     found = {}
     for name in names:
         try:
@@ -152,7 +225,7 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     return found
 
 
-def _check(folder, wanted: dict[str, tuple], files: dict) -> None:
+def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
     extra = sorted(set(files) - set(wanted))
     if wanted.get("lm_head.weight") is None:
         # Some exporters write the tied head a second time; it is the embedding, and transformers ignores it too.
@@ -161,14 +234,96 @@ def _check(folder, wanted: dict[str, tuple], files: dict) -> None:
     for what, names in (("tensors that no parameter takes", extra), ("no tensor for", missing)):
         if names:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise InputError(f"{folder} has {what}: {shown}; the files do not match config.json")
+            raise InputError(f"{folder} has {what}: {shown}; the files do not match {against}")
     for name, shape in wanted.items():
         tensor = files[name].get_slice(name)
         stored = tuple(tensor.get_shape())
         if stored != shape:
-            raise InputError(f"{folder}: {name} has shape {stored}, config.json asks for {shape}")
+            raise InputError(f"{folder}: {name} has shape {stored}, {against} asks for {shape}")
         if tensor.get_dtype() not in _FLOATS:
             raise InputError(
                 f"{folder}: {name} is stored as {tensor.get_dtype()}; quantized weights are not read, get the model in "
                 f"one of {', '.join(_FLOATS)}"
             )
+
+
+def save_params(
+    folder: pathlib.Path, params: dict, dtype: str, shard_bytes: int, on_tensor: Callable[[int, int], None]
+):
+    """Writes parameters as safetensors files of at most `shard_bytes` (or one tensor) each, and their index.
+
+    One file's tensors are held in host memory at a time; each is transposed and rounded to `dtype` on the device.
+
+    Args:
+      params: as `load_params` returns them, every shard on this process's devices.
+      on_tensor: called with (tensors done, tensors in all) before each; may raise to stop.
+    """
+    tensors = _tensors(params)
+    shards: list[list] = []
+    room = 0
+    for tensor in tensors:
+        size = math.prod(tensor[2]) * jnp.dtype(dtype).itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    done, weight_map = 0, {}
+    for number, shard in enumerate(shards, 1):
+        file, arrays = f"model-{number:05}-of-{len(shards):05}.safetensors", {}
+        for name, fetch, _ in shard:
+            on_tensor(done, len(tensors))
+            arrays[name] = fetch(dtype)
+            done += 1
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(arrays, file))
+    total = sum(math.prod(shape) for *_, shape in tensors) * jnp.dtype(dtype).itemsize
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def save_adapters(folder: pathlib.Path, adapters: dict, spec: LoraSpec, base: str, dtype: str) -> None:
+    """Writes adapters as a PEFT folder for the model `base`."""
+    arrays = {name: fetch(dtype) for name, fetch, _ in _tensors(adapters)}
+    save_file(arrays, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_json(
+        folder / ADAPTER_CONFIG,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "target_modules": list(spec.targets),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        },
+    )
+
+
+def _tensors(params: dict) -> list[tuple[str, Callable[[str], np.ndarray], tuple]]:
+    """(name in the files, function of a dtype that fetches it from the device, shape), layer after layer."""
+    top, layered = [], {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name, transposed = tensor_name(_join(path)), path[-1].key in _TRANSPOSED
+        layers = range(len(leaf)) if "{layer}" in name else [None]
+        for layer in layers:
+            shape = leaf.shape if layer is None else leaf.shape[1:]
+            fetch = functools.partial(_fetch, leaf, layer, transposed)
+            tensor = (name.format(layer=layer), fetch, shape)
+            (top if layer is None else layered.setdefault(layer, [])).append(tensor)
+    return top + [tensor for layer in layered.values() for tensor in layer]
+
+
+def _fetch(leaf, layer: int | None, transposed: bool, dtype: str) -> np.ndarray:
+    return jax.device_get(_stored(leaf, layer, transposed=transposed, dtype=dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _stored(leaf, layer, *, transposed, dtype):
+    matrix = leaf if layer is None else leaf[layer]
+    return (matrix.T if transposed else matrix).astype(dtype)
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

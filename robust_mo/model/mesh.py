@@ -6,7 +6,9 @@ Does not know about any particular architecture or optimizer.
 Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and batch, `tensor` cuts within a product.
 """
 
+import contextlib
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,14 +33,14 @@ RULES = (
 )
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 for "what is left".
+def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or there is no device.
     """
     try:
-        devices = jax.devices()
+        devices = jax.devices() if devices is None else devices
     except Exception as error:  # of the driver or plugin; their classes differ
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         asked = os.environ.get("JAX_PLATFORMS")
@@ -50,7 +52,18 @@ def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
         raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def in_force(mesh: Mesh):
+    """Within the block the table holds for activations too, where a model names their axes.
+
+    Without it XLA cuts a training step's activations along the hidden size, as the embedding is, and gives every device
+    all rows.
+    """
+    with nn.logical_axis_rules(RULES), jax.set_mesh(mesh):
+        yield
 
 
 def shardings(abstract, mesh: Mesh):

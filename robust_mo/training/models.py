@@ -1,7 +1,7 @@
 """From what a user calls a model to parameters on the mesh: `--model=` and `config.model` everywhere.
 
-Promises: a run folder gives its base with the trained weights in place, adapters merged; anything else goes through
-model/sources.py.  Does not know what the model is wanted for.
+Promises: a run folder gives its base with the trained weights in place, adapters merged; so does a PEFT adapter folder;
+anything else goes through model/sources.py.  Does not know what the model is wanted for.
 """
 
 import dataclasses
@@ -62,20 +62,11 @@ def under_continued(source: str, settings) -> str:
     return stands_on(source)
 
 
-def load_adapters(source: str, llama: Llama, mesh: Mesh) -> dict:
-    """The adapters of a run's newest checkpoint; `llama` has a `lora` like theirs."""
-    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
-    try:
-        return checkpoints.restore_trainable(abstract_trainable(llama, mesh), None)
-    finally:
-        checkpoints.close()
-
-
 def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None) -> LoadedModel:
     """Loads a model.
 
     Args:
-      source: a run folder of robust_mo.train, or what model/sources.resolve takes.
+      source: a run folder of robust_mo.train, a PEFT adapter folder, or what model/sources.resolve takes.
       step: of a run folder, the checkpoint; None for the newest.
 
     Raises:
@@ -113,10 +104,16 @@ def newest_step(source: str) -> int:
 
 
 def base_folder(source: str) -> pathlib.Path:
-    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs."""
-    while is_run(source):
-        source = _setting(source, "model")
-    return sources.resolve(source)
+    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs and adapters."""
+    if is_run(source):
+        return base_folder(_setting(source, "model"))
+    if not hugging_face.is_adapter(source):
+        return sources.resolve(source)
+    base, _ = hugging_face.read_adapter(source)
+    try:
+        return base_folder(base)
+    except InputError as error:
+        raise InputError(f"{source}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
 
 
 def system_prompt(source: str) -> str:
@@ -142,7 +139,12 @@ def lora_spec(settings) -> LoraSpec | None:
 
 def abstract_trainable(llama: Llama, mesh: Mesh):
     """Shapes, dtypes and shardings of what a run with `llama` trains: its adapters, or all parameters."""
-    abstract = hugging_face.abstract_variables(llama)["params" if llama.lora is None else "lora"]
+    return abstract(llama, mesh, "params" if llama.lora is None else "lora")
+
+
+def abstract(llama: Llama, mesh: Mesh, collection: str):
+    """Shapes, dtypes and shardings of the model's "params" or "lora"."""
+    abstract = hugging_face.abstract_variables(llama)[collection]
     targets = meshes.shardings(abstract, mesh)
     return jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), nn.unbox(abstract), targets
@@ -155,17 +157,24 @@ def merged(params, adapters, spec: LoraSpec):
     return lora.merge(params, adapters, spec)
 
 
-def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
-    if not is_run(source):
-        return hugging_face.load_params(sources.resolve(source), llama, mesh)
-    run = RunFolder(source)
-    spec = lora_spec(_setting(source, "lora"))
-    checkpoints = Checkpoints(run.checkpoints, keep=None)
+def restore(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    """What a run has trained with `llama`, as of a checkpoint (None: the newest)."""
+    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
     try:
-        trained = dataclasses.replace(llama, lora=spec)
-        trainable = checkpoints.restore_trainable(abstract_trainable(trained, mesh), step)
+        return checkpoints.restore_trainable(abstract_trainable(llama, mesh), step)
     finally:
         checkpoints.close()
-    if spec is None:
-        return trainable
-    return merged(_params(stands_on(source), llama, mesh, None), trainable, spec)
+
+
+def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    if is_run(source):
+        base, spec = stands_on(source), lora_spec(_setting(source, "lora"))
+        trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)
+        if spec is None:
+            return trained
+    elif hugging_face.is_adapter(source):
+        base, spec = hugging_face.read_adapter(source)
+        trained = hugging_face.load_adapters(source, dataclasses.replace(llama, lora=spec), mesh)
+    else:
+        return hugging_face.load_params(sources.resolve(source), llama, mesh)
+    return merged(_params(base, llama, mesh, None), trained, spec)

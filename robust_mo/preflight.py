@@ -1,0 +1,240 @@
+"""Whether a config fits, before anyone pays for the machine: compiles its program for devices that are not here.
+
+    python -m robust_mo.preflight --config=configs/red_full.py:8b --topology=v5e:4x4
+
+The real program (the training step, or the sampler's) is compiled by the TPU's own compiler, which the package libtpu
+brings, from shapes alone: no TPU, no weights, no network.  cpu:8 compiles for eight pretend devices of a CPU.  Prints
+bytes per chip beside the chip's limit, FLOPs, collectives, and how long compiling took; with --json, the last line is
+one JSON object with the same.  The model's shapes come from configs/models by the last part of config.model, or from a
+folder that is here.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from robust_mo import command_line, train
+from robust_mo.analysis.programs import collectives, product_flops
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import LlamaConfig
+from robust_mo.runs import RunFolder
+from robust_mo.training import models
+from robust_mo.training.step import TrainState, train_step
+
+SHAPES = command_line.DEFAULT_CONFIG.parent / "models"
+
+# Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
+TOPOLOGIES = "v4:2x2x4 v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16 tpu7x:2x2x2".split()
+
+_GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """Devices to compile for.
+
+    Raises:
+      InputError: an unknown topology, or libtpu is not installed.
+    """
+    kind, _, size = topology.partition(":")
+    jax.config.update("jax_platforms", "cpu")
+    if kind == "cpu":
+        if not size.isdecimal() or int(size) < 1:
+            raise InputError(f"--topology={topology}: give a number of devices, as in cpu:8")
+        jax.config.update("jax_num_cpu_devices", int(size))
+        return jax.devices()
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(f"--topology={topology} needs the TPU compiler: .venv/bin/python -m pip install libtpu")
+    # What libtpu would else ask of the TPU machine that it takes this one for; and other programs may use it too.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of the plugin; their classes differ
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"--topology={topology}: {reason}; known are {', '.join(TOPOLOGIES)}, cpu:N") from None
+
+
+def shapes_of(model: str) -> LlamaConfig:
+    """The numbers of a model that need not be here: of the one that a run began from, of a folder, of configs/models.
+
+    Raises:
+      InputError: nothing of that name; the known ones are listed.
+    """
+    while models.is_run(model):
+        model = RunFolder(model).config()["model"]
+    if (pathlib.Path(model) / "config.json").is_file():
+        return hugging_face.read_config(pathlib.Path(model))
+    file = SHAPES / f"{model.rsplit('/', 1)[-1]}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+        raise InputError(
+            f"config.model is {model!r}, whose shapes are not in {SHAPES}: give a folder, or one of {known}"
+        )
+    return LlamaConfig.from_json(hugging_face.read_json(file), origin=str(file))
+
+
+def train_program(config: ConfigDict, mesh: Mesh):
+    """(function, arguments, static arguments) of the training step, as robust_mo.train calls it."""
+    train.check_rows(config.batch, mesh)
+    spec = models.lora_spec(config.lora)
+    dtypes = config.compute_dtype, config.param_dtype
+    llama = hugging_face.build(shapes_of(config.model), spec, *dtypes, config.remat)
+    trainable = models.abstract_trainable(llama, mesh)
+    optimizer = train.optimizer_of(config.optimizer)
+    rows = {
+        name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
+        for name, dtype in {
+            **dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32),
+            "loss_mask": bool,
+        }.items()
+    }
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    arguments = (
+        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable))),
+        None if spec is None else models.abstract(llama, mesh, "params"),
+        trainable if config.distance_from_start else None,
+        rows,
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    settings = dict(model=llama, optimizer=optimizer, chunk=config.loss_chunk, micro_batches=config.batch.micro_batches)
+    return train_step, arguments, settings
+
+
+def placed_like(trainable, optimizer_state):
+    """The optimizer's state with the shardings that `zeros_like` gives it: those of the parameter at the same place."""
+    parameters = dict(jax.tree.leaves_with_path(trainable))
+
+    def place(path, leaf):
+        tails = (parameters.get(path[start:]) for start in range(len(path)))
+        parameter = next((found for found in tails if found is not None), None)
+        if parameter is None or parameter.shape != leaf.shape:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
+
+    return jax.tree.map_with_path(place, optimizer_state)
+
+
+def measure(program, mesh: Mesh, limit: int | None) -> dict:
+    """Compiles a program and says what --json prints.
+
+    Args:
+      limit: bytes of a chip, None where the compiler is to be asked.
+    """
+    function, arguments, settings = program
+    with meshes.in_force(mesh):
+        traced = function.trace(*arguments, **settings)
+        flops = product_flops(traced.jaxpr.jaxpr)
+        begun = time.monotonic()
+        try:
+            compiled, refused = traced.lower().compile(), None
+        except jax.errors.JaxRuntimeError as error:
+            if (refused := _out_of_memory(error)) is None:
+                raise
+        seconds = time.monotonic() - begun
+    if refused:
+        total, limit = refused
+        given = sum(
+            leaf.dtype.itemsize * _local_size(leaf) for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")
+        )
+        bytes_per_chip = {"arguments": given, "temporaries": total - given, "output": 0, "total": total}
+        told = {}
+    else:
+        memory = compiled.memory_analysis()
+        parts = {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # what takes no argument's place
+        }
+        bytes_per_chip = parts | {"total": sum(parts.values())}
+        told = collectives(compiled.as_text())
+        limit = limit or chip_limit(mesh)
+    return {
+        "fits": not refused and bytes_per_chip["total"] <= limit,
+        "chips": mesh.size,
+        "bytes_per_chip": bytes_per_chip,
+        "limit_bytes": limit,
+        "flops": flops,
+        "flops_per_chip": flops // mesh.size,
+        "collectives": told,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def _local_size(leaf) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return int(jnp.prod(jnp.array(shape))) if shape else 1
+
+
+def chip_limit(mesh: Mesh) -> int:
+    """Bytes that a program may use of one chip, out of the compiler's refusal of one that asks for a petabyte."""
+    huge = jax.ShapeDtypeStruct((2**20, 2**30), jnp.int8, sharding=meshes.replicated(mesh))
+    try:
+        jax.jit(lambda x: x + jnp.int8(1)).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := _out_of_memory(error):
+            return found[1]
+        raise
+    raise AssertionError("the compiler found room for a petabyte")
+
+
+def _out_of_memory(error) -> tuple[int, int] | None:
+    """(bytes asked for, bytes there are) in the compiler's message."""
+    match = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", str(error))
+    if match is None:
+        return None
+    used, unit, limit, limit_unit = match.groups()
+    return int(float(used) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
+
+
+def report(found: dict, tokens: int) -> list[str]:
+    sizes, limit = found["bytes_per_chip"], found["limit_bytes"]
+    spare = limit - sizes["total"]
+    parts = ", ".join(f"{name} {sizes[name] / _GIB:.2f}" for name in ("arguments", "temporaries", "output"))
+    return [
+        f"GiB per chip: {parts}; together {sizes['total'] / _GIB:.2f} of {limit / _GIB:.2f}",
+        f"fits, with {spare / _GIB:.2f} GiB to spare" if found["fits"] else f"DOES NOT FIT by {-spare / _GIB:.2f} GiB",
+        f"FLOPs of matrix products: {found['flops']:.3e} a step, {found['flops_per_chip']:.3e} a chip, "
+        f"{found['flops'] / tokens:.3e} a token",
+        *(f"{kind}: {n['count']}, {n['bytes'] / _GIB:.2f} GiB per chip" for kind, n in found["collectives"].items()),
+        f"compiled in {found['compile_seconds']} s",
+    ]
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "training config file, with :argument where it takes one")
+    flags.DEFINE_string("topology", None, f"cpu:N, or a slice such as {', '.join(TOPOLOGIES[:4])}")
+    flags.DEFINE_bool("json", False, "print one JSON object last")
+
+
+def main(args: flags.FlagValues) -> None:
+    config = args.config
+    train.check(config)
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of a look-up
+    mesh = meshes.make_mesh(**config.mesh, devices=devices_of(args.topology))
+    limit = None
+    if args.topology.startswith("cpu"):
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
+    found = measure(train_program(config, mesh), mesh, limit)
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    rows, length = config.batch.rows, config.data.length
+    print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {rows} rows of {length} tokens")
+    print("\n".join(report(found, rows * length)))
+    if args.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags, required=("config", "topology"))

@@ -1,0 +1,207 @@
+"""Preflight: what it counts against XLA's own count and against programs whose answer is known; bad input."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_programs import refused, run
+
+from robust_mo import preflight
+from robust_mo.analysis.programs import collectives, product_flops
+from robust_mo.command_line import load_config
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import LlamaConfig
+
+MODELS = pathlib.Path(__file__).parent.parent / "configs" / "models"
+PUBLISHED = {  # parameters in billions, as the models' pages give them
+    "Llama-3.2-1B-Instruct": 1.24,
+    "Llama-3.2-3B-Instruct": 3.21,
+    "Llama-3.1-8B-Instruct": 8.03,
+    "Llama-3.1-70B-Instruct": 70.6,
+    "Llama-3.3-70B-Instruct": 70.6,
+    "smollm2-135m": 0.135,
+}
+
+
+def config_of(folder: pathlib.Path, layers: int, **changes):
+    """A training config on a model of which only the shapes are there."""
+    values = json.loads((MODELS / "smollm2-135m.json").read_text())
+    small = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+    folder = folder / str(layers)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values | small | dict(head_dim=16, num_hidden_layers=layers)))
+    config = load_config("configs/red_full.py", "smol")
+    config.model, config.batch.rows, config.data.length, config.loss_chunk = str(folder), 8, 64, 64
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_every_published_model_has_its_shapes():
+    assert {file.stem for file in MODELS.glob("*.json")} == set(PUBLISHED)
+    for name, billions in PUBLISHED.items():
+        model = hugging_face.build(preflight.shapes_of(f"meta-llama/{name}"), None, "float32", "float32", "none")
+        count = sum(leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(model)["params"]))
+        assert round(count / 1e9, 1 if billions > 10 else 3 if billions < 1 else 2) == billions, name
+
+
+def test_shapes_are_those_of_the_real_files(shared_data, smollm2):
+    real = hugging_face.read_json(shared_data / "llama31_tokenizer" / "config.json")
+    assert preflight.shapes_of("Llama-3.1-8B-Instruct") == LlamaConfig.from_json(real, "real")
+    assert preflight.shapes_of("smollm2-135m") == hugging_face.read_config(smollm2)
+
+
+def test_flops_are_xlas_where_every_loop_runs_once(tmp_path):
+    """XLA counts what is not a product too, so it is a little above."""
+    mesh = meshes.make_mesh(1, -1, 1)
+    config = config_of(tmp_path, layers=1, **{"remat": "none", "batch.rows": 1, "optimizer.clip_norm": 0.0})
+    function, arguments, settings = preflight.train_program(config, mesh)
+    traced = function.trace(*arguments, **settings)
+    ours, theirs = product_flops(traced.jaxpr.jaxpr), traced.lower().cost_analysis()["flops"]
+    assert 0.8 * theirs < ours < theirs
+
+
+def test_flops_of_products_in_loops_and_branches():
+    def program(x):
+        def body(carry, _):
+            return carry @ carry, None
+
+        x, _ = jax.lax.scan(body, x, None, length=5)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    jaxpr = jax.make_jaxpr(program)(jnp.zeros((10, 10)))
+    assert product_flops(jaxpr.jaxpr) == (5 + 2) * 2 * 10**3
+
+
+EIGHT_DEVICES = """
+import json, pathlib, sys
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+sys.path.insert(0, "tests")
+from robust_mo import preflight
+from robust_mo.analysis.programs import collectives
+from robust_mo.model import mesh as meshes
+from test_preflight import config_of
+
+mesh = meshes.make_mesh(1, -1, 1, devices=preflight.devices_of("cpu:8"))
+
+def known(x):
+    def body(x, _):
+        return jax.lax.psum(x, "fsdp") * 0.5, None
+    x = jax.lax.scan(body, x, None, length=6)[0]
+    return jax.lax.all_gather(x, "fsdp")
+
+mapped = jax.shard_map(known, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32)).compile().as_text()
+steps = {}
+for layers in (2, 4, 6):
+    config = config_of(pathlib.Path(sys.argv[1]), layers)
+    steps[layers] = preflight.measure(preflight.train_program(config, mesh), mesh, limit=10**9)
+print(json.dumps({"known": collectives(text), "steps": steps}))
+"""
+
+
+@pytest.mark.slow
+def test_loops_count_as_often_as_they_run(tmp_path):
+    """Six rounds of a loop are six collectives, and twice the layers twice the layers' FLOPs and collectives."""
+    command = [sys.executable, "-c", EIGHT_DEVICES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    size = 16 * 4 * 4
+    assert found["known"] == {
+        "all-gather": {"count": 1, "bytes": 8 * size},
+        "all-reduce": {"count": 6, "bytes": 6 * size},
+    }
+    two, four, six = (found["steps"][layers] for layers in ("2", "4", "6"))
+    assert 0 < two["flops"] < four["flops"] and four["flops"] - two["flops"] == six["flops"] - four["flops"]
+    for kind in four["collectives"]:
+        for what in ("count", "bytes"):
+            counts = [step["collectives"][kind][what] for step in (two, four, six)]
+            assert counts[2] - counts[1] == counts[1] - counts[0], (kind, counts)
+    gathers = [step["collectives"]["all-gather"]["count"] for step in (two, four)]
+    assert gathers[1] - gathers[0] >= 2 * 7, "every projection of a layer is gathered"
+    # the state: parameters, two moments and the start, cut in eight, and the rows
+    parameters = sum(leaf_bytes(tmp_path, 4))
+    given = four["bytes_per_chip"]["arguments"]
+    assert 4 * parameters / 8 <= given < 4.3 * parameters / 8
+
+
+def leaf_bytes(folder, layers):
+    model = hugging_face.build(preflight.shapes_of(str(folder / str(layers))), None, "float32", "float32", "none")
+    return [4 * leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(model)["params"])]
+
+
+def test_chain_of_fusions_is_one_collective_and_a_kept_part_a_reduce_scatter():
+    """In a form that the TPU compiler writes."""
+    hlo = """HloModule m
+%fused.1 (p: bf16[8]) -> bf16[32] {
+  ROOT %g.1 = bf16[32]{0} all-gather(%p), channel_id=3, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+%fused.2 (p: bf16[8]) -> bf16[32] {
+  ROOT %g.2 = bf16[32]{0} all-gather(%p), channel_id=3, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+%all-reduce-scatter.1 (p: f32[16]) -> f32[4] {
+  %r = f32[16]{0} all-reduce(%p), channel_id=4, to_apply=%add
+  ROOT %s = f32[4]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={4}
+}
+%body (t: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %f.1 = bf16[32]{0} fusion(%x), kind=kCustom, calls=%fused.1
+  %f.2 = bf16[32]{0} fusion(%x), kind=kCustom, calls=%fused.2
+  %f.3 = f32[4]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+%condition (t: (s32[], bf16[8])) -> pred[] {
+  %t = (s32[], bf16[8]) parameter(0)
+  %c = s32[]{:T(128)} constant(4)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %w = (s32[], bf16[8]) while(%t), condition=%condition, body=%body
+  %p.1 = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
+}
+"""
+    assert collectives(hlo) == {
+        "all-gather": {"count": 4, "bytes": 4 * 64},
+        "collective-permute": {"count": 1, "bytes": 24},
+        "reduce-scatter": {"count": 4, "bytes": 4 * 64},
+    }
+
+
+def test_out_of_memory_is_read_from_the_compilers_words():
+    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 19.69G of 15.75G hbm. Exceeded by 3.94G."
+    assert preflight._out_of_memory(RuntimeError(told)) == (int(19.69 * 2**30), int(15.75 * 2**30))
+    assert preflight._out_of_memory(RuntimeError("INTERNAL: something else")) is None
+
+
+def test_unknown_shapes_are_refused():
+    with pytest.raises(InputError, match="owner/unheard-of.*Llama-3.1-8B-Instruct"):
+        preflight.shapes_of("owner/unheard-of")
+
+
+@pytest.mark.slow
+def test_program(tmp_path):
+    config = "--config=configs/red_lora.py:smol"
+    rows = "--config.batch.rows=2"
+    refused(run("preflight", config, rows, "--topology=cpu:many"), "cpu:many", "cpu:8")
+    refused(run("preflight", config, rows, "--topology=cpu:4"), "config.batch.rows is 2", "4 devices")
+    refused(run("preflight", config, rows, "--topology=cpu:2", "--config.mesh.tensor=3"), "config.mesh", "2 devices")
+    refused(run("preflight", config, rows, "--topology=cpu:2", "--config.model=a/b"), "'a/b'", "smollm2-135m")
+    if importlib.util.find_spec("libtpu") is None:
+        refused(run("preflight", config, rows, "--topology=v5e:4x4"), "pip install libtpu")
+    else:
+        refused(run("preflight", config, rows, "--topology=v5e:7x9"), "v5e:7x9", "v5e:4x4")
+    result = run("preflight", config, rows, "--topology=cpu:2", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    contract = ("fits", "chips", "bytes_per_chip", "limit_bytes", "flops_per_chip", "collectives", "compile_seconds")
+    assert set(contract) <= set(found) and found["chips"] == 2 and found["fits"]
+    sizes = found["bytes_per_chip"]
+    assert sizes["total"] == sizes["arguments"] + sizes["temporaries"] + sizes["output"]
