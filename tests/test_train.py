@@ -279,7 +279,7 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"data.packing": 1}, "config.data.packing is 1"),
         ({"seed": -1}, "config.seed is -1: give at least 0"),
         ({"data.near_misses": float("nan")}, "data.near_misses is nan"),
-        ({"optimizer.b1": 2}, "optimizer.b1 is 2.0: give at least 0 and at most 1"),
+        ({"optimizer.adamw.b1": 2}, "optimizer.adamw.b1 is 2.0: give at least 0 and at most 1"),
         ({"data.length": 0}, "data.length is 0: give at least 1"),
         ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
         ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),
