@@ -27,11 +27,15 @@ from robust_mo.training.weight_decay import WeightDecay
 CONFIG = default.get_config()
 GROUPS = make_groups(CONFIG.groups)
 NO_DECAY = WeightDecay("none", 0.0, "factors", None)
+NAMES = sorted(set(OPTIMIZERS) - {"adam"})  # which is adamw
 LAYERS, STEPS = 2, 6
 
 
 def optimizer_named(name, decay=NO_DECAY, groups=GROUPS, clip_norm=0.0, moment_dtype="", **changes):
-    settings = {**CONFIG.optimizer[name].to_dict(), **changes}
+    settings = CONFIG.optimizer[name].to_dict()
+    if name == "muon":
+        settings["iterations"] = 2  # quicker to compile
+    settings |= changes
     return make_optimizer(name, groups=groups, decay=decay, clip_norm=clip_norm, moment_dtype=moment_dtype, **settings)
 
 
@@ -154,27 +158,27 @@ def test_muon_equals_torch(monkeypatch):
         muon = torch.optim.Muon(kernels, weight_decay=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.Adam(others, betas=(0.9, 0.95))]
 
-    optimizer = optimizer_named("muon", WeightDecay("decoupled", 0.1, "factors", None), nesterov=False)
+    optimizer = optimizer_named("muon", WeightDecay("decoupled", 0.1, "factors", None), nesterov=False, iterations=5)
     ours, _ = run(optimizer, parameters())
     assert_same(ours, run_torch(theirs, parameters()), rtol=1e-4, atol=1e-5)
 
 
 def test_muon_equals_optax_on_single_matrices():
     """Stacked kernels are as many matrices; embeddings and norms are Adam's; adapters are matrices."""
-    for params, is_matrix in (
-        (parameters(), lambda m: m.ndim == 2 and m.shape != (5, 3)),
-        (adapters(), lambda m: True),
-    ):
-        ours, _ = run(optimizer_named("muon"), params)
+    for params in (parameters(), adapters()):
+        ours, _ = run(optimizer_named("muon", iterations=5), params)
         taken_apart = matrices(params)
         chosen = [i for i, m in enumerate(taken_apart) if m.ndim == 2 and m.shape != (5, 3)]
-        muon = optax.inject_hyperparams(functools.partial(optax.contrib.muon, consistent_rms=0.2))(learning_rate=0.0)
         theirs = [jnp.asarray(taken_apart[i]) for i in chosen]
-        state = muon.init(theirs)
+        state = optax.contrib.muon(0.0).init(theirs)
+
+        @jax.jit
+        def update(gradient, state, theirs, rate):
+            return optax.contrib.muon(rate, consistent_rms=0.2).update(gradient, state, theirs)
+
         for step, gradient in enumerate(gradients(params)):
-            state.hyperparams["learning_rate"] = jnp.float32(rate(step))
             parts = matrices(gradient)
-            updates, state = muon.update([jnp.asarray(parts[i]) for i in chosen], state, theirs)
+            updates, state = update([jnp.asarray(parts[i]) for i in chosen], state, theirs, rate(step))
             theirs = optax.apply_updates(theirs, updates)
         for i, other in zip(chosen, theirs, strict=True):
             np.testing.assert_allclose(matrices(ours[-1])[i], other, rtol=1e-5, atol=1e-6)
@@ -197,12 +201,14 @@ def test_schedule_free_equals_optax_at_its_average():
     optimizer = optimizer_named("schedule_free")
     theirs = optax.contrib.schedule_free_adamw(0.02, b1=0.9, b2=0.95, weight_decay=0.0)
     point, their_state = params, theirs.init(params)
+    theirs = theirs._replace(update=jax.jit(theirs.update))
     ours, state = params, optimizer.init(params)
+    update = jax.jit(optimizer.update)
     for _ in range(STEPS):
         updates, their_state = theirs.update(jax.tree.map(jnp.subtract, point, target), their_state, point)
         point = optax.apply_updates(point, updates)
         gradient = jax.tree.map(jnp.subtract, gradient_point(state, ours), target)
-        updates, state = optimizer.update(gradient, state, ours, learning_rate=0.02, share=1.0, start=None)
+        updates, state = update(gradient, state, ours, learning_rate=0.02, share=1.0, start=None)
         ours = optax.apply_updates(ours, updates)
     average = optax.contrib.schedule_free_eval_params(their_state, point)
     assert_same([ours], [matrices(average)])
@@ -245,25 +251,25 @@ def test_decay_by_hand(kind):
             assert_same(ours, by_hand(parameters(), "none", 0.3))
 
 
-@pytest.mark.parametrize("kind", ["l2", "decoupled", "independent"])
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_decay_is_the_same_for_every_optimizer(name, kind):
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_is_the_same_for_every_optimizer(name):
     """One step with decay minus one without, from the same place, is the pull alone."""
-    if kind == "l2" and name != "sgd":
-        pytest.skip("the optimizer transforms the pull")
     params = parameters()
-    gradient = gradients(params)[0]
 
-    def step(decay):
-        optimizer = optimizer_named(name, decay)
-        state = optimizer.init(params)
-        return optimizer.update(gradient, state, params, learning_rate=0.02, share=0.5, start=None)[0]
+    @jax.jit
+    def steps(gradient):
+        def step(decay):
+            optimizer = optimizer_named(name, decay)
+            state = optimizer.init(params)
+            return optimizer.update(gradient, state, params, learning_rate=0.02, share=0.5, start=None)[0]
 
-    with_decay, without = step(WeightDecay(kind, 0.3, "factors", None)), step(NO_DECAY)
-    pull = jax.tree.map(jnp.subtract, with_decay, without)
-    coefficient = 0.5 * 0.3 if kind == "independent" else 0.01 * 0.3
-    expected = jax.tree.map_with_path(lambda keys, p: -coefficient * p * (keys[-1].key == "kernel"), params)
-    assert_same([pull], [matrices(expected)], atol=2e-6)
+        return {kind: step(WeightDecay(kind, 0.3, "factors", None)) for kind in ("none", "decoupled", "independent")}
+
+    found = steps(gradients(params)[0])
+    for kind, coefficient in (("decoupled", 0.01 * 0.3), ("independent", 0.5 * 0.3)):
+        pull = jax.tree.map(jnp.subtract, found[kind], found["none"])
+        expected = jax.tree.map_with_path(lambda keys, p, c=coefficient: -c * p * (keys[-1].key == "kernel"), params)
+        assert_same([pull], [matrices(expected)], atol=2e-6)
 
 
 @pytest.mark.parametrize("product", [False, True])
@@ -309,7 +315,7 @@ def test_factors_on_the_learning_rate():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_one_compiled_step_for_all_learning_rates(name):
     params, gradient = parameters(), gradients(parameters())[0]
     traces = []
@@ -331,7 +337,7 @@ def test_one_compiled_step_for_all_learning_rates(name):
     np.testing.assert_allclose(moved[2] / moved[0], 4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_and_restored_run_goes_on_with_the_same_bits(tmp_path, name):
     params = parameters()
     dtype = "" if name in ("adafactor", "schedule_free") else "bfloat16"
@@ -358,7 +364,20 @@ def test_saved_and_restored_run_goes_on_with_the_same_bits(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, (now, state), (other, other_state))
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adafactor", "schedule_free"}))
+def test_state_of_another_optimizer_is_refused(tmp_path):
+    params = parameters()
+    for name in ("adamw", "sgd"):
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        state = TrainState(jnp.int32(1), params, optimizer_named(name).init(params))
+        if name == "adamw":
+            checkpoints.save(state, {})
+        else:
+            with pytest.raises(InputError, match=f"{tmp_path}/1 was saved with another optimizer"):
+                checkpoints.restore(state)
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"adafactor", "schedule_free"}))
 def test_first_moment_in_bfloat16(name):
     params = parameters()
     exact, _ = run(optimizer_named(name), params)
@@ -369,7 +388,7 @@ def test_first_moment_in_bfloat16(name):
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.tree.map(jnp.subtract, exact[-1], other))])
         for other in (params, rounded[-1])
     )
-    assert 0 < np.linalg.norm(apart) < (0.5 if name == "lion" else 0.02) * np.linalg.norm(moved)  # signs may turn
+    assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(moved)
 
 
 def test_norms_of_groups():
@@ -458,5 +477,6 @@ def test_what_cannot_be_used_is_named(work, says):
 
 
 def test_equal_settings_share_one_optimizer():
+    assert OPTIMIZERS["adam"] is OPTIMIZERS["adamw"]
     assert optimizer_named("muon") is optimizer_named("muon")
     assert optimizer_named("muon") is not optimizer_named("muon", iterations=4)

@@ -137,9 +137,7 @@ def make_optimizer(
     if "moment_dtype" in own:
         settings["moment_dtype"] = moment_dtype or None
     elif moment_dtype:
-        raise InputError(
-            f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} keeps no first moment: give ''"
-        )
+        raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} has no first moment: give ''")
     if wrong := own ^ set(settings):
         raise InputError(f"config.optimizer: {name} takes {', '.join(sorted(own))}; look at {', '.join(sorted(wrong))}")
     direction = OPTIMIZERS[name](**settings)
