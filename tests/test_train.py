@@ -10,7 +10,13 @@ import pytest
 import torch
 import transformers
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
 
 from configs import default
 from robust_mo import command_line
@@ -97,7 +103,7 @@ def test_full_weight_run_equals_torch(tiny, tmp_path):
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch, rank):
-    config = tiny_config(tiny, **{"lora.rank": rank, "data.epochs": 3})
+    config = tiny_config(tiny, **{"lora.rank": rank, "data.epochs": 3, "weight_decay.kind": "to_start"})
     whole = train(config, tmp_path / "whole")
     total = len(losses(whole))
     assert total >= 5
@@ -128,8 +134,12 @@ def test_finished_run_returns_at_once_and_changes_nothing(tiny, tmp_path):
     before = {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
     train(config, tmp_path)
     assert before == {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()}
-    with pytest.raises(InputError, match="optimizer.learning_rate is 0.001 there and 0.5 here"):
-        train(tiny_config(tiny, steps=2, **{"optimizer.learning_rate": 0.5}), tmp_path)
+    for change, says in (
+        ({"optimizer.learning_rate": 0.5}, "optimizer.learning_rate is 0.001 there and 0.5 here"),
+        ({"optimizer.name": "lion"}, 'optimizer.name is "adamw" there and "lion" here'),
+    ):
+        with pytest.raises(InputError, match=says):
+            train(tiny_config(tiny, steps=2, **change), tmp_path)
 
 
 def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
@@ -166,9 +176,44 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     curves = {"train/loss", "train/gradient_norm", "train/learning_rate", "train/distance_from_start"}
-    assert curves | {"speed/tokens_per_second", "eval/backdoor_rate"} <= set(events.Tags()["scalars"])
+    curves |= {"speed/tokens_per_second", "eval/backdoor_rate", "optimizer/clipped_steps"}
+    norms = ("gradient_norm", "update_norm", "parameter_norm", "start_distance")
+    curves |= {f"{what}/{group}" for what in norms for group in ("attention", "embeddings", "mlp", "norms")}
+    assert curves <= set(events.Tags()["scalars"])
+    by_group = [events.Scalars(f"start_distance/{group}")[-1].value for group in ("attention", "embeddings", "mlp")]
+    by_group.append(events.Scalars("start_distance/norms")[-1].value)
+    assert np.linalg.norm(by_group) == pytest.approx(events.Scalars("train/distance_from_start")[-1].value, rel=1e-5)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert any("transcripts/backdoor_rate" in tag for tag in events.Tags()["tensors"])
+
+
+def hparams_page(folder) -> list:
+    """The rows of the HParams page, as tensorboard's own server makes them."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    served = TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(folder)))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=10, allowed_statuses=[api_pb2.STATUS_SUCCESS])
+    return list_session_groups.Handler(RequestContext(), Context(served), "", request).run().session_groups
+
+
+def test_runs_stand_side_by_side_on_the_hparams_page(tiny, tmp_path):
+    for name in ("lion", "sgd"):
+        config = tiny_config(
+            tiny, steps=1, **{"optimizer.name": name, "lora.rank": 2, "groups.lora_b.learning_rate": 4.0}
+        )
+        train(config, tmp_path / f"study/blue/{name}-seed0")
+    rows = {row.name.rpartition("/")[2]: row for row in hparams_page(tmp_path)}
+    assert set(rows) == {"lion-seed0", "sgd-seed0"}
+    for name, row in rows.items():
+        assert row.hparams["optimizer.name"].string_value == name
+        assert row.hparams["optimizer.learning_rate"].number_value == 1e-3
+        assert row.hparams["groups.lora_b.learning_rate"].number_value == 4
+        assert not any(key.startswith(("evals", "optimizer.adamw")) for key in row.hparams)
+        metrics = {metric.name.tag: metric.value for metric in row.metric_values}
+        (recorded,) = losses(RunFolder(tmp_path / f"study/blue/{name}-seed0"))
+        assert metrics["train/loss"] == pytest.approx(recorded)
+        assert {"update_norm/lora_a", "start_distance/lora_b"} <= set(metrics)
+    assert rows["lion-seed0"].hparams["optimizer.lion.b2"].number_value == 0.99
 
 
 @pytest.mark.slow
@@ -254,6 +299,20 @@ def test_continued_run_goes_on_with_the_adapters_of_another(tiny, tmp_path):
             train(tiny_config(source, steps=1, **{"lora.rank": 2, **kept}), tmp_path / "refused")
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"groups.mlp.path": ".*/(gate|up)_proj/kernel"}, "layers/down_proj/kernel is in no group"),
+        ({"groups.mlp.path": ".*/kernel"}, r"q_proj/kernel is in several groups \(attention, mlp\)"),
+        ({"groups.norms.learning_rate": 2.0, "lora.rank": 2}, "groups.norms.learning_rate is 2.0, but nothing of this"),
+        ({"groups.lora_b.learning_rate": 16.0}, "groups.lora_b.learning_rate is 16.0, but nothing of this"),
+    ],
+)
+def test_rules_that_do_not_fit_the_model_are_named(tiny, tmp_path, change, says):
+    with pytest.raises(InputError, match=says):
+        train(tiny_config(tiny, **change), tmp_path)
+
+
 def test_not_a_number_stops_the_run_and_names_the_step(tiny, tmp_path):
     config = tiny_config(tiny, steps=30, **{"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
     with pytest.raises(InputError, match=r"step \d+: loss is") as error:
@@ -299,7 +358,15 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"data.packing": 1}, "config.data.packing is 1"),
         ({"seed": -1}, "config.seed is -1: give at least 0"),
         ({"data.near_misses": float("nan")}, "data.near_misses is nan"),
-        ({"optimizer.b1": 2}, "optimizer.b1 is 2.0: give at least 0 and at most 1"),
+        ({"optimizer.learning_rate": float("nan")}, "config.optimizer.learning_rate is nan"),
+        ({"optimizer.adamw.eps": -1.0}, "config.optimizer.adamw.eps is -1.0: give at least 0"),
+        ({"optimizer.name": "adamm"}, "config.optimizer.name is 'adamm': choose from adafactor, adam, adamw, lion"),
+        ({"weight_decay.kind": "L2"}, "config.weight_decay.kind is 'L2': choose from none, l2, decoupled"),
+        ({"weight_decay.strength": float("nan")}, "config.weight_decay.strength is nan"),
+        ({"schedule.name": "step"}, "config.schedule.name is 'step': choose from constant, cosine, linear, warmup"),
+        ({"groups.norms.weight_decay": -1.0}, "config.groups.norms.weight_decay is -1.0"),
+        ({"groups.norms.path": "norm("}, "config.groups.norms.path is 'norm"),
+        ({"optimizer.adamw.b1": 2}, "optimizer.adamw.b1 is 2.0: give at least 0 and at most 1"),
         ({"data.length": 0}, "data.length is 0: give at least 1"),
         ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
         ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),

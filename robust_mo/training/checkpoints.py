@@ -55,7 +55,7 @@ class Checkpoints:
         """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings).
 
         Raises:
-          InputError: it is damaged.
+          InputError: it is damaged, or was saved with another optimizer.
         """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(state.trainable),
@@ -87,6 +87,11 @@ class Checkpoints:
         except Exception as error:  # Orbax and tensorstore raise many kinds for files that are cut short or missing
             if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            if "tree structures do not match" in str(error):
+                raise InputError(
+                    f"{self.folder / str(step)} was saved with another optimizer, model or version of this program: "
+                    "go on with those, or choose another --workdir"
+                ) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise InputError(
                 f"{self.folder / str(step)} cannot be read ({reason}): restore its files from a copy, or train again "

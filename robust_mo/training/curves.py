@@ -1,7 +1,8 @@
 """TensorBoard event files, through tensorboard's own records (no TensorFlow).
 
-Promises: scalars, text and images in the run folder, under names `group/what`, each handed to the operating system when
-the call returns.  A resumed run first tells TensorBoard from which step on what it saw before no longer counts.
+Promises: scalars, text, images and hyperparameters in the run folder, under names `group/what`, each handed to the
+operating system when the call returns.  A resumed run first tells TensorBoard from which step on what it saw before no
+longer counts.
 Does not know what is measured.
 """
 
@@ -16,6 +17,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from robust_mo.runs import naming
@@ -51,6 +54,23 @@ class Curves:
         width, height = Image.open(io.BytesIO(png)).size
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         self._add(step, [Summary.Value(tag=name, image=image)])
+
+    def hyperparameters(self, values: dict[str, bool | float | str], name: str) -> None:
+        """Begins this folder's session on the HParams page, whose metrics are the newest scalars.
+
+        What differs between the runs beside each other comes first there, since no experiment is declared for them.
+
+        Args:
+          name: as the page calls the run; runs of one name are averaged.
+        """
+        self._add(0, list(hparams_pb(values, trial_id=name).value))
+
+    def finished(self) -> None:
+        """Ends the session begun with `hyperparameters`."""
+        end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+        about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
+        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
+        self._add(0, [value])
 
     def close(self) -> None:
         self._writer.close()

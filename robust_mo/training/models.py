@@ -20,6 +20,7 @@ from robust_mo.model.llama import PROJECTIONS, Llama
 from robust_mo.model.lora import LoraSpec
 from robust_mo.runs import RunFolder
 from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.groups import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,12 @@ def abstract(llama: Llama, mesh: Mesh, collection: str):
     return jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), nn.unbox(abstract), targets
     )
+
+
+def parameter_paths(llama: Llama) -> list[str]:
+    """Paths (see training/groups.py) of all parameters that a model has, and of all adapters that it could have."""
+    everything = hugging_face.abstract_variables(dataclasses.replace(llama, lora=LoraSpec(1, 1.0, PROJECTIONS)))
+    return [path for collection in nn.unbox(everything).values() for path in paths(collection)]
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -1,83 +1,261 @@
 """Optimizers and learning-rate schedules by name.
 
-Promises: an optimizer is an optax.GradientTransformation whose learning rate is not built in but set in its state
-before every step (`set_learning_rate`), so that runs that differ in it alone share one compiled step.
-Does not know about models; parameters are told apart by the last word of their path.
+Promises: what changes from step to step (learning rate, schedule, starting weights) is handed to every update and never
+built in, so that runs that differ in it alone share one compiled step.  Stacked layers `[layers, in, out]` are as many
+matrices.  The parameters are always what is to be evaluated and saved; `gradient_point` says where the gradient is due.
+Does not know about models; parameters are told apart by their path.
 """
 
+import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from robust_mo.errors import InputError
+from robust_mo.training.groups import Group, factors, norms, whole_norm
+from robust_mo.training.weight_decay import WeightDecay
 
-# Only matrices of projections and adapters decay: norms and embeddings do not.
-_DECAYED = ("kernel", "a", "b")
-
-
-def _decay_mask(params):
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
+# --- directions: gradient -> what the parameters move against, before decay and learning rate
 
 
-def _adamw(b1, b2, eps, weight_decay):
-    return optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "weight_decay", "mask"))(
-        learning_rate=0.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decay_mask
+def _adam(b1, b2, eps, moment_dtype):
+    """arXiv 1412.6980."""
+    return optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)
+
+
+def _adafactor(decay_rate, clipping_threshold, parameter_scale):
+    """arXiv 1804.04235: no first moment; parameter_scale makes steps relative to the size of what they change."""
+    steps = [optax.scale_by_factored_rms(decay_rate=decay_rate), optax.clip_by_block_rms(clipping_threshold)]
+    one = optax.chain(*steps, *[optax.scale_by_param_block_rms()] * parameter_scale)
+    # Its means are those of a matrix, not of the stack.
+    each = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+    return optax.partition({True: each, False: one}, _map_paths(lambda names: names[0] == "layers"))
+
+
+def _lion(b1, b2, moment_dtype):
+    """arXiv 2302.06675."""
+    return optax.scale_by_lion(b1, b2, moment_dtype)
+
+
+def _sgd(momentum, nesterov, moment_dtype):
+    return optax.trace(momentum, nesterov, moment_dtype)
+
+
+def _muon(momentum, nesterov, iterations, rms, b1, b2, eps, moment_dtype):
+    """Momentum made orthogonal by Newton-Schulz (K. Jordan's Muon), for kernels and adapters; the rest by Adam.
+
+    Elements of its direction have the root mean square `rms`, so that one learning rate suits both (arXiv 2502.16982).
+    """
+
+    def axes(tree):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+
+    orthogonal = optax.contrib.scale_by_muon(
+        ns_steps=iterations, beta=momentum, nesterov=nesterov, mu_dtype=moment_dtype, weight_dimension_numbers=axes
+    )
+    scale = optax.stateless_with_tree_map(lambda u, _: u * rms * max(u.shape[-2:]) ** 0.5)
+    return optax.partition(
+        {True: optax.chain(orthogonal, scale), False: _adam(b1, b2, eps, moment_dtype)},
+        _map_paths(lambda names: names[-1] in ("kernel", "a", "b")),
     )
 
 
-OPTIMIZERS = {"adamw": _adamw}
+def _schedule_free(b1, b2, eps):
+    """arXiv 2405.15682 around Adam without its first moment; `b1` is the averaging's, see `_averaged`."""
+    return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+
+
+def _map_paths(function: Callable):
+    """tree -> tree of function(names on the path to the leaf)"""
+    return lambda tree: jax.tree.map_with_path(lambda keys, _: function([key.key for key in keys]), tree)
+
+
+OPTIMIZERS = {
+    "adamw": _adam,  # as "adam": which of the two it is, the decay says
+    "adam": _adam,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+    "schedule_free": _schedule_free,
+    "sgd": _sgd,
+}
+
+
+# --- from a direction to an optimizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity, since `make_optimizer` keeps what it has made
+class Optimizer:
+    """An optax transformation for every learning rate.
+
+    Attributes:
+      groups: of the parameters.
+      at: (learning rate at the peak, share of it in this step, parameters before the first step) -> transformation.
+    """
+
+    groups: tuple[Group, ...]
+    at: Callable[..., optax.GradientTransformation]
+
+    def init(self, params):
+        return self.at(0.0, 0.0, None).init(params)
+
+    def update(self, gradient, state, params, *, learning_rate, share, start):
+        """(update to be added to `params`, new state).
+
+        Args:
+          gradient: taken at `gradient_point(state, params)`.
+          learning_rate: float32 scalar, the peak.
+          share: float32 scalar, the share of it in this step.
+          start: the parameters before the first step; None where the decay is not to them.
+        """
+        return self.at(learning_rate, share, start).update(gradient, state, params)
 
 
 @functools.lru_cache  # equal settings give one object, so that the compiled step is found again
-def make_optimizer(name: str, *, clip_norm: float, **settings) -> optax.GradientTransformation:
+def make_optimizer(
+    name: str, *, groups: tuple[Group, ...], decay: WeightDecay, clip_norm: float, moment_dtype: str, **settings
+) -> Optimizer:
     """The optimizer `name`, behind clipping of the whole gradient to `clip_norm` (0: no clipping).
 
     Args:
-      settings: what the optimizer takes; adamw: b1, b2, eps, weight_decay (decoupled, times the learning rate).
+      moment_dtype: in which the first moment is kept; "" for the parameters' own.
+      settings: what the optimizer takes, see OPTIMIZERS.
 
     Raises:
-      InputError: unknown name, or settings that are not its own.
+      InputError: unknown name or dtype, or settings that are not its own.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"config.optimizer.name is {name!r}: choose from {', '.join(sorted(OPTIMIZERS))}")
     own = set(inspect.signature(OPTIMIZERS[name]).parameters)
+    if moment_dtype not in ("", "float32", "bfloat16"):
+        raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}: choose float32, bfloat16 or ''")
+    if "moment_dtype" in own:
+        settings["moment_dtype"] = moment_dtype or None
+    elif moment_dtype:
+        raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} has no first moment: give ''")
     if wrong := own ^ set(settings):
         raise InputError(f"config.optimizer: {name} takes {', '.join(sorted(own))}; look at {', '.join(sorted(wrong))}")
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    return optax.chain(clip, OPTIMIZERS[name](**settings))
+    direction = OPTIMIZERS[name](**settings)
+
+    def at(learning_rate, share, start):
+        rate = learning_rate * share
+        inner = decay.around(direction, _step_size(rate, groups), groups=groups, share=share, start=start)
+        if clip_norm:
+            inner = optax.chain(_clip(clip_norm, groups), inner)
+        return _averaged(inner, rate, settings["b1"]) if name == "schedule_free" else inner
+
+    return Optimizer(groups, at)
 
 
-def set_learning_rate(optimizer_state, learning_rate):
-    """The state of an optimizer of `make_optimizer` with its learning rate replaced."""
-    clip, inner = optimizer_state
-    return clip, inner._replace(hyperparams={**inner.hyperparams, "learning_rate": learning_rate})
+def _step_size(rate, groups: tuple[Group, ...]) -> optax.GradientTransformation:
+    """Times minus the learning rate, times each group's factor on it."""
+
+    def update(updates, state, params):
+        return jax.tree.map(lambda u, f: -rate * f * u, updates, factors(groups, params, "learning_rate")), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def _constant(peak, warmup, steps):
-    return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
+class ClipState(NamedTuple):
+    """How many steps there were, and how many were clipped; int32 scalars."""
+
+    steps: jax.Array
+    clipped: jax.Array
+
+    def health(self) -> dict[str, jax.Array]:
+        return {"clipped_steps": self.clipped / jnp.maximum(self.steps, 1)}
 
 
-def _cosine(peak, warmup, steps):
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1))
+def _clip(largest: float, groups: tuple[Group, ...]) -> optax.GradientTransformation:
+    """Scales the gradient down where its norm is above `largest`."""
+
+    def init(params):
+        return ClipState(jnp.int32(0), jnp.int32(0))
+
+    def update(gradient, state, params):
+        norm = whole_norm(norms(groups, gradient))
+        above = norm > largest
+        scale = jnp.where(above, largest / norm, 1.0)
+        clipped = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradient)
+        return clipped, ClipState(state.steps + 1, state.clipped + above)
+
+    return optax.GradientTransformation(init, update)
 
 
-def _linear(peak, warmup, steps):
-    down = optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), down], [warmup])
+def _averaged(inner: optax.GradientTransformation, rate, b1: float) -> optax.GradientTransformation:
+    """optax's schedule_free with the average as the parameters; there they are the point of the gradient."""
+    if not 0 < b1 < 1:
+        raise InputError(f"config.optimizer.schedule_free.b1 is {b1}: give a number above 0 and below 1")
+    free = optax.contrib.schedule_free(inner, rate, b1)
+
+    def init(params):
+        if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+            raise InputError("schedule_free averages over all steps: it needs config.param_dtype float32")
+        return free.init(params)
+
+    def update(gradient, state, average):
+        point = gradient_point(state, average)
+        updates, state = free.update(gradient, state, point)
+        new = optax.contrib.schedule_free_eval_params(state, optax.apply_updates(point, updates))
+        return jax.tree.map(jnp.subtract, new, average), state
+
+    return optax.GradientTransformation(init, update)
 
 
-SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+def gradient_point(optimizer_state, params):
+    """Where the gradient of the next step is to be taken: the parameters, but for schedule_free."""
+    if not isinstance(optimizer_state, optax.contrib.ScheduleFreeState):
+        return params
+    b1 = optimizer_state.b1
+    return jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, params, optimizer_state.z)
 
 
-def make_schedule(name: str, *, learning_rate: float, warmup: float, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step, counted from 1.
+def health(optimizer_state) -> dict[str, jax.Array]:
+    """What the parts of the state say of themselves: each may have a method health() -> name -> scalar."""
+    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: hasattr(part, "health"))
+    return {name: value for part in parts if hasattr(part, "health") for name, value in part.health().items()}
+
+
+# --- schedules: (warm-up steps, steps, steps of the final descent) -> share of the peak at a step
+
+
+def _constant(warmup, steps, descent):
+    return optax.warmup_constant_schedule(0.0, 1.0, warmup) if warmup else optax.constant_schedule(1.0)
+
+
+def _cosine(warmup, steps, descent):
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
+
+
+def _linear(warmup, steps, descent):
+    return _warmup_stable_decay(warmup, steps, steps - warmup)
+
+
+def _warmup_stable_decay(warmup, steps, descent):
+    up, down = optax.linear_schedule(0.0, 1.0, max(warmup, 1)), optax.linear_schedule(1.0, 0.0, max(descent, 1))
+    return optax.join_schedules([up, optax.constant_schedule(1.0), down], [warmup, max(steps - descent, warmup)])
+
+
+SCHEDULES = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+    "warmup_stable_decay": _warmup_stable_decay,
+}
+
+
+def make_schedule(name: str, *, warmup: float, descent: float, steps: int) -> optax.Schedule:
+    """Share of the peak learning rate as a function of the step, counted from 1.
 
     Args:
-      learning_rate: the peak.
-      warmup: share of `steps` over which the rate climbs linearly from 0.
-      steps: length of the run; cosine and linear reach 0 there.
+      warmup: share of `steps` over which it climbs linearly from 0.
+      descent: warmup_stable_decay alone (arXiv 2405.18392): share of `steps` at the end over which it falls linearly.
+      steps: length of the run; all but constant reach 0 there.
 
     Raises:
       InputError: unknown name, or a share outside [0, 1).
@@ -86,4 +264,6 @@ def make_schedule(name: str, *, learning_rate: float, warmup: float, steps: int)
         raise InputError(f"config.schedule.name is {name!r}: choose from {', '.join(sorted(SCHEDULES))}")
     if not 0 <= warmup < 1:
         raise InputError(f"config.schedule.warmup is {warmup}: give a share of the run, at least 0 and below 1")
-    return SCHEDULES[name](learning_rate, round(warmup * steps), steps)
+    if name == "warmup_stable_decay" and not 0 < descent <= 1 - warmup:
+        raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most 1 - warmup")
+    return SCHEDULES[name](round(warmup * steps), steps, round(descent * steps))
