@@ -163,6 +163,19 @@ def soap(
             seen, leaf
         )
 
+    def placed(x, leaf: _Leaf):
+        """x where the leaf's moments are."""
+        if mesh is None or not leaf.bases:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(x.shape, mesh)))
+
+    def given_back(x, leaf: _Leaf):
+        """x whole along the axis that it was cut along here, so that parameters stay where they are."""
+        if mesh is None or not leaf.bases:
+            return x
+        spec = [None if cut else PartitionSpec.UNCONSTRAINED for cut in _spec(x.shape, mesh)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
     def update(gradients, state: SoapState, params=None):
         if weight_decay and params is None:
             raise ValueError("soap with weight_decay needs update(gradients, state, params)")
@@ -175,8 +188,7 @@ def soap(
 
         def step(number, g, p, leaf: _Leaf):
             g = g.astype(leaf.mu.dtype)
-            if mesh is not None and leaf.bases:
-                g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, _spec(g.shape, mesh)))
+            g = placed(g, leaf)
             turned = g
             for side, basis in leaf.bases.items():
                 turned = product(_INTO_BASIS[side], *((basis, turned) if side == "left" else (turned, basis)))
@@ -187,6 +199,7 @@ def soap(
                 direction = product(
                     _OUT_OF_BASIS[side], *((basis, direction) if side == "left" else (direction, basis))
                 )
+            direction = given_back(placed(direction, leaf), leaf)
             change = -corrected * direction
             if weight_decay:
                 change = change - rate * weight_decay * (p + change)
@@ -248,8 +261,10 @@ def _layers_are_cut(shape, mesh: Mesh) -> bool:
 
 
 def _spec(shape, mesh: Mesh) -> PartitionSpec:
+    spec = [None] * len(shape)
     axis = 0 if _layers_are_cut(shape, mesh) else len(shape) - 2
-    return PartitionSpec(*[None] * axis, mesh.axis_names) if shape[axis] % mesh.size == 0 else PartitionSpec()
+    spec[axis] = mesh.axis_names if shape[axis] % mesh.size == 0 else None
+    return PartitionSpec(*spec)
 
 
 def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str) -> _Leaf:
