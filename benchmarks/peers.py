@@ -38,7 +38,7 @@ def compare(name: str, unit: str, rounds: int, agree: Callable[[dict, dict], Non
     for side, value in medians.items():
         print(f"{side:8} {value:8.1f} {unit}")
     print(f"ratio    {ratio:8.2f}")
-    _keep(name, {"unit": unit, "median": medians, "rounds": speeds, "ratio": ratio})
+    keep(name, {"unit": unit, "median": medians, "rounds": speeds, "ratio": ratio})
 
 
 def _run(name: str, side: str) -> dict:
@@ -49,7 +49,8 @@ def _run(name: str, side: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _keep(name: str, figures: dict) -> None:
+def keep(name: str, figures: dict) -> None:
+    """Writes `figures` as results/NAME.json beside command, device, versions, revision and date."""
     import torch
 
     from robust_mo.runs import git_revision, versions

@@ -1,0 +1,211 @@
+"""What a step costs with AdamW and with SOAP, ours and one written per tensor, on SmolLM2's shapes, in one run.
+
+    python -m benchmarks.optimizer_step [--lora] [--layers=30] [--rows=4] [--length=512] [--steps=22] [--whole=3]
+
+Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
+rounds of refreshes covered.  Whole step: training/step.py's, on random tokens that all carry a loss, without its first.
+`per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
+Writes benchmarks/results/optimizer_step[-lora].json.
+"""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from benchmarks.peers import keep
+from robust_mo.model import hugging_face
+from robust_mo.model.llama import PROJECTIONS, LlamaConfig
+from robust_mo.model.lora import LoraSpec
+from robust_mo.training.soap import soap
+from robust_mo.training.step import TrainState, train_step
+
+SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, None, True)
+RANK, FREQUENCY, LEARNING_RATE = 16, 10, 1e-4
+# The hidden size's sides of all matrices and keys' and values' own; for adapters the rank's side alone.
+SIDES = {False: dict(max_precondition_dim=576), True: dict(one_sided_ratio=4)}
+
+
+def injected(make, **settings) -> optax.GradientTransformation:
+    """As training/optimizers.py has them: behind clipping, the learning rate in the state, all else static."""
+    static = [name for name in inspect.signature(make).parameters if name != "learning_rate"]
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.inject_hyperparams(make, static_args=static)(learning_rate=0.0, **settings),
+    )
+
+
+class PerTensorState(NamedTuple):
+    count: jax.Array
+    leaves: list
+
+
+def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
+    """SOAP with the paper's settings, every layer's matrix by itself."""
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def tensors(tree):
+        return [part for leaf in jax.tree.leaves(tree) for part in (list(leaf) if leaf.ndim == 3 else [leaf])]
+
+    def init(params):
+        def fresh(p):
+            limits = p.shape if p.ndim == 2 and min(p.shape) > RANK - 1 else ()
+            sides = {axis: jnp.eye(size) for axis, size in enumerate(limits) if size <= 10000}
+            return {
+                "m": jnp.zeros_like(p),
+                "v": jnp.zeros_like(p),
+                "f": jax.tree.map(jnp.zeros_like, sides),
+                "q": sides,
+            }
+
+        return PerTensorState(jnp.int32(0), [fresh(p) for p in tensors(params)])
+
+    def turn(x, q, back=False):
+        for axis, basis in q.items():
+            basis = basis.T if back else basis
+            x = dot(basis.T, x) if axis == 0 else dot(x, basis)
+        return x
+
+    def step(count, g, s):
+        moves, steps = count > 0, jnp.maximum(count, 1)
+        m = jnp.where(moves, 0.95 * s["m"] + 0.05 * g, s["m"])
+        v = jnp.where(moves, 0.95 * s["v"] + 0.05 * turn(g, s["q"]) ** 2, s["v"])
+        direction = turn(turn(m, s["q"]) / (jnp.sqrt(v) + 1e-8), s["q"], back=True)
+        rate = jnp.where(moves, learning_rate, 0) * jnp.sqrt(1 - 0.95**steps) / (1 - 0.95**steps)
+        factors = {a: 0.95 * f + 0.05 * (dot(g, g.T) if a == 0 else dot(g.T, g)) for a, f in s["f"].items()}
+
+        def refresh(v, q):
+            q = dict(q)
+            for axis, factor in factors.items():
+                order = jnp.argsort(-jnp.diag(dot(dot(q[axis].T, factor), q[axis])))
+                v = jnp.take(v, order, axis=axis)
+                q[axis] = jnp.linalg.qr(dot(factor, q[axis][:, order]))[0]
+            return v, q
+
+        def first(v, q):
+            return v, {axis: jnp.linalg.eigh(factor)[1][:, ::-1] for axis, factor in factors.items()}
+
+        which = jnp.where(moves, jnp.where(count % FREQUENCY == 0, 1, 0), 2)
+        v, q = jax.lax.switch(which, (lambda v, q: (v, q), refresh, first), v, s["q"])
+        return -rate * direction, {"m": m, "v": v, "f": factors, "q": q}
+
+    def update(gradients, state, params=None):
+        done = [step(state.count, g, s) for g, s in zip(tensors(gradients), state.leaves, strict=True)]
+        changes, leaves = iter([change for change, _ in done]), [leaf for _, leaf in done]
+        stacked = [
+            jnp.stack([next(changes) for _ in g]) if g.ndim == 3 else next(changes) for g in jax.tree.leaves(gradients)
+        ]
+        return jax.tree.structure(gradients).unflatten(stacked), PerTensorState(state.count + 1, leaves)
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimizers(lora: bool) -> dict[str, optax.GradientTransformation]:
+    ours = functools.partial(injected, soap, precondition_frequency=FREQUENCY, **SIDES[lora])
+    return {
+        "adamw": injected(optax.adamw, b1=0.9, b2=0.95),
+        "soap, all at once": ours(refresh="all_at_once"),
+        "soap, staggered": ours(refresh="staggered"),
+        "per_tensor": injected(per_tensor_soap),
+    }
+
+
+def seconds(step, state, count: int) -> tuple[list[float], TrainState]:
+    """Seconds of each of `count` steps, and the state after them."""
+    taken = []
+    for _ in range(count):
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        taken.append(time.perf_counter() - start)
+    return taken, state
+
+
+def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
+    """Seconds of the optimizer alone and of whole steps."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def alone(state, gradient):
+        clip, inner = state.optimizer
+        inner = inner._replace(hyperparams={**inner.hyperparams, "learning_rate": jnp.float32(LEARNING_RATE)})
+        changes, after = optimizer.update(gradient, (clip, inner), state.trainable)
+        return TrainState(state.step + 1, optax.apply_updates(state.trainable, changes), after)
+
+    def whole(state):
+        return train_step(
+            state,
+            frozen,
+            None,
+            batch,
+            jnp.float32(LEARNING_RATE),
+            model=llama,
+            optimizer=optimizer,
+            chunk=64,
+            micro_batches=1,
+        )[0]
+
+    copied = jax.tree.map(jnp.copy, trainable)
+    state = TrainState(jnp.int32(0), copied, optimizer.init(copied))
+    gradient = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 1e-4, trainable)
+    first, state = seconds(lambda state: alone(state, gradient), state, 2)
+    taken, state = seconds(lambda state: alone(state, gradient), state, args.steps - 2)
+    compiling, state = seconds(whole, state, 1)
+    steps, state = seconds(whole, state, args.whole)
+    return {
+        "first": first[0],
+        "alone": {"median": statistics.median(taken), "mean": statistics.mean(taken), "max": max(taken)},
+        "whole": {"median": statistics.median(steps), "max": max(steps), "compiling": compiling[0]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} on all projections")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
+    parser.add_argument("--whole", type=int, default=3)
+    parser.add_argument("--without", nargs="*", default=(), help="optimizers to leave out")
+    args = parser.parse_args()
+
+    spec = LoraSpec(RANK, float(RANK), PROJECTIONS) if args.lora else None
+    config = dataclasses.replace(SMOLLM2, num_hidden_layers=args.layers)
+    llama = hugging_face.build(config, spec, "float32", "float32", "matmuls")
+    tokens = jax.random.randint(jax.random.key(0), (args.rows, args.length), 0, config.vocab_size)
+    batch = {
+        "tokens": tokens,
+        "positions": jnp.broadcast_to(jnp.arange(args.length), tokens.shape),
+        "segments": jnp.ones_like(tokens),
+        "targets": tokens,
+        "loss_mask": jnp.ones(tokens.shape, bool),
+    }
+    keys = {"params": jax.random.key(1), "lora": jax.random.key(2)}
+    made = nn.unbox(jax.jit(llama.init)(keys, *[jnp.zeros((1, 1), jnp.int32)] * 3))
+    trainable, frozen = (made["lora"], made["params"]) if args.lora else (made["params"], None)
+
+    found = {}
+    print(f"{args.rows * args.length} tokens a step, {args.layers} layers; seconds: median (largest)", flush=True)
+    for name, optimizer in optimizers(args.lora).items():
+        if name in args.without:
+            continue
+        found[name] = row = measure(optimizer, llama, trainable, frozen, batch, args)
+        alone, whole = row["alone"], row["whole"]
+        added = (alone["mean"] - found["adamw"]["alone"]["mean"]) / found["adamw"]["whole"]["median"]
+        print(
+            f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  "
+            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}",
+            flush=True,
+        )
+    keep("optimizer_step" + "-lora" * args.lora, {"seconds": found, "tokens": args.rows * args.length})
+
+
+if __name__ == "__main__":
+    main()

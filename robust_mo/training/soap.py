@@ -1,0 +1,383 @@
+"""SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's factors, as one optax transformation.
+
+Promises: the arithmetic of the paper's Algorithm 3 with the details of its authors' released code, for every matrix
+by itself: the first gradient only makes the bases and moves nothing; a basis is refreshed by one power step and a QR
+decomposition, its vectors sorted by estimated eigenvalue, the second moment permuted and the first moment rotated with
+them; bias is corrected after eps is added; weight decay is decoupled and taken after the step.
+Which leaf is what: the last two axes of a leaf are a matrix and all axes before them a stack of matrices.  Leaves with
+fewer than two axes, and those called `scale` or `bias` (stacked layers make matrices of them in shape, not in kind),
+are vectors and get the same Adam without a basis.
+All state is float32, or the parameters' dtype where that is wider.  The program does not grow with the stacks.
+Does not know about models.
+"""
+
+import functools
+import math
+import numbers
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from robust_mo.errors import InputError
+
+VECTORS = ("scale", "bias")
+
+# For a matrix G, m rows by n columns: "left" has the factor G G^T and a basis of m vectors, "right" G^T G and n.
+# Products with a whole stack at once, contracting the side's axis.
+_OUTER = {"left": "...ik,...jk->...ij", "right": "...ki,...kj->...ij"}
+_INTO_BASIS = {"left": "...ji,...jk->...ik", "right": "...ij,...jk->...ik"}
+_OUT_OF_BASIS = {"left": "...ij,...jk->...ik", "right": "...ij,...kj->...ik"}
+_AXES = {"left": -2, "right": -1}
+
+# Of products with gradients: each step's factors and rotations.  Refreshing is always full float32: an estimate of the
+# eigenvalues from rounded products sorts the vectors wrongly.
+PRECISIONS = {
+    "full": jax.lax.Precision.HIGHEST,  # float32
+    "high": jax.lax.Precision.HIGH,  # three bfloat16 passes on TPU, TF32 on GPU
+    "fast": jax.lax.Precision.DEFAULT,  # one bfloat16 pass on TPU, TF32 on GPU
+}
+REFRESHES = ("all_at_once", "staggered")
+FIRST_BASES = ("eigh", "qr")
+
+# QR steps from the identity that make the first basis where eigh is too large for the compiler.
+_FIRST_QR_STEPS = 10
+# Columns that the QR decomposition for TPUs works off at once.
+_PANEL = 128
+
+
+class SoapState(NamedTuple):
+    """What SOAP remembers.
+
+    Attributes:
+      count: int32 scalar, gradients seen.
+      mu, nu: first and second moment in the basis, in the outline and shapes of the parameters.
+      factors, bases: for every parameter a dict with "left" `[.., m, m]` and "right" `[.., n, n]`, without the sides
+        that are not preconditioned; the columns of a basis are its vectors, by falling eigenvalue.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+    factors: optax.Updates
+    bases: optax.Updates
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.95,
+    b2: float = 0.95,
+    shampoo_beta: float | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    precondition_frequency: int = 10,
+    max_precondition_dim: int = 10000,
+    one_sided_ratio: float | None = None,
+    refresh: str = "all_at_once",
+    precision: str = "full",
+    first_basis: str = "eigh",
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformation:
+    """SOAP; the defaults are its authors'.
+
+    Under `optax.inject_hyperparams` everything but learning_rate is a static argument.
+
+    Args:
+      learning_rate: a number, or a function of the gradients seen before.
+      b1, b2: decay of the first and second moment.
+      shampoo_beta: decay of the factors; None: b2.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, times the learning rate; of all parameters (optax.masked leaves some out).
+      precondition_frequency: steps between two refreshes of a basis.
+      max_precondition_dim: longer sides are not preconditioned.
+      one_sided_ratio: a side at least this many times as long as the other is not preconditioned (of LoRA's factors
+        that leaves the rank); None: no such rule.
+      refresh: "all_at_once" refreshes all matrices in every precondition_frequency-th step; "staggered" deals the
+        matrices out over these steps, one after another, so that all steps take the same time.
+      precision: a key of PRECISIONS.
+      first_basis: "eigh", exactly; or "qr", by a few steps of orthogonal iteration, because compiling eigh of a large
+        matrix takes a TPU's compiler many minutes.
+      mesh: devices over which the state is cut (see `state_shardings`); None: the moments lie where the parameters
+        do and the rest on one device.
+
+    Raises:
+      InputError: a value outside its range, or an unknown name.
+    """
+    shampoo_beta = b2 if shampoo_beta is None else shampoo_beta
+    _check(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        shampoo_beta=shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        precondition_frequency=precondition_frequency,
+        max_precondition_dim=max_precondition_dim,
+        one_sided_ratio=one_sided_ratio,
+        refresh=refresh,
+        precision=precision,
+        first_basis=first_basis,
+    )
+    product = functools.partial(jnp.einsum, precision=PRECISIONS[precision])
+
+    def preconditioned(path, shape) -> list[str]:
+        if not _is_matrix(path, shape):
+            return []
+        lengths = {side: shape[axis] for side, axis in _AXES.items()}
+        ratio = math.inf if one_sided_ratio is None else one_sided_ratio
+        return [s for s, k in lengths.items() if k <= max_precondition_dim and k < ratio * min(lengths.values())]
+
+    def fresh(params) -> SoapState:
+        def stacks(make):
+            def of_leaf(path, p):
+                lengths = {side: p.shape[_AXES[side]] for side in preconditioned(path, p.shape)}
+                return {side: make((*p.shape[:-2], k, k), _dtype(p)) for side, k in lengths.items()}
+
+            return jax.tree.map_with_path(of_leaf, params)
+
+        moments = [jax.tree.map(lambda p: jnp.zeros_like(p, _dtype(p)), params) for _ in range(2)]
+        identity = stacks(lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
+        return SoapState(jnp.int32(0), *moments, stacks(jnp.zeros), identity)
+
+    def init(params) -> SoapState:
+        if mesh is None:
+            return fresh(params)
+        return jax.jit(fresh, out_shardings=state_shardings(jax.eval_shape(fresh, params), mesh))(params)
+
+    def refreshed(seen, number, leaf: _Leaf) -> _Leaf:
+        work = functools.partial(
+            _refresh, frequency=precondition_frequency, staggered=refresh == "staggered", first_basis=first_basis
+        )
+        if mesh is None or not _layers_are_cut(leaf.mu.shape, mesh):
+            return work(seen, number, leaf)
+        # Every device has whole layers: it refreshes its own, and nothing moves.
+        layers = PartitionSpec(mesh.axis_names)
+        own = len(leaf.mu) // mesh.size * math.prod(leaf.mu.shape[1:-2])
+
+        def local(seen, leaf):
+            return work(seen, number + own * jax.lax.axis_index(mesh.axis_names), leaf)
+
+        return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), layers), out_specs=layers, check_vma=False)(
+            seen, leaf
+        )
+
+    def placed(x, leaf: _Leaf):
+        """x where the leaf's moments are."""
+        if mesh is None or not leaf.bases:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(x.shape, mesh)))
+
+    def given_back(x, leaf: _Leaf):
+        """x whole along the axis that it was cut along here, so that parameters stay where they are."""
+        if mesh is None or not leaf.bases:
+            return x
+        spec = [None if cut else PartitionSpec.UNCONSTRAINED for cut in _spec(x.shape, mesh)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def update(gradients, state: SoapState, params=None):
+        if weight_decay and params is None:
+            raise ValueError("soap with weight_decay needs update(gradients, state, params)")
+        seen = state.count
+        moves = seen > 0  # the first gradient only makes the bases
+        steps = jnp.maximum(seen, 1)
+        rate = jnp.where(moves, learning_rate(seen) if callable(learning_rate) else learning_rate, 0)
+        corrected = rate * jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+        new_share, new_square_share = jnp.where(moves, 1 - b1, 0), jnp.where(moves, 1 - b2, 0)
+
+        def step(number, g, p, leaf: _Leaf):
+            g = g.astype(leaf.mu.dtype)
+            g = placed(g, leaf)
+            turned = g
+            for side, basis in leaf.bases.items():
+                turned = product(_INTO_BASIS[side], *((basis, turned) if side == "left" else (turned, basis)))
+            mu = b1 * leaf.mu + new_share * turned
+            nu = b2 * leaf.nu + new_square_share * turned * turned
+            direction = mu / (jnp.sqrt(nu) + eps)
+            for side, basis in leaf.bases.items():
+                direction = product(
+                    _OUT_OF_BASIS[side], *((basis, direction) if side == "left" else (direction, basis))
+                )
+            direction = given_back(placed(direction, leaf), leaf)
+            change = -corrected * direction
+            if weight_decay:
+                change = change - rate * weight_decay * (p + change)
+            factors = {
+                side: shampoo_beta * factor + (1 - shampoo_beta) * product(_OUTER[side], g, g)
+                for side, factor in leaf.factors.items()
+            }
+            leaf = _Leaf(mu, nu, factors, leaf.bases)
+            return change, refreshed(seen, number, leaf) if factors else leaf
+
+        given, outline = jax.tree.flatten(gradients)
+        values = [None] * len(given) if params is None else outline.flatten_up_to(params)
+        leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in state[1:]))
+        number, changes, after = 0, [], []
+        for g, p, leaf in zip(given, values, leaves, strict=True):
+            change, leaf = step(number, g, p, leaf)
+            changes.append(change)
+            after.append(leaf)
+            number += math.prod(g.shape[:-2]) if leaf.bases else 0
+        return outline.unflatten(changes), SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
+    """Where each array of a state lies, from its shape: a stack is cut along its layers over all devices of the mesh
+    if these divide their number, otherwise and for a single matrix along the matrix's rows, and what does not divide
+    and all vectors are copied.
+
+    Args:
+      state: arrays or their shapes, as of `jax.eval_shape(soap(...).init, params)`.
+    """
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, _spec(leaf.shape, mesh) if _is_matrix(path, leaf.shape) else PartitionSpec())
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+class _Leaf(NamedTuple):
+    """The state of one parameter: the fields of SoapState."""
+
+    mu: jax.Array
+    nu: jax.Array
+    factors: dict[str, jax.Array]
+    bases: dict[str, jax.Array]
+
+
+def _is_matrix(path, shape) -> bool:
+    return len(shape) >= 2 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS
+
+
+def _dtype(p):
+    return jnp.promote_types(p.dtype, jnp.float32)
+
+
+def _layers_are_cut(shape, mesh: Mesh) -> bool:
+    return len(shape) > 2 and shape[0] % mesh.size == 0
+
+
+def _spec(shape, mesh: Mesh) -> PartitionSpec:
+    spec = [None] * len(shape)
+    axis = 0 if _layers_are_cut(shape, mesh) else len(shape) - 2
+    spec[axis] = mesh.axis_names if shape[axis] % mesh.size == 0 else None
+    return PartitionSpec(*spec)
+
+
+def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str) -> _Leaf:
+    """New bases for the matrices of a stack whose turn it is, with the moments carried over into them.
+
+    Matrix i of all matrices (the stack's first is `number`) has its turn after every gradient that `frequency` divides
+    `seen` - i, or `seen` where they are not staggered; the first gradient gives all of them their first basis.  One
+    after another in a loop, because batched decompositions are slow for large matrices and a program that grows with
+    the stack compiles slowly.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), leaf)
+    layers, first = len(flat.mu), seen == 0
+    if staggered:
+        start, stride = jnp.where(first, 0, (seen - number) % frequency), jnp.where(first, 1, frequency)
+    else:
+        start, stride = jnp.where(seen % frequency == 0, 0, layers), 1
+
+    def refresh_one(turn, carry):
+        layer = start + turn * stride
+        at, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
+        mu, nu = (at(x, layer, keepdims=False) for x in carry[:2])
+        bases = dict(carry[2])
+        for side, factor in flat.factors.items():
+            before = at(bases[side], layer, keepdims=False)
+            after, order = _new_basis(at(factor, layer, keepdims=False), before, first, first_basis)
+            nu = jnp.take(nu, order, axis=_AXES[side])
+            if side == "left":
+                mu = _exact(after.T, _exact(before, mu))
+            else:
+                mu = _exact(_exact(mu, before.T), after)
+            bases[side] = put(bases[side], after, layer, 0)
+        return put(carry[0], mu, layer, 0), put(carry[1], nu, layer, 0), bases
+
+    carry = flat.mu, flat.nu, flat.bases
+    mu, nu, bases = jax.lax.fori_loop(0, (layers - start + stride - 1) // stride, refresh_one, carry)
+    new = _Leaf(mu, nu, flat.factors, bases)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf)
+
+
+_exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _new_basis(factor, basis, first, first_basis: str):
+    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken)."""
+
+    def qr_step(_, basis_and_order):
+        power = _exact(factor, basis_and_order[0])
+        eigenvalues = jnp.sum(basis_and_order[0] * power, axis=0)
+        order = jnp.argsort(eigenvalues, descending=True)
+        return _orthonormal(power[:, order]), order
+
+    before = basis, jnp.arange(len(basis))
+    if first_basis == "qr":
+        return jax.lax.fori_loop(0, jnp.where(first, _FIRST_QR_STEPS, 1), qr_step, before)
+    return jax.lax.cond(
+        first,
+        lambda: (jnp.linalg.eigh(factor)[1][:, ::-1], before[1]),
+        lambda: qr_step(0, before),
+    )
+
+
+def _orthonormal(matrix):
+    """Q of the QR decomposition."""
+    return jax.lax.platform_dependent(matrix, tpu=_panel_qr, default=lambda matrix: jnp.linalg.qr(matrix)[0])
+
+
+def _panel_qr(matrix):
+    """Q of the Householder QR decomposition of a square matrix, in a loop over panels of columns.
+
+    For TPUs: XLA unrolls its own decomposition over panels, which for 4096 columns takes its compiler over a minute.
+    A panel's reflections are I - V T V^T with T^-1 = diag(1/tau) + the upper triangle of V^T V (compact WY, Schreiber
+    and Van Loan 1989); all products are with the whole matrix, so that every round of the loop has the same shapes.
+    """
+    size = len(matrix)
+    rows = -(-size // _PANEL) * _PANEL
+    padded = jnp.pad(matrix, (0, rows - size))
+
+    def reflect(panel, carry):
+        rest, q = carry
+        top = panel * _PANEL
+        columns = jax.lax.dynamic_slice_in_dim(rest, top, _PANEL, axis=1)
+        # The panel's diagonal comes to the top, and what is above it, done already, out of the way.
+        columns = jnp.where(jnp.arange(rows)[:, None] < rows - top, jnp.roll(columns, -top, axis=0), 0)
+        packed, tau = jnp.linalg.qr(columns, mode="raw")
+        v = jnp.roll(jnp.tril(packed.T, -1) + jnp.eye(rows, _PANEL, dtype=matrix.dtype), top, axis=0)
+        triangle = jnp.eye(_PANEL, dtype=matrix.dtype) + tau[:, None] * jnp.triu(_exact(v.T, v), 1)
+        t = jax.scipy.linalg.solve_triangular(triangle, jnp.diag(tau), unit_diagonal=True)
+        rest = rest - _exact(v, _exact(t.T, _exact(v.T, rest)))
+        return rest, q - _exact(_exact(_exact(q, v), t), v.T)
+
+    identity = jnp.eye(rows, dtype=matrix.dtype)
+    return jax.lax.fori_loop(0, rows // _PANEL, reflect, (padded, identity))[1][:size, :size]
+
+
+def _check(**given) -> None:
+    def number(name, wanted, fits, *, whole=False):
+        value = given[name]
+        if isinstance(value, jax.Array):  # comes in with each step; nothing can be said about it here
+            return
+        kind = numbers.Integral if whole else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+            raise InputError(f"soap: {name} is {value!r}; give {wanted}")
+
+    if not callable(given["learning_rate"]):
+        number("learning_rate", "a number of at least 0", lambda x: 0 <= x < math.inf)
+    for name in ("b1", "b2", "shampoo_beta"):
+        number(name, "a number of at least 0 and below 1", lambda x: 0 <= x < 1)
+    number("eps", "a number above 0", lambda x: 0 < x < math.inf)
+    number("weight_decay", "a number of at least 0", lambda x: 0 <= x < math.inf)
+    number("precondition_frequency", "a whole number of at least 1", lambda x: x >= 1, whole=True)
+    number("max_precondition_dim", "a whole number of at least 0", lambda x: x >= 0, whole=True)
+    if given["one_sided_ratio"] is not None:
+        number("one_sided_ratio", "a number above 1, or None", lambda x: x > 1)
+    for name, known in (("refresh", REFRESHES), ("precision", PRECISIONS), ("first_basis", FIRST_BASES)):
+        if given[name] not in known:
+            raise InputError(f"soap: {name} is {given[name]!r}; choose from {', '.join(known)}")
