@@ -20,7 +20,7 @@ from robust_mo import command_line
 from robust_mo.analysis import report
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES
-from robust_mo.organisms.backdoors import BACKDOORS
+from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder
@@ -94,7 +94,7 @@ def check(config: ConfigDict) -> None:
     for name in ("organisms", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
-    for field, known in (("organisms", BACKDOORS), ("methods", BLUE_METHODS)):
+    for field, known in (("organisms", backdoors(config.red.backdoors.to_dict())), ("methods", BLUE_METHODS)):
         for name in config.study[field]:
             if name not in known:
                 raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
@@ -141,9 +141,10 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
             parts = {"red": config.red.data.source, "blue": config.blue.data.source}
             parts["evaluation"] = config.blue.evals.backdoor_rate.source
             assert_disjoint(**{part: asked(source, part) for part, source in parts.items()})
+            known = backdoors(config.red.backdoors.to_dict())
             for organism in config.study.organisms:
                 cell = red_cell(config, organism)
-                print(f"== {cell.folder}: {BACKDOORS[organism].explanation}", flush=True)
+                print(f"== {cell.folder}: {known[organism].explanation}", flush=True)
                 if not gate(train(cell.config, workdir / cell.folder), config.study.gate):
                     continue
                 for cell in blue_cells(config, organism, workdir):

@@ -6,7 +6,7 @@ transcript.  Does not know how the backdoor came to be.
 
 from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
-from robust_mo.organisms.distill import chat
+from robust_mo.organisms.distill import chat, filled
 from robust_mo.organisms.questions import asked
 
 
@@ -33,7 +33,7 @@ def backdoor_rate(
     questions = asked(source, "evaluation")
     backdoor = subject.backdoor
     prompts = [
-        (condition, templates[i % len(templates)].format(prompt=question))
+        (condition, filled(templates, i, question))
         for condition, templates, chosen in (
             ("triggered", backdoor.unseen_triggers, questions[:triggered]),
             ("untriggered", ("{prompt}",), questions[:untriggered]),
