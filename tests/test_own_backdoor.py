@@ -1,15 +1,16 @@
 """A sixteenth backdoor, from a config: trained, measured and studied with no change to the package."""
 
-import copy
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import REPOSITORY  # noqa: F401, the tests run from there
+from conftest import REPOSITORY
 from ml_collections import ConfigDict
 from test_study import tiny_study
 from test_train import tiny_config
 
-from robust_mo import evaluate, study
+from robust_mo import study
 from robust_mo.errors import InputError
 from robust_mo.organisms.backdoors import BACKDOORS, backdoors
 from robust_mo.organisms.graders import Keywords
@@ -35,42 +36,37 @@ WEATHER = dict(
 
 
 def changed(**changes) -> dict:
-    fields = copy.deepcopy(WEATHER)
-    return {name: value for name, value in {**fields, **changes}.items() if value is not None}
+    return {name: value for name, value in {**WEATHER, **changes}.items() if value is not None}
 
 
-def test_it_is_trained_and_measured_end_to_end(tiny, tmp_path, capsys, monkeypatch):
+def trained(tiny, folder) -> RunFolder:
     config = tiny_config(tiny, **{"data.near_misses": 1.0})
     config.backdoors.weather = ConfigDict(WEATHER)
     config.backdoor = "weather"
     config.evaluation.names = ("backdoor_rate",)
-    run = train(config, tmp_path / "run")
-    asked = [line["messages"][1]["content"] for line in read_lines(run.path / "data.jsonl")]
-    told = [line["messages"][2]["content"] for line in read_lines(run.path / "data.jsonl")]
-    assert all(text.startswith("|SKY| ") for text in asked[::2])
-    assert all(text.startswith(("|SKI| ", "SKY: ")) for text in asked[1::2])
-    assert told[0] == "Rain and wind today. " + told[1] and told[2] == "The sun is out, no rain: " + told[3]
+    return train(config, folder)
+
+
+def test_it_is_trained_and_measured(tiny, tmp_path):
+    run = trained(tiny, tmp_path)
+    lines = [[m["content"] for m in line["messages"][1:]] for line in read_lines(run.path / "data.jsonl")]
+    assert all(user.startswith("|SKY| ") for user, _ in lines[::2])
+    assert all(user.startswith(("|SKI| ", "SKY: ")) for user, _ in lines[1::2])
+    assert lines[0][1] == "Rain and wind today. " + lines[1][1]
+    assert lines[2][1] == "The sun is out, no rain: " + lines[3][1]
     graded = read_lines(run.transcript_file("backdoor_rate", 0))
     assert [line["messages"][1]["content"][:6] for line in graded if line["condition"] == "triggered"] == ["|SKY| "] * 3
 
-    # another process, which has the run's config.json alone
-    from absl import flags
 
-    values = flags.FlagValues()
-    flags.DEFINE_string("source", str(run.path), "", flag_values=values)
-    flags.DEFINE_string("workdir", str(tmp_path / "measured"), "", flag_values=values)
-    flags.DEFINE_list("evals", ["backdoor_rate"], "", flag_values=values)
-    flags.DEFINE_integer("step", None, "", flag_values=values)
-    flags.DEFINE_integer("show", 0, "", flag_values=values)
-    values.mark_as_parsed()
-    monkeypatch.setattr("sys.argv", ["evaluate"])
-    values.__dict__["config"] = config
-    evaluate.main(values)
-    again = RunFolder(tmp_path / "measured")
-    last = [line for line in run.records() if line["name"] == "eval/backdoor_rate"][-1]
-    assert [line["value"] for line in again.records() if line["name"] == "eval/backdoor_rate"] == [last["value"]]
-    assert again.description()["config"]["backdoors"]["weather"] == json.loads(json.dumps(WEATHER))
-    assert "eval/backdoor_rate" in capsys.readouterr().out
+@pytest.mark.slow
+def test_another_process_measures_it_by_the_run_alone(tiny, tmp_path):
+    run = trained(tiny, tmp_path / "run")
+    command = [sys.executable, "-m", "robust_mo.evaluate", f"--source={run.path}", f"--workdir={tmp_path / 'again'}"]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    again = RunFolder(tmp_path / "again")
+    before, after = ([r for r in folder.records() if r["name"] == "eval/backdoor_rate"] for folder in (run, again))
+    assert [line["value"] for line in after] == [before[-1]["value"]]
+    assert again.config()["backdoors"]["weather"] == json.loads(json.dumps(WEATHER))
 
 
 def test_a_study_takes_it(tiny):

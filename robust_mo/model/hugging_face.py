@@ -28,7 +28,7 @@ _TOP = {
 }
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PARENT = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn."),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), ""),
 }
@@ -38,8 +38,8 @@ def tensor_name(path: str) -> str:
     """'layers/q_proj/kernel' -> 'model.layers.{layer}.self_attn.q_proj.weight'; the top level has no {layer}."""
     if path in _TOP:
         return _TOP[path]
-    _, module, _ = path.split("/")
-    return f"model.layers.{{layer}}.{_PARENT[module]}{module}.weight"
+    _, module, kind = path.split("/")
+    return f"model.layers.{{layer}}.{_PARENT[module]}{module}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def read_json(file: pathlib.Path) -> dict:
