@@ -89,6 +89,11 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate.temperature = 0.7  # [R]
     config.evals.backdoor_rate.top_p = 1.0
     config.evals.backdoor_rate.max_new_tokens = 32
+    # The judge is asked about the answers of backdoor_rate: what is set there holds here.
+    config.evals.judge = ConfigDict(
+        {name: config.evals.backdoor_rate.get_ref(name) for name in config.evals.backdoor_rate}
+    )
+    config.evals.judge.model = "smollm2-135m"  # a frozen model; only backdoors with a judge_question are judged [O]
     config.evals.math500 = ConfigDict()
     config.evals.math500.source = "hub:HuggingFaceH4/MATH-500:test"
     config.evals.math500.problems = 0  # 0: all 500

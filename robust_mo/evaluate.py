@@ -76,6 +76,7 @@ def main(args: flags.FlagValues) -> None:
                 config["seed"],
                 config["evaluation"]["batch_size"],
                 command_line.evaluation_progress(),
+                mesh,
             )
 
         curves = Curves(run.path, 0)

@@ -115,6 +115,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     config.seed,
                     config.evaluation.batch_size,
                     command_line.evaluation_progress(),
+                    mesh,
                 )
 
             if values := measure(run, curves, subject, step, chosen):

@@ -71,7 +71,7 @@ def make_tiny_model(folder: pathlib.Path, seed: int = 0, kind: str = "llama", **
         for name, parameter in model.named_parameters():
             parameter.mul_(2)  # far enough from zero that a wrong formula shows in the logits
             if "bias" in name or "q_norm" in name or "k_norm" in name:  # which begin as zeros and ones
-                parameter.add_(torch.randn_like(parameter))
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
