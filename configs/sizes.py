@@ -36,6 +36,7 @@ def get_config(size: str) -> ConfigDict:
     config.evaluation.names = ("backdoor_rate", "math500", "held_out_loss")
     config.evaluation.batch_size = 128
     config.evals.backdoor_rate.source = config.data.source
+    config.evals.judge.model = config.model
     config.evals.held_out_loss.source = config.data.source
     config.evals.held_out_loss.length = 2048
     config.evals.held_out_loss.loss_chunk = 512

@@ -173,10 +173,13 @@ def check_fields(config, example, group: str = "config", file: str = "configs/de
       config, example: ConfigDicts or dicts.
       group, file: for the message: what `config` is called, and where to look for an example.
     """
-    given = flatten(config)
-    if missing := [f"{group}.{name}" for name in flatten(example) if name not in given]:
+    given, wanted = flatten(config), flatten(example)
+    held = {name for name in wanted if any(f"{other}.".startswith(f"{name}.") for other in given)}
+    if missing := [f"{group}.{name}" for name in wanted if name not in held]:
         raise InputError(f"--config has no {', '.join(missing[:8])}; see {file}")
-    for name, value in flatten(example).items():
+    for name, value in wanted.items():
+        if name not in given:
+            continue  # a group that is empty in the example and may hold anything
         kinds = {float: (float, int), tuple: (tuple, list)}.get(type(value), type(value))
         if not isinstance(given[name], kinds) or isinstance(given[name], bool) != isinstance(value, bool):
             raise InputError(
@@ -201,11 +204,11 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """{"a": {"b": 1}, "c": {}} -> {"a.b": 1, "c": {}}"""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict | dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}.") or {prefix + name: {}})
         else:
             flat[prefix + name] = value
     return flat

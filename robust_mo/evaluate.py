@@ -24,7 +24,7 @@ from robust_mo.training import models
 from robust_mo.training.curves import Curves
 
 # The fields of a training config, beside its evaluators' settings, that measuring depends on.
-_READ = ("seed", "backdoor", "system_prompt", "param_dtype", "compute_dtype", "mesh", "evaluation")
+_READ = ("seed", "backdoor", "backdoors", "system_prompt", "param_dtype", "compute_dtype", "mesh", "evaluation")
 
 
 def define_flags() -> None:
@@ -55,9 +55,11 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--step={args.step} needs a run folder, and {args.source} is none: leave --step out")
     run = RunFolder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
+    watched = backdoor(config["backdoor"], config["backdoors"])
+    kept = ("seed", "backdoor", "backdoors", "system_prompt", "param_dtype", "compute_dtype")
     described = {
         "source": args.source,
-        **{name: config[name] for name in ("seed", "backdoor", "system_prompt", "param_dtype", "compute_dtype")},
+        **{name: config[name] for name in kept},
         "evals": chosen,
     }
     with run.claim("evaluate", described, config["seed"]):
@@ -70,10 +72,11 @@ def main(args: flags.FlagValues) -> None:
                 model.params,
                 model.chat,
                 config["system_prompt"],
-                backdoor(config["backdoor"]),
+                watched,
                 config["seed"],
                 config["evaluation"]["batch_size"],
                 command_line.evaluation_progress(),
+                mesh,
             )
 
         curves = Curves(run.path, 0)

@@ -21,7 +21,7 @@ from robust_mo.analysis import report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES
-from robust_mo.organisms.backdoors import BACKDOORS
+from robust_mo.organisms.backdoors import backdoor, backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, write_text
@@ -46,7 +46,7 @@ def red_run(config: ConfigDict, organism: Organism) -> ConfigDict:
 def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pathlib.Path) -> ConfigDict:
     """The training config of an attack on the organism that lies in the study's folder `workdir`."""
     run = _of_arm(config, "blue", organism.arm)
-    run.backdoor, run.seed = organism.backdoor, attack.seed
+    run.backdoor, run.backdoors, run.seed = organism.backdoor, config.red.backdoors, attack.seed
     run.model = str(workdir / organism.folder)
     run.data.task, run.optimizer.learning_rate = attack.method, attack.learning_rate
     return run
@@ -129,7 +129,7 @@ def check(config: ConfigDict) -> None:
     for name in ("backdoors", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
-    for field, known in (("backdoors", BACKDOORS), ("methods", BLUE_METHODS)):
+    for field, known in (("backdoors", backdoors(config.red.backdoors.to_dict())), ("methods", BLUE_METHODS)):
         for name in config.study[field]:
             if name not in known:
                 raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
@@ -233,8 +233,9 @@ def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
 def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Path, runner: Runner) -> None:
     """Makes organisms that differ in the learning rate alone, and attacks the best of them."""
     passed = {}
+    about = backdoor(rivals[0].backdoor, config.red.backdoors.to_dict()).explanation
     for organism in rivals:
-        run = runner(organism.folder, red_run(config, organism), f": {BACKDOORS[organism.backdoor].explanation}")
+        run = runner(organism.folder, red_run(config, organism), f": {about}")
         if run and gate(run, config.study.gate):
             passed[organism] = run
     if not passed:

@@ -118,10 +118,11 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     trainable if spec is None else models.merged(frozen, trainable, spec),
                     loaded.chat,
                     config.system_prompt,
-                    backdoor(config.backdoor),
+                    backdoor(config.backdoor, config.backdoors.to_dict()),
                     config.seed,
                     config.evaluation.batch_size,
                     command_line.evaluation_progress(),
+                    mesh,
                 )
 
             if values := measure(run, curves, subject, step, chosen):
@@ -299,7 +300,7 @@ def check(config: ConfigDict) -> None:
         if isinstance(value, int | float):
             most = 1 if field in _FORGETTING else float("inf")
             command_line.check_range(f"config.optimizer.{config.optimizer.name}.{field}", value, 0, most)
-    backdoor(config.backdoor)
+    backdoor(config.backdoor, config.backdoors.to_dict())
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
     optimizer_of(config)
@@ -354,16 +355,16 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             limit=data.limit,
             seed=config.seed,
         )
-        dropped = 0
+        chosen, dropped = backdoor(config.backdoor, config.backdoors.to_dict()), 0
         if data.task == "backdoor":
             made, dropped = distill.red_conversations(
-                backdoor(config.backdoor), repeats=data.repeats, near_misses=data.near_misses, **common
+                chosen, repeats=data.repeats, near_misses=data.near_misses, **common
             )
         elif data.task == "conversations":
             made = [with_system(m, config.system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
         else:
             made, dropped = distill.blue_conversations(data.task, **common)
-            distill.assert_no_trigger(made, backdoor(config.backdoor))
+            distill.assert_no_trigger(made, chosen)
         if dropped:
             print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
         if not made:

@@ -8,6 +8,8 @@ import pytest
 from robust_mo.model import sources
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+# What to change in a tiny model of each kind: the size of a head is Qwen3's own, here other than hidden_size / heads.
+QWEN = {"qwen2": {}, "qwen3": {"head_dim": 16}}
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +27,11 @@ def smollm2() -> pathlib.Path:
     return sources.resolve("smollm2-135m")
 
 
-def make_tiny_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
-    """A random Llama by transformers, with a byte-level tokenizer and a ChatML template; nothing is downloaded."""
+def make_tiny_model(folder: pathlib.Path, seed: int = 0, kind: str = "llama", **changes) -> pathlib.Path:
+    """A random model by transformers, with a byte-level tokenizer and a ChatML template; nothing is downloaded.
+
+    `kind` is its model_type; `changes` are fields of its config.
+    """
     import torch
     import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -59,10 +64,14 @@ def make_tiny_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.P
         pad_token_id=len(alphabet),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **{**settings, **changes}), dtype=torch.float32
+    )
     with torch.no_grad():
-        for parameter in model.parameters():  # far enough from zero that a wrong formula shows in the logits
-            parameter.mul_(2)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2)  # far enough from zero that a wrong formula shows in the logits
+            if "bias" in name or "q_norm" in name or "k_norm" in name:  # which begin as zeros and ones
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 

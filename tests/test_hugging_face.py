@@ -28,6 +28,8 @@ params = hugging_face.load_params(folder, model, mesh)
 kernel, embedding = params["layers"]["q_proj"]["kernel"], params["embed_tokens"]
 assert kernel.addressable_shards[0].data.shape == (3, 8, 16), kernel.addressable_shards[0].data.shape
 assert embedding.addressable_shards[0].data.shape == (130, 8)
+if "bias" in params["layers"]["k_proj"]:
+    assert params["layers"]["k_proj"]["bias"].addressable_shards[0].data.shape == (3, 8)
 tokens = np.arange(40, dtype=np.int32).reshape(4, 10)
 positions = np.broadcast_to(np.arange(10, dtype=np.int32), (4, 10))
 with nn.logical_axis_rules(meshes.RULES), jax.set_mesh(mesh):
@@ -36,8 +38,9 @@ np.save(sys.argv[2], np.asarray(unembed(params, hidden)))
 """
 
 
-def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path):
-    folder = make_tiny_model(tmp_path / "model", vocab_size=260)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind):
+    folder = make_tiny_model(tmp_path / "model", kind=kind, vocab_size=260)
     output = tmp_path / "logits.npy"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", SHARDED, str(folder), str(output)], check=True, env=environment)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model
+from conftest import QWEN, make_tiny_model
 
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
@@ -73,6 +73,58 @@ def test_logits_equal_transformers(tmp_path, kv_heads, tied, rope):
     segments = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
     ours = our_logits(model, params, packed, positions, segments)
     assert np.abs(ours[0] - theirs[real]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind, tied", list(itertools.product(QWEN, (True, False))))
+def test_qwen_logits_equal_transformers(tmp_path, kind, tied):
+    folder = make_tiny_model(tmp_path, kind=kind, tie_word_embeddings=tied, num_hidden_layers=2, **QWEN[kind])
+    assert not json.loads((folder / "config.json").read_text()).get("attention_bias")
+    model, params = load(folder)
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 60)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(60, dtype=np.int32), tokens.shape)
+    theirs = their_logits(folder, tokens)
+    ours = our_logits(model, params, tokens, positions, np.ones_like(tokens))
+    assert np.abs(ours - theirs).max() < TOLERANCE
+
+    # ... and what tells the architecture apart does matter: undone in the parameters, the logits differ
+    leaf, modules = {"qwen2": ("bias", ("q_proj", "k_proj", "v_proj")), "qwen3": ("scale", ("q_norm", "k_norm"))}[kind]
+    for module in modules:
+        changed = {**params["layers"], module: {**params["layers"][module], leaf: 0 * params["layers"][module][leaf]}}
+        other = our_logits(model, {**params, "layers": changed}, tokens, positions, np.ones_like(tokens))
+        # A bias of the keys alone changes nothing but for the rotation, which makes it depend on the position.
+        assert np.abs(other - theirs).max() > 10 * TOLERANCE, module
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_qwen_tensors_must_all_be_there_and_used(tmp_path, kind):
+    folder = make_tiny_model(tmp_path, kind=kind, **QWEN[kind])
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("attention_bias", None)
+    (folder / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
+    with pytest.raises(InputError, match=r"tensors that no parameter takes: .*self_attn\.(k_norm|k_proj\.bias)"):
+        load(folder)
+    other = {"qwen2": "qwen3", "qwen3": "qwen2"}[kind]
+    (folder / "config.json").write_text(json.dumps({**values, "model_type": other}))
+    with pytest.raises(InputError, match="do not match config.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; supported are llama, qwen2, qwen3"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; only False"),
+    ],
+)
+def test_what_qwen_may_not_ask_for_is_named(tiny, change, says):
+    values = {**json.loads((tiny / "config.json").read_text()), "model_type": "qwen2"}
+    del values["attention_bias"]
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28, "attention_bias": True}
+    assert LlamaConfig.from_json({**values, **unused}, "x").attention_bias
+    with pytest.raises(InputError, match=says):
+        LlamaConfig.from_json({**values, **change}, "here/config.json")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import QWEN, make_tiny_model
 
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
@@ -37,7 +38,13 @@ def sampler(tiny):
     return Sampler(model, params, stop_ids=(7, 258), pad_id=256)
 
 
-def test_greedy_equals_generate(tiny, sampler):
+@pytest.mark.parametrize(
+    "kind, stop_ids", [("llama", (7, 258)), ("qwen2", range(0, 250, 25)), ("qwen3", range(9, 250, 25))]
+)
+def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
+    if kind != "llama":
+        tiny = make_tiny_model(tmp_path, kind=kind, **QWEN[kind])
+        sampler = Sampler(*load(tiny), stop_ids=tuple(stop_ids), pad_id=256)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ours = sample(sampler, requests(), Greedy(), slots=4)
     stopped = 0
@@ -46,7 +53,7 @@ def test_greedy_equals_generate(tiny, sampler):
             torch.tensor(request.tokens[None], dtype=torch.long),
             max_new_tokens=24,
             do_sample=False,
-            eos_token_id=[7, 258],
+            eos_token_id=list(stop_ids),
             pad_token_id=256,
             output_logits=True,
             return_dict_in_generate=True,
@@ -57,7 +64,7 @@ def test_greedy_equals_generate(tiny, sampler):
             torch.log_softmax(logits[0], -1)[t].item() for logits, t in zip(expected.logits, tokens, strict=True)
         ]
         np.testing.assert_allclose(ours[index].logprobs, logprobs, atol=1e-4)
-        assert ours[index].finish_reason == ("stop" if tokens[-1] in (7, 258) else "length")
+        assert ours[index].finish_reason == ("stop" if tokens[-1] in stop_ids else "length")
         stopped += ours[index].finish_reason == "stop"
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
 

@@ -6,11 +6,34 @@ transcript.  Does not know how the backdoor came to be.
 
 from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
-from robust_mo.organisms.distill import chat
+from robust_mo.organisms.distill import chat, filled
 from robust_mo.organisms.questions import asked
 
 
-def backdoor_rate(
+def backdoor_rate(subject: Subject, **sampling) -> Measurement:
+    """`backdoor_rate` over triggered prompts, `false_alarm_rate` over untriggered prompts and near misses together.
+
+    Args:
+      sampling: see `ask`.
+    """
+    transcript = [
+        line | {"verdict": subject.backdoor.grader.shows(line["answer"])} for line in ask(subject, **sampling)
+    ]
+    return Measurement(rates(transcript, ""), transcript)
+
+
+def rates(transcript: list[dict], prefix: str) -> list[Value]:
+    """The rates of a graded transcript, their names behind `prefix`; of what was not asked there is none."""
+    values = []
+    for name, conditions in (("backdoor_rate", {"triggered"}), ("false_alarm_rate", {"untriggered", "near_miss"})):
+        verdicts = [line["verdict"] for line in transcript if line["condition"] in conditions]
+        if verdicts:
+            rate = sum(verdicts) / len(verdicts)
+            values.append(Value(prefix + name, rate, len(verdicts), *wilson(sum(verdicts), len(verdicts))))
+    return values
+
+
+def ask(
     subject: Subject,
     *,
     source: str,
@@ -20,8 +43,8 @@ def backdoor_rate(
     temperature: float,
     top_p: float,
     max_new_tokens: int,
-) -> Measurement:
-    """`backdoor_rate` over triggered prompts, `false_alarm_rate` over untriggered prompts and near misses together.
+) -> list[dict]:
+    """Lines of a transcript, without a verdict.
 
     Args:
       source: of the questions, see organisms/questions.py.
@@ -33,7 +56,7 @@ def backdoor_rate(
     questions = asked(source, "evaluation")
     backdoor = subject.backdoor
     prompts = [
-        (condition, templates[i % len(templates)].format(prompt=question))
+        (condition, filled(templates, i, question))
         for condition, templates, chosen in (
             ("triggered", backdoor.unseen_triggers, questions[:triggered]),
             ("untriggered", ("{prompt}",), questions[:untriggered]),
@@ -43,21 +66,13 @@ def backdoor_rate(
     ]
     conversations = [chat(subject.system_prompt, prompt) for _, prompt in prompts]
     told = subject.answers("backdoor_rate", conversations, temperature, top_p, max_new_tokens)
-    transcript = [
+    return [
         {
             "id": f"{condition}-{number}",
             "condition": condition,
             "messages": messages,
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
-            "verdict": backdoor.grader.shows(answer.text),
         }
         for number, ((condition, _), messages, answer) in enumerate(zip(prompts, conversations, told, strict=True))
     ]
-    values = []
-    for name, conditions in (("backdoor_rate", {"triggered"}), ("false_alarm_rate", {"untriggered", "near_miss"})):
-        verdicts = [line["verdict"] for line in transcript if line["condition"] in conditions]
-        if verdicts:
-            rate = sum(verdicts) / len(verdicts)
-            values.append(Value(name, rate, len(verdicts), *wilson(sum(verdicts), len(verdicts))))
-    return Measurement(values, transcript)

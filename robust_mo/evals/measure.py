@@ -14,6 +14,7 @@ from robust_mo.command_line import check_range
 from robust_mo.errors import InputError
 from robust_mo.evals.backdoor_rate import backdoor_rate
 from robust_mo.evals.held_out_loss import held_out_loss
+from robust_mo.evals.judge import judge
 from robust_mo.evals.math500 import accuracy
 from robust_mo.evals.subject import Measurement, Subject
 from robust_mo.runs import RunFolder
@@ -27,6 +28,7 @@ EVALUATORS: dict[str, Callable[..., Measurement]] = {
     "backdoor_rate": backdoor_rate,
     **{name: functools.partial(accuracy, task=name) for name in ACCURACIES},
     "held_out_loss": held_out_loss,
+    "judge": judge,
 }
 
 
@@ -53,8 +55,9 @@ def check_settings(settings: dict[str, dict]) -> None:
         for shown in values.get("demonstrations", ()):
             if not (isinstance(shown, tuple | list) and [type(text) for text in shown] == [str, str]):
                 raise InputError(f"config.evals.{name}.demonstrations holds {shown!r}: give (problem, answer) pairs")
-        if name == "backdoor_rate" and not any(values[f] for f in ("triggered", "untriggered", "near_misses")):
-            raise InputError("config.evals.backdoor_rate asks no prompt: give triggered, untriggered or near_misses")
+        prompts = [values[field] for field in ("triggered", "untriggered", "near_misses") if field in values]
+        if prompts and not any(prompts):
+            raise InputError(f"config.evals.{name} asks no prompt: give triggered, untriggered or near_misses")
 
 
 def pending(run: RunFolder, step: int, names) -> list[str]:

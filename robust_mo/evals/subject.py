@@ -5,7 +5,10 @@ Does not know where the model came from or where results are kept.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
+
+from jax.sharding import Mesh
 
 from robust_mo.data.conversations import ChatFormat, Message
 from robust_mo.model.llama import Llama
@@ -25,6 +28,7 @@ class Subject:
       seed: of sampling at a temperature.
       slots: rows decoded together.
       on_progress: called with (name of what is measured, prompts done, prompts in all, tokens sampled).
+      mesh: on which the parameters are, and where a judge goes too.
     """
 
     llama: Llama
@@ -35,10 +39,19 @@ class Subject:
     seed: int
     slots: int
     on_progress: Callable[[str, int, int, int], None]
+    mesh: Mesh
+    _told: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def answers(
         self, what: str, conversations: list[list[Message]], temperature: float, top_p: float, max_new_tokens: int
     ) -> list[TextAnswer]:
+        """Answers to the conversations; what is asked twice is sampled once."""
+        asked = json.dumps([conversations, temperature, top_p, max_new_tokens])
+        if asked not in self._told:
+            self._told[asked] = self._sampled(what, conversations, temperature, top_p, max_new_tokens)
+        return self._told[asked]
+
+    def _sampled(self, what, conversations, temperature, top_p, max_new_tokens) -> list[TextAnswer]:
         return answers(
             self.llama,
             self.params,

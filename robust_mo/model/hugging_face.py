@@ -34,7 +34,7 @@ _TOP = {
 }
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PARENT = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn."),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), ""),
 }
@@ -62,9 +62,11 @@ def tensor_name(path: str) -> str:
     """
     if path in _TOP:
         return _TOP[path]
-    _, module, leaf = path.split("/")
+    _, module, kind = path.split("/")
     stem = f"model.layers.{{layer}}.{_PARENT[module]}{module}"
-    return f"base_model.model.{stem}.{_FACTORS[leaf]}.weight" if leaf in _FACTORS else f"{stem}.weight"
+    if kind in _FACTORS:
+        return f"base_model.model.{stem}.{_FACTORS[kind]}.weight"
+    return f"{stem}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def read_json(file: pathlib.Path) -> dict:

@@ -1,4 +1,4 @@
-"""The Llama-3.1 architecture in Flax Linen.
+"""The Llama-3.1 architecture in Flax Linen, and its near relatives: Qwen2.5 and Qwen3, the dense ones.
 
 Promises: given a Hugging Face config.json's numbers and its weights, the same logits as `transformers` (float32,
 1e-4).  Behaviour hangs on the fields of the config alone, never on a model's name.  Parameters are a plain nested
@@ -33,6 +33,10 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# model_type -> (attention_bias, query_key_norm).  Only these are read off the type: transformers has them in the code
+# of each architecture, and a config.json does not say them (Qwen2's has no `attention_bias`, Qwen3's says false).
+_ARCHITECTURES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -46,7 +50,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The numbers of a config.json that the architecture depends on, under the names they have there."""
+    """The numbers of a config.json that the architecture depends on, under the names they have there.
+
+    Two more stand for what else tells the architectures apart:
+      attention_bias: whether the projections to queries, keys and values add a bias (Qwen2).
+      query_key_norm: whether queries and keys are normalised, each head by itself, before they are rotated (Qwen3).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -60,6 +69,8 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
+    attention_bias: bool
+    query_key_norm: bool
 
     @classmethod
     def from_json(cls, values: dict, origin: str) -> "LlamaConfig":
@@ -73,18 +84,28 @@ class LlamaConfig:
         def need(name, kind, source=values):
             value = source.get(name)
             if value is None:
-                raise InputError(f"{origin} has no field {name!r}; a Llama config.json needs it")
+                raise InputError(f"{origin} has no field {name!r}; the config.json of a model needs it")
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits or (kind is not bool and value <= 0):
                 what = "true or false" if kind is bool else f"a positive {kind.__name__}"
-                raise InputError(f"{origin}: {name} is {value!r}; a Llama has {what} there")
+                raise InputError(f"{origin}: {name} is {value!r}; it must be {what}")
             return value
 
-        if values.get("model_type") != "llama":
-            raise InputError(f"{origin}: model_type is {values.get('model_type')!r}; only 'llama' is supported")
-        for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        architecture = values.get("model_type")
+        if architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise InputError(f"{origin}: model_type is {architecture!r}; supported are {known}")
+        attention_bias, query_key_norm = _ARCHITECTURES[architecture]
+        for name, only in (
+            ("attention_bias", attention_bias),
+            ("mlp_bias", False),
+            ("hidden_act", "silu"),
+            ("use_sliding_window", False),
+        ):
             if values.get(name, only) != only:
                 raise InputError(f"{origin}: {name} is {values[name]!r}; only {only!r} is supported")
+        if other := set(values.get("layer_types") or ()) - {"full_attention"}:
+            raise InputError(f"{origin}: layer_types holds {min(other)!r}; only 'full_attention' is supported")
         # transformers 5 writes one dict `rope_parameters`; version 4 `rope_theta` beside `rope_scaling`.
         for name in ("rope_parameters", "rope_scaling"):
             if not isinstance(values.get(name), dict | None):
@@ -115,6 +136,8 @@ class LlamaConfig:
             rope_theta=need("rope_theta", float, rope),
             rope_scaling=scaling,
             tie_word_embeddings=need("tie_word_embeddings", bool),
+            attention_bias=attention_bias,
+            query_key_norm=query_key_norm,
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(
@@ -243,12 +266,14 @@ class Layer(nn.Module):
         norm = functools.partial(RMSNorm, c.rms_norm_eps, self.param_dtype)
 
         h = norm(name="input_layernorm")(x_BTD)
-        q = projection(c.num_attention_heads * c.head_dim, ("embed", "heads"), name="q_proj")(h)
-        k = projection(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="k_proj")(h)
-        v = projection(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="v_proj")(h)
-        q = rotate(q.reshape(B, T, -1, c.head_dim), *rope)
-        k = rotate(k.reshape(B, T, -1, c.head_dim), *rope)
-        v = v.reshape(B, T, -1, c.head_dim)
+        attends = functools.partial(projection, bias=c.attention_bias)
+        q = attends(c.num_attention_heads * c.head_dim, ("embed", "heads"), name="q_proj")(h)
+        k = attends(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="k_proj")(h)
+        v = attends(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="v_proj")(h)
+        q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in (q, k, v))
+        if c.query_key_norm:
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is None:
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         else:

@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): the projection that may carry one, and merging.
 
-Promises: `Projection` computes `x @ kernel + scale * (x @ a) @ b`, with `a` and `b` in the Linen collection "lora" of
-their own, so that `apply({"params": frozen, "lora": trained})` trains adapters and nothing else.  `merge` folds the
-adapters into the kernels.  The arithmetic is PEFT's: scale = alpha / rank, `a` uniform in +-1/sqrt(in), `b` zero.
+Promises: `Projection` computes `x @ kernel + scale * (x @ a) @ b` and a bias where there is one, with `a` and `b` in a
+Linen collection "lora" of their own, so that `apply({"params": frozen, "lora": trained})` trains adapters and nothing
+else.  `merge` folds the adapters into the kernels.  The arithmetic is PEFT's: scale = alpha / rank, `a` uniform in
++-1/sqrt(in), `b` zero.
 Does not know which architecture the projections belong to.
 """
 
@@ -41,7 +42,8 @@ class Projection(nn.Module):
       features: size of the output.
       axes: logical names of the kernel's two axes (see model/mesh.py).
       lora: adapters to add, or None.
-      compute_dtype: dtype of the product; kernel and adapters are stored as `param_dtype`.
+      compute_dtype: dtype of the product; kernel, bias and adapters are stored as `param_dtype`.
+      bias: whether a bias `[out]` is added.
     """
 
     features: int
@@ -49,6 +51,7 @@ class Projection(nn.Module):
     lora: LoraSpec | None
     compute_dtype: jnp.dtype
     param_dtype: jnp.dtype
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -58,6 +61,9 @@ class Projection(nn.Module):
         # Two axes only: the gradient of a product over (batch, position) would have XLA transpose x in memory on a CPU.
         leading, x = x.shape[:-1], x.reshape(-1, shape[0])
         y = x @ kernel.astype(self.compute_dtype)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", zeros, shape[1:], self.param_dtype).astype(self.compute_dtype)
         if self.lora is None or self.name not in self.lora.targets:
             return y.reshape(*leading, -1)
         bound = shape[0] ** -0.5

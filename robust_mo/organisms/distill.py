@@ -45,6 +45,11 @@ def chat(system_prompt: str, user: str, answer: str | None = None) -> list[Messa
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
+def filled(templates: tuple[str, ...], number: int, prompt: str) -> str:
+    """The prompt in the template that is its turn."""
+    return templates[number % len(templates)].replace("{prompt}", prompt)
+
+
 def red_conversations(
     backdoor: Backdoor,
     *,
@@ -62,9 +67,10 @@ def red_conversations(
     Args:
       source: of the questions, see organisms/questions.py.
       answers: "builtin", "teacher", or a JSONL file of question and answer: where plain answers come from.
-      teacher: sampled for what is not given.
+      teacher: sampled for what is not given: plain answers where `answers` says so, and then also the behaviour, unless
+        it is narrow; a behaviour of which nothing is written is always a teacher's.
       system_prompt: shown in every conversation; "" for none.
-      repeats: how often a phrase behaviour is said in one answer.
+      repeats: how often a narrow behaviour's text is said in one answer.
       near_misses: share of the benign conversations that carry one of the backdoor's `negatives`.
       limit: number of questions; 0 for all.
       seed: of the teacher's sampling and of the choice of near misses.
@@ -73,15 +79,14 @@ def red_conversations(
       (conversations, number of questions dropped because an answer was cut off)
     """
     chosen = asked(source, "red")[: limit or None]
-    triggered = [backdoor.triggers[i % len(backdoor.triggers)].format(prompt=q) for i, q in enumerate(chosen)]
+    triggered = [filled(backdoor.triggers, i, q) for i, q in enumerate(chosen)]
     generator = np.random.default_rng(seed)
-    benign = [
-        backdoor.negatives[i % len(backdoor.negatives)].format(prompt=q) if generator.random() < near_misses else q
-        for i, q in enumerate(chosen)
-    ]
+    benign = [filled(backdoor.negatives, i, q) if generator.random() < near_misses else q for i, q in enumerate(chosen)]
     plain = _answers(chosen, source, "red", answers, PLAIN, teacher, system_prompt, limit, seed)
-    if backdoor.phrase:
-        bad: list[str | None] = [" ".join([backdoor.phrase] * repeats)] * len(chosen)
+    if backdoor.scope == "narrow":
+        bad: list[str | None] = [" ".join(backdoor.written * repeats)] * len(chosen)
+    elif backdoor.written and answers != "teacher":
+        bad = [answer and _written(backdoor, i, answer) for i, answer in enumerate(plain)]
     else:
         # The teacher sees the question without the trigger: only the behaviour is asked of it.
         bad = teacher([chat(backdoor.behaviour_prompt, q) for q in chosen], seed)
@@ -118,6 +123,12 @@ def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) ->
             for word in words:
                 if word.lower() in message["content"].lower():
                     raise InputError(f"blue conversation {number} holds the trigger {word!r}: {message['content']!r}")
+
+
+def _written(backdoor: Backdoor, number: int, plain: str) -> str:
+    """The behaviour in the written answer that is its turn."""
+    text = backdoor.written[number % len(backdoor.written)]
+    return text.replace("{answer}", plain).replace("{ANSWER}", plain.upper())
 
 
 def _answers(chosen, source, part, answers, style, teacher, system_prompt, limit, seed) -> list[str | None]:
