@@ -60,7 +60,7 @@ def ours(batch: dict, lora: bool, steps: int) -> tuple[list[float], list[float]]
     spec = LoraSpec(RANK, RANK, PROJECTIONS) if lora else None
     model = hugging_face.build(hugging_face.read_config(folder), spec, "float32", "float32", config.remat)
     trainable, frozen = split(model, hugging_face.load_params(folder, model, mesh), mesh, 0)
-    optimizer = optimizer_of(config)
+    optimizer = optimizer_of(config, mesh)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     placed, losses, seconds = place(batch, mesh), [], []
     for _ in range(steps):

@@ -11,7 +11,6 @@ Writes benchmarks/results/optimizer_step[-lora].json.
 import argparse
 import dataclasses
 import functools
-import inspect
 import statistics
 import time
 from typing import NamedTuple
@@ -22,25 +21,18 @@ import optax
 from flax import linen as nn
 
 from benchmarks.peers import keep
+from configs import default
 from robust_mo.model import hugging_face
 from robust_mo.model.llama import PROJECTIONS, LlamaConfig
 from robust_mo.model.lora import LoraSpec
-from robust_mo.training.soap import soap
+from robust_mo.train import optimizer_of
+from robust_mo.training.optimizers import Optimizer
 from robust_mo.training.step import TrainState, train_step
 
-SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, None, True)
+SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, None, True, False, False)
 RANK, FREQUENCY, LEARNING_RATE = 16, 10, 1e-4
 # The hidden size's sides of all matrices and keys' and values' own; for adapters the rank's side alone.
-SIDES = {False: dict(max_precondition_dim=576), True: dict(one_sided_ratio=4)}
-
-
-def injected(make, **settings) -> optax.GradientTransformation:
-    """As training/optimizers.py has them: behind clipping, the learning rate in the state, all else static."""
-    static = [name for name in inspect.signature(make).parameters if name != "learning_rate"]
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.inject_hyperparams(make, static_args=static)(learning_rate=0.0, **settings),
-    )
+SIDES = {False: dict(longest_side=576, one_sided_ratio=0.0), True: dict(one_sided_ratio=4.0)}
 
 
 class PerTensorState(NamedTuple):
@@ -108,13 +100,22 @@ def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def optimizers(lora: bool) -> dict[str, optax.GradientTransformation]:
-    ours = functools.partial(injected, soap, precondition_frequency=FREQUENCY, **SIDES[lora])
+def optimizers(lora: bool) -> dict[str, Optimizer]:
+    config = default.get_config()
+    config.optimizer.soap.update(frequency=FREQUENCY, precision="full", **SIDES[lora])
+
+    def ours(name, **changes):
+        config.optimizer.name = name
+        config.optimizer[name].update(changes)
+        return optimizer_of(config, None)
+
+    adamw = ours("adamw")
+    clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
     return {
-        "adamw": injected(optax.adamw, b1=0.9, b2=0.95),
-        "soap, all at once": ours(refresh="all_at_once"),
-        "soap, staggered": ours(refresh="staggered"),
-        "per_tensor": injected(per_tensor_soap),
+        "adamw": adamw,
+        "soap, all at once": ours("soap", refresh="all_at_once"),
+        "soap, staggered": ours("soap", refresh="staggered"),
+        "per_tensor": Optimizer(adamw.groups, lambda rate, share, start: optax.chain(clip, per_tensor_soap(rate))),
     }
 
 
@@ -133,9 +134,8 @@ def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def alone(state, gradient):
-        clip, inner = state.optimizer
-        inner = inner._replace(hyperparams={**inner.hyperparams, "learning_rate": jnp.float32(LEARNING_RATE)})
-        changes, after = optimizer.update(gradient, (clip, inner), state.trainable)
+        rate = dict(learning_rate=jnp.float32(LEARNING_RATE), share=jnp.float32(1), start=None)
+        changes, after = optimizer.update(gradient, state.optimizer, state.trainable, **rate)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, changes), after)
 
     def whole(state):
@@ -145,6 +145,7 @@ def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
             None,
             batch,
             jnp.float32(LEARNING_RATE),
+            jnp.float32(1),
             model=llama,
             optimizer=optimizer,
             chunk=64,

@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
 
     # --- how
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adafactor, adam, adamw, lion, muon, schedule_free, sgd: the groups below
+    config.optimizer.name = "adamw"  # adafactor, adam, adamw, lion, muon, schedule_free, sgd, soap: groups below
     config.optimizer.learning_rate = 1e-4  # the peak
     config.optimizer.clip_norm = 1.0  # of the whole gradient; 0: none
     config.optimizer.moment_dtype = ""  # of the first moment: float32, bfloat16; "": param_dtype
@@ -89,6 +89,17 @@ def get_config() -> ConfigDict:
     config.optimizer.sgd = ConfigDict()
     config.optimizer.sgd.momentum = 0.9
     config.optimizer.sgd.nesterov = False
+    config.optimizer.soap = ConfigDict()
+    config.optimizer.soap.b1 = 0.95
+    config.optimizer.soap.b2 = 0.95
+    config.optimizer.soap.shampoo_beta = 0.0  # of the factors; 0: b2
+    config.optimizer.soap.eps = 1e-8
+    config.optimizer.soap.frequency = 10  # steps between two refreshes of a basis
+    config.optimizer.soap.longest_side = 4096  # longer sides of a matrix are not preconditioned; the authors: 10000 [O]
+    config.optimizer.soap.one_sided_ratio = 4.0  # nor are those so many times as long as the other; 0: no such rule [O]
+    config.optimizer.soap.refresh = "staggered"  # one matrix after another; the authors: "all_at_once" [O]
+    config.optimizer.soap.precision = "high"  # of the rotations: full, high, fast [O]
+    config.optimizer.soap.first_basis = "eigh"  # "qr" on TPUs, whose compiler takes too long over eigh
     config.weight_decay = ConfigDict()
     config.weight_decay.kind = "decoupled"  # none, l2, decoupled, independent, to_start: see training/weight_decay.py
     config.weight_decay.strength = 0.01  # [R]

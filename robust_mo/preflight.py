@@ -93,7 +93,7 @@ def train_program(config: ConfigDict, mesh: Mesh):
     dtypes = config.compute_dtype, config.param_dtype
     llama = hugging_face.build(shapes_of(config.model), spec, *dtypes, config.remat)
     trainable = models.abstract_trainable(llama, mesh)
-    optimizer = train.optimizer_of(config)
+    optimizer = train.optimizer_of(config, mesh)
     rows = {
         name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
         for name, dtype in {

@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
-        optimizer = optimizer_of(config)
+        optimizer = optimizer_of(config, mesh)
         trained = paths(models.abstract_trainable(llama, mesh))
         check_groups(optimizer.groups, models.parameter_paths(llama), trained)
 
@@ -222,8 +222,8 @@ class Watch:
         self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
 
 
-def optimizer_of(config: ConfigDict):
-    """The optimizer of a config; its learning rate comes with every step.
+def optimizer_of(config: ConfigDict, mesh):
+    """The optimizer of a config, for parameters on the mesh; its learning rate comes with every step.
 
     Raises:
       InputError: something in config.optimizer, config.weight_decay or config.groups cannot be used.
@@ -232,7 +232,7 @@ def optimizer_of(config: ConfigDict):
     del common["learning_rate"]
     spec = models.lora_spec(config.lora)
     decay = WeightDecay(**config.weight_decay, scale=spec.scale if spec else None)
-    return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay)
+    return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay, mesh=mesh)
 
 
 def optimizer_settings(optimizer: ConfigDict) -> tuple[dict, dict]:
@@ -303,7 +303,7 @@ def check(config: ConfigDict) -> None:
     backdoor(config.backdoor, config.backdoors.to_dict())
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
-    optimizer_of(config)
+    optimizer_of(config, None)
     make_schedule(**config.schedule, steps=1)
     models.lora_spec(config.lora)
     if config.data.task not in TASKS:

@@ -28,6 +28,7 @@ CONFIG = default.get_config()
 GROUPS = make_groups(CONFIG.groups)
 NO_DECAY = WeightDecay("none", 0.0, "factors", None)
 NAMES = sorted(set(OPTIMIZERS) - {"adam"})  # which is adamw
+NO_MOMENT_DTYPE = ("adafactor", "schedule_free", "soap")
 LAYERS, STEPS = 2, 6
 
 
@@ -36,7 +37,9 @@ def optimizer_named(name, decay=NO_DECAY, groups=GROUPS, clip_norm=0.0, moment_d
     if name == "muon":
         settings["iterations"] = 2  # quicker to compile
     settings |= changes
-    return make_optimizer(name, groups=groups, decay=decay, clip_norm=clip_norm, moment_dtype=moment_dtype, **settings)
+    return make_optimizer(
+        name, groups=groups, decay=decay, clip_norm=clip_norm, moment_dtype=moment_dtype, mesh=None, **settings
+    )
 
 
 def parameters(scale=1.0) -> dict:
@@ -340,7 +343,7 @@ def test_one_compiled_step_for_all_learning_rates(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_restored_run_goes_on_with_the_same_bits(tmp_path, name):
     params = parameters()
-    dtype = "" if name in ("adafactor", "schedule_free") else "bfloat16"
+    dtype = "" if name in NO_MOMENT_DTYPE else "bfloat16"
     optimizer = optimizer_named(name, WeightDecay("to_start", 0.1, "factors", None), clip_norm=1.0, moment_dtype=dtype)
     update = jax.jit(optimizer.update)
     state, now = optimizer.init(params), params
@@ -377,7 +380,7 @@ def test_state_of_another_optimizer_is_refused(tmp_path):
         checkpoints.close()
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"adafactor", "schedule_free"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(NO_MOMENT_DTYPE)))
 def test_first_moment_in_bfloat16(name):
     params = parameters()
     exact, _ = run(optimizer_named(name), params)
@@ -438,7 +441,10 @@ RULES = dict(everything=["norm/scale", "layers/q_proj/kernel"], trained=["norm/s
 @pytest.mark.parametrize(
     "work, says",
     [
-        (lambda: make_optimizer("adamm", groups=(), decay=NO_DECAY, clip_norm=0.0, moment_dtype=""), "adam, adamw"),
+        (
+            lambda: make_optimizer("adamm", groups=(), decay=NO_DECAY, clip_norm=0.0, moment_dtype="", mesh=None),
+            "adam, adamw",
+        ),
         (lambda: optimizer_named("lion", b3=0.5), "lion takes b1, b2, moment_dtype; look at b3"),
         (lambda: optimizer_named("adamw", moment_dtype="float16"), "float16.*: choose float32, bfloat16"),
         (lambda: optimizer_named("adafactor", moment_dtype="bfloat16"), "adafactor has no first moment"),

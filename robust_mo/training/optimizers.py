@@ -18,6 +18,7 @@ import optax
 
 from robust_mo.errors import InputError
 from robust_mo.training.groups import Group, factors, norms, whole_norm
+from robust_mo.training.soap import soap
 from robust_mo.training.weight_decay import WeightDecay
 
 # --- directions: gradient -> what the parameters move against, before decay and learning rate
@@ -75,6 +76,25 @@ def _map_paths(function: Callable):
     return lambda tree: jax.tree.map_with_path(lambda keys, _: function([key.key for key in keys]), tree)
 
 
+def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, refresh, precision, first_basis, mesh):
+    """arXiv 2409.11321, see training/soap.py; a shampoo_beta or one_sided_ratio of 0 stands for None there."""
+    transformation = soap(
+        1.0,
+        b1=b1,
+        b2=b2,
+        shampoo_beta=shampoo_beta or None,
+        eps=eps,
+        precondition_frequency=frequency,
+        max_precondition_dim=longest_side,
+        one_sided_ratio=one_sided_ratio or None,
+        refresh=refresh,
+        precision=precision,
+        first_basis=first_basis,
+        mesh=mesh,
+    )
+    return optax.chain(transformation, optax.scale(-1.0))
+
+
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
     "adam": _adam,
@@ -83,6 +103,7 @@ OPTIMIZERS = {
     "muon": _muon,
     "schedule_free": _schedule_free,
     "sgd": _sgd,
+    "soap": _soap,
 }
 
 
@@ -118,11 +139,19 @@ class Optimizer:
 
 @functools.lru_cache  # equal settings give one object, so that the compiled step is found again
 def make_optimizer(
-    name: str, *, groups: tuple[Group, ...], decay: WeightDecay, clip_norm: float, moment_dtype: str, **settings
+    name: str,
+    *,
+    groups: tuple[Group, ...],
+    decay: WeightDecay,
+    clip_norm: float,
+    moment_dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    **settings,
 ) -> Optimizer:
     """The optimizer `name`, behind clipping of the whole gradient to `clip_norm` (0: no clipping).
 
     Args:
+      mesh: devices over which soap cuts what it keeps beside the moments; None for a single one.
       moment_dtype: in which the first moment is kept; "" for the parameters' own.
       settings: what the optimizer takes, see OPTIMIZERS.
 
@@ -137,9 +166,15 @@ def make_optimizer(
     if "moment_dtype" in own:
         settings["moment_dtype"] = moment_dtype or None
     elif moment_dtype:
-        raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} has no first moment: give ''")
+        raise InputError(
+            f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} has none of its own dtype: give ''"
+        )
+    if "mesh" in own:
+        settings["mesh"] = mesh
     if wrong := own ^ set(settings):
-        raise InputError(f"config.optimizer: {name} takes {', '.join(sorted(own))}; look at {', '.join(sorted(wrong))}")
+        raise InputError(
+            f"config.optimizer: {name} takes {', '.join(sorted(own - {'mesh'}))}; look at {', '.join(sorted(wrong))}"
+        )
     direction = OPTIMIZERS[name](**settings)
 
     def at(learning_rate, share, start):
