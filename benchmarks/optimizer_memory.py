@@ -8,7 +8,6 @@ and that come and go within one.  Writes benchmarks/results/optimizer_memory.jso
 """
 
 import argparse
-import inspect
 import json
 import os
 import time
@@ -21,6 +20,8 @@ from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from benchmarks.optimizer_step import injected
+from benchmarks.peers import keep
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, LlamaConfig, RopeScaling
@@ -56,11 +57,7 @@ def compiled(topology: str, rank: int, make, settings: dict) -> dict:
         frozen = abstract_trainable(bare, mesh)
     if make is soap:
         settings = {**settings, "mesh": mesh}
-    static = [name for name in inspect.signature(make).parameters if name != "learning_rate"]
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.inject_hyperparams(make, static_args=static)(learning_rate=0.0, b1=0.9, b2=0.95, **settings),
-    )
+    optimizer = injected(make, b1=0.9, b2=0.95, **settings)
     state = jax.tree.map(
         lambda leaf: abstract(leaf, meshes.replicated(mesh)), jax.eval_shape(optimizer.init, trainable)
     )
@@ -107,6 +104,8 @@ def main() -> None:
     for name in [args.case] if args.case else CASES:
         found[name] = compiled(*CASES[name])
         print(name, json.dumps(found[name]), flush=True)
+    if not args.case:
+        keep("optimizer_memory", {"unit": "GiB per chip", "cases": found})
 
 
 if __name__ == "__main__":
