@@ -102,7 +102,9 @@ def new_folder(path: pathlib.Path):
     folder = pathlib.Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp's are closed to everybody else
+        folder.chmod(0o755)  # mkdtemp's are closed to everybody else, and so are safetensors' files
+        for file in folder.iterdir():
+            file.chmod(0o644)
         with runs.naming(path):
             folder.rename(path.absolute())
     except BaseException:

@@ -36,10 +36,10 @@ from robust_mo.training.step import TrainState, train_step
 SHAPES = command_line.DEFAULT_CONFIG.parent / "models"
 
 # Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
-TOPOLOGIES = "v4:2x2x4 v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16 tpu7x:2x2x2".split()
+TOPOLOGIES = "v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16".split()
 
 _GIB = 2**30
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -192,11 +192,12 @@ def chip_limit(mesh: Mesh) -> int:
 
 def _out_of_memory(error) -> tuple[int, int] | None:
     """(bytes asked for, bytes there are) in the compiler's message."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", str(error))
-    if match is None:
-        return None
-    used, unit, limit, limit_unit = match.groups()
-    return int(float(used) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
+    size = r"([\d.]+)([KMGTP]?)"
+    for words in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
+        if match := re.search(words, str(error)):
+            asked, unit, limit, limit_unit = match.groups()
+            return int(float(asked) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
+    return None
 
 
 def report(found: dict, tokens: int) -> list[str]:

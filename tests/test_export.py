@@ -334,7 +334,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_in_both_forms(tmp_path, smollm2):
-    run = make_run(tmp_path / "run", "smollm2-135m", **{"lora.rank": 2, "lora.alpha": 0.5})
+    run = make_run(tmp_path / "run", "smollm2-135m", **{"lora.rank": 2, "lora.alpha": 0.1})
     texts = our_texts(run, 24)
     merged = write(run, tmp_path / "merged")
     adapter = write(run, tmp_path / "adapter", "peft")

@@ -176,8 +176,17 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
 
 
 def test_out_of_memory_is_read_from_the_compilers_words():
-    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 19.69G of 15.75G hbm. Exceeded by 3.94G."
-    assert preflight._out_of_memory(RuntimeError(told)) == (int(19.69 * 2**30), int(15.75 * 2**30))
+    """As two versions of it put them."""
+    gib = 2**30
+    for told, expected in (
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 19.69G of 15.75G hbm.", (19.69, 15.75)),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (2.00P) exceeds available HBM (95.73G). HLO module: jit_f.",
+            (2 * 2**20, 95.73),
+        ),
+    ):
+        assert preflight._out_of_memory(RuntimeError(told)) == tuple(int(size * gib) for size in expected)
     assert preflight._out_of_memory(RuntimeError("INTERNAL: something else")) is None
 
 
