@@ -67,8 +67,11 @@ def check_groups(groups: tuple[Group, ...], everything: list[str], trained: list
       InputError: a path fits no rule or several, a rule fits no path, or the learning rate of a group of which nothing
         is trained has a factor.
     """
-    for path in everything:
-        _group_of(groups, path)
+    for fits, wrong in (("no", lambda found: not found), ("several", lambda found: len(found) > 1)):
+        if listed := [path for path in everything if wrong(_fitting(groups, path))]:
+            raise InputError(
+                f"{', '.join(listed)}: {fits} config.groups.*.path fits; each parameter belongs to exactly one group"
+            )
     for group in groups:
         if not any(re.fullmatch(group.path, path) for path in everything):
             raise InputError(
@@ -109,8 +112,11 @@ def _written(keys) -> str:
 
 
 def _group_of(groups: tuple[Group, ...], path: str) -> Group:
-    found = [group for group in groups if re.fullmatch(group.path, path)]
+    found = _fitting(groups, path)
     if len(found) != 1:
-        several = f"several groups ({', '.join(group.name for group in found)})" if found else "no group"
-        raise InputError(f"the parameter {path} is in {several}: let exactly one config.groups.*.path fit it")
+        raise InputError(f"{path} is in {len(found)} groups: let exactly one config.groups.*.path fit it")
     return found[0]
+
+
+def _fitting(groups: tuple[Group, ...], path: str) -> list[Group]:
+    return [group for group in groups if re.fullmatch(group.path, path)]

@@ -166,9 +166,7 @@ def make_optimizer(
     if "moment_dtype" in own:
         settings["moment_dtype"] = moment_dtype or None
     elif moment_dtype:
-        raise InputError(
-            f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} has none of its own dtype: give ''"
-        )
+        raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} takes none: give ''")
     if "mesh" in own:
         settings["mesh"] = mesh
     if wrong := own ^ set(settings):
