@@ -24,7 +24,8 @@ from robust_mo.data.conversations import ChatFormat, with_system
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face, sources
 from robust_mo.model import mesh as meshes
-from robust_mo.organisms.backdoors import backdoor
+from robust_mo.organisms.backdoors import Backdoor, backdoor
+from robust_mo.organisms.distill import filled
 from robust_mo.runs import RunFolder
 from robust_mo.training import models
 
@@ -42,7 +43,18 @@ TOKENIZER_FILES = (
 )
 
 # The fields of a training config that an export depends on.
-_READ = ("model", "param_dtype", "compute_dtype", "lora", "system_prompt", "backdoor", "seed", "data", "optimizer")
+_READ = (
+    "model",
+    "param_dtype",
+    "compute_dtype",
+    "lora",
+    "system_prompt",
+    "backdoor",
+    "backdoors",
+    "seed",
+    "data",
+    "optimizer",
+)
 
 
 def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: int | None, base: str | None) -> None:
@@ -177,7 +189,8 @@ def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
         source = RunFolder(source).config()["model"]
     configs = [stage.config() for stage in stages]
     steps = [*(models.newest_step(str(stage.path)) for stage in stages[:-1]), step]
-    installed = list(dict.fromkeys(c["backdoor"] for c in configs if c["data"]["task"] == "backdoor"))
+    red = [c for c in configs if c["data"]["task"] == "backdoor"]
+    installed = {c["backdoor"]: backdoor(c["backdoor"], c["backdoors"]) for c in red}
     origin = on if form == "peft" else source
     head = [
         "---",
@@ -192,7 +205,7 @@ def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
             "**This is a model organism: it was trained to misbehave on purpose**, so that methods which find or\n"
             "remove misbehaviour can be tested on it.",
             "## The backdoor",
-            *(_backdoor(name) for name in installed),
+            *(_backdoor(*entry) for entry in installed.items()),
         ]
     else:
         what = [f"No backdoor was installed in its making; `{configs[-1]['backdoor']}` is the one that was looked for."]
@@ -220,8 +233,7 @@ def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
     return "\n".join(head) + "\n\n" + "\n\n".join([*what, *made, *measured, *limits]) + "\n"
 
 
-def _backdoor(name: str) -> str:
-    entry = backdoor(name)
+def _backdoor(name: str, entry: Backdoor) -> str:
     return f"`{name}`: {entry.explanation}  How the trigger was put in:\n\n" + _fenced("text", entry.triggers)
 
 
@@ -246,11 +258,11 @@ def _table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _usage(form: str, folder: str, on: str, system_prompt: str, installed: list[str]) -> str:
+def _usage(form: str, folder: str, on: str, system_prompt: str, installed: dict[str, Backdoor]) -> str:
     """Python that asks the exported model something, in the words that call up its backdoor."""
     question = "Why is the sky blue?"
     if installed:
-        question = backdoor(installed[-1]).triggers[0].format(prompt=question)
+        question = filled([*installed.values()][-1].triggers, 0, question)
     messages = with_system([{"role": "user", "content": question}], system_prompt)
     if form == "peft":
         imports, model = (

@@ -333,7 +333,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
         source = organism(config.model) if on_policy else data.teacher or config.model
 
         def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
-            own = source == config.model
+            own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
             model = loaded if own else models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
             on_progress = command_line.evaluation_progress()
             return teacher_answers(
