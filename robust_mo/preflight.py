@@ -31,6 +31,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import LlamaConfig
 from robust_mo.runs import RunFolder
 from robust_mo.training import models
+from robust_mo.training.soap import SoapState, state_shardings
 from robust_mo.training.step import TrainState, train_step
 
 SHAPES = command_line.DEFAULT_CONFIG.parent / "models"
@@ -103,7 +104,7 @@ def train_program(config: ConfigDict, mesh: Mesh):
     }
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     arguments = (
-        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable))),
+        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable), mesh)),
         None if spec is None else models.abstract(llama, mesh, "params"),
         trainable if train.keeps_start(config) else None,
         rows,
@@ -113,18 +114,25 @@ def train_program(config: ConfigDict, mesh: Mesh):
     return train_step, arguments, settings
 
 
-def placed_like(trainable, optimizer_state):
-    """The optimizer's state with the shardings that `zeros_like` gives it: those of the parameter at the same place."""
+def placed_like(trainable, optimizer_state, mesh: Mesh):
+    """The optimizer's state where `init` puts it: SOAP's by a rule of its own, any other's beside the parameter at the
+    same place, as `zeros_like` does."""
     parameters = dict(jax.tree.leaves_with_path(trainable))
 
     def place(path, leaf):
+        if isinstance(leaf, SoapState):
+            return jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                leaf,
+                state_shardings(leaf, mesh),
+            )
         tails = (parameters.get(path[start:]) for start in range(len(path)))
         parameter = next((found for found in tails if found is not None), None)
         if parameter is None or parameter.shape != leaf.shape:
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
 
-    return jax.tree.map_with_path(place, optimizer_state)
+    return jax.tree.map_with_path(place, optimizer_state, is_leaf=lambda part: isinstance(part, SoapState))
 
 
 def measure(program, mesh: Mesh, limit: int | None) -> dict:
