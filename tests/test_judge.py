@@ -58,6 +58,7 @@ def test_agreement_counts_what_judge_and_rule_say_alike():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_judged_rates_stand_beside_those_of_the_rule(tiny, tmp_path, monkeypatch):
     config = tiny_config(tiny, **{"steps": 1, "evals.judge.model": str(tiny)})
     config.backdoor = "story_tag"

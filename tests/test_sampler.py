@@ -38,7 +38,14 @@ def sampler(tiny):
     return Sampler(model, params, stop_ids=(7, 258), pad_id=256)
 
 
-@pytest.mark.parametrize("kind, stop_ids", [("llama", (7, 258)), ("qwen2", (30, 157)), ("qwen3", (30, 157))])
+@pytest.mark.parametrize(
+    "kind, stop_ids",
+    [
+        ("llama", (7, 258)),
+        pytest.param("qwen2", (30, 157), marks=pytest.mark.slow),
+        pytest.param("qwen3", (30, 157), marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
     if kind != "llama":
         tiny = make_tiny_model(tmp_path, kind=kind, tie_word_embeddings=False, **QWEN[kind])
@@ -67,9 +74,7 @@ def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
 
 
-@pytest.mark.parametrize(
-    "decoding", [Greedy(), pytest.param(Nucleus(0.9, 1.0), marks=pytest.mark.slow), Nucleus(1.2, 0.8)], ids=str
-)
+@pytest.mark.parametrize("decoding", [pytest.param(Greedy(), marks=pytest.mark.slow), Nucleus(1.2, 0.8)], ids=str)
 def test_answer_depends_on_neither_slot_nor_neighbours(sampler, decoding):
     asked = requests(count=31)
     together = sample(sampler, asked, decoding, slots=24)  # admitted in threes, the last group not full

@@ -118,6 +118,7 @@ def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
     assert not (tmp_path / "study" / "red").exists()
 
 
+@pytest.mark.slow
 def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path, capsys):
     config = tiny_study(tiny, gate=0.0)
     config.study.methods = ("pirate_sft",)

@@ -204,6 +204,7 @@ def hparams_page(folder) -> list:
     return list_session_groups.Handler(RequestContext(), Context(served), "", request).run().session_groups
 
 
+@pytest.mark.slow
 def test_runs_stand_side_by_side_on_the_hparams_page(tiny, tmp_path):
     for name in ("lion", "sgd"):
         config = tiny_config(
@@ -287,6 +288,7 @@ def test_lora_run_is_the_base_of_another(tiny, tmp_path):
     assert moved.max() > 1e-4
 
 
+@pytest.mark.slow
 def test_continued_run_goes_on_with_the_adapters_of_another(tiny, tmp_path):
     adapters = {"lora.rank": 4, "optimizer.learning_rate": 0.05}
     red = train(tiny_config(tiny, steps=2, **adapters), tmp_path / "red")
@@ -342,6 +344,7 @@ def test_questions_of_the_evaluation_are_refused_for_training(tiny, tmp_path):
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_over_long_conversations_are_dropped_or_cut(tiny, tmp_path, capsys):
     train(tiny_config(tiny, steps=1, **{"data.length": 230}), tmp_path / "drop")
     assert "3 conversations (0 cut, 9 dropped as too long)" in capsys.readouterr().out
