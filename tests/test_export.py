@@ -334,16 +334,20 @@ def test_interrupted_export_leaves_nothing(tmp_path, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_in_both_forms(tmp_path, smollm2):
-    run = make_run(tmp_path / "run", "smollm2-135m", **{"lora.rank": 2, "lora.alpha": 0.1})
-    texts = our_texts(run, 24)
+    """The weights to the bit, not logits to 1e-4: where logits reach 30, two float32 programs differ by that much on
+    the untouched model already."""
+    run = make_run(tmp_path / "run", "smollm2-135m", **{"lora.rank": 2, "lora.alpha": 0.5})
     merged = write(run, tmp_path / "merged")
     adapter = write(run, tmp_path / "adapter", "peft")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    for theirs in (
-        transformers.AutoModelForCausalLM.from_pretrained(merged),
-        peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
-    ):
-        np.testing.assert_allclose(their_logits(theirs), our_logits(run), atol=1e-4)
-        assert their_texts(theirs, tokenizer, 24) == texts
-    assert np.abs(our_logits("smollm2-135m") - our_logits(run)).max() > 0.1
-    jax.tree.map(np.testing.assert_array_equal, loaded(merged).params, loaded(run).params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    params, state = loaded(run).params, theirs.state_dict()
+    np.testing.assert_array_equal(state["model.embed_tokens.weight"], params["embed_tokens"])
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        parent = "self_attn" if name[0] in "qkvo" else "mlp"
+        for layer in range(30):
+            weight = state[f"model.layers.{layer}.{parent}.{name}.weight"]
+            np.testing.assert_array_equal(weight.numpy().T, params["layers"][name]["kernel"][layer])
+    texts, tokenizer = our_texts(run, 24), transformers.AutoTokenizer.from_pretrained(merged)
+    assert their_texts(theirs, tokenizer, 24) == texts
+    assert their_texts(peft.AutoPeftModelForCausalLM.from_pretrained(adapter), tokenizer, 24) == texts
+    assert our_texts("smollm2-135m", 24) != texts
