@@ -57,14 +57,10 @@ def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
 
     def init(params):
         def fresh(p):
-            limits = p.shape if p.ndim == 2 and min(p.shape) > RANK - 1 else ()
-            sides = {axis: jnp.eye(size) for axis, size in enumerate(limits) if size <= 10000}
-            return {
-                "m": jnp.zeros_like(p),
-                "v": jnp.zeros_like(p),
-                "f": jax.tree.map(jnp.zeros_like, sides),
-                "q": sides,
-            }
+            lengths = p.shape if p.ndim == 2 else ()
+            q = {axis: jnp.eye(size) for axis, size in enumerate(lengths) if size <= 10000}
+            f = jax.tree.map(jnp.zeros_like, q)
+            return {"m": jnp.zeros_like(p), "v": jnp.zeros_like(p), "f": f, "q": q}
 
         return PerTensorState(jnp.int32(0), [fresh(p) for p in tensors(params)])
 
