@@ -261,7 +261,7 @@ def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-    for size, file in ((3_000, "config.json"), (3_500, "events.out.tfevents")):
+    for size, file in ((4_000, "config.json"), (6_000, "events.out.tfevents")):
         steps = [*SMALL, "--config.steps=20"]
         result = train(tiny, tmp_path / "other", *steps, preexec_fn=files_of_at_most(size), env=environment)
         refused(result, file, "File too large")
