@@ -74,7 +74,8 @@ def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
 
 
-@pytest.mark.parametrize("decoding", [pytest.param(Greedy(), marks=pytest.mark.slow), Nucleus(1.2, 0.8)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("decoding", [Greedy(), Nucleus(0.9, 1.0), Nucleus(1.2, 0.8)], ids=str)
 def test_answer_depends_on_neither_slot_nor_neighbours(sampler, decoding):
     asked = requests(count=31)
     together = sample(sampler, asked, decoding, slots=24)  # admitted in threes, the last group not full

@@ -278,6 +278,7 @@ def test_conversations_of_others_get_the_system_prompt(tiny, tmp_path):
     assert kept == [[{"role": "system", "content": config.system_prompt}, *turns], [own, *turns]]
 
 
+@pytest.mark.slow
 def test_lora_run_is_the_base_of_another(tiny, tmp_path):
     red = train(tiny_config(tiny, steps=2, **{"lora.rank": 4, "optimizer.learning_rate": 0.05}), tmp_path / "red")
     blue = tiny_config(red.path, steps=1, **{"lora.rank": 2, "data.task": "pirate_sft", "optimizer.learning_rate": 0.0})
