@@ -47,6 +47,7 @@ def trained(tiny, folder) -> RunFolder:
     return train(config, folder)
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_measured(tiny, tmp_path):
     run = trained(tiny, tmp_path)
     lines = [[m["content"] for m in line["messages"][1:]] for line in read_lines(run.path / "data.jsonl")]
