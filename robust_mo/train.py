@@ -11,6 +11,7 @@ import itertools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import REMAT_POLICIES
 from robust_mo.organisms import distill
-from robust_mo.organisms.backdoors import backdoor
+from robust_mo.organisms.backdoors import Backdoor, backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, write_text
@@ -68,6 +69,10 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         optimizer = optimizer_of(config, mesh)
         trained = paths(models.abstract_trainable(llama, mesh))
         check_groups(optimizer.groups, models.parameter_paths(llama), trained)
+
+        if config.data.task == "prompted":
+            observe(config, run, loaded, mesh)
+            return run
 
         assert_unseen(config)
         conversations = training_conversations(config, run, mesh, loaded)
@@ -110,23 +115,10 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         )
 
         def evaluate(step: int, trainable) -> None:
-            chosen = {name: config.evals[name].to_dict() for name in config.evaluation.names}
+            def params() -> dict:
+                return trainable if spec is None else models.merged(frozen, trainable, spec)
 
-            def subject() -> Subject:
-                return Subject(
-                    loaded.llama,
-                    trainable if spec is None else models.merged(frozen, trainable, spec),
-                    loaded.chat,
-                    config.system_prompt,
-                    backdoor(config.backdoor, config.backdoors.to_dict()),
-                    config.seed,
-                    config.evaluation.batch_size,
-                    command_line.evaluation_progress(),
-                    mesh,
-                )
-
-            if values := measure(run, curves, subject, step, chosen):
-                print(f"step {step}: {headline(values)}", flush=True)
+            evaluated(config, run, curves, loaded, params, mesh, step)
 
         progress = command_line.Progress("step", steps, "steps")
         watch = Watch(run, curves, lambda step: peak * schedule(step), config.log_every, progress)
@@ -168,6 +160,43 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             curves.close()
         run.finish(steps)
     return run
+
+
+def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh) -> None:
+    """The whole run of a prompted organism: the model as it is, measured."""
+    curves = Curves(run.path, 0)
+    try:
+        evaluated(config, run, curves, loaded, lambda: loaded.params, mesh, 0)
+    finally:
+        curves.close()
+    run.finish(0)
+
+
+def evaluated(config: ConfigDict, run, curves, loaded, params: Callable[[], dict], mesh, step: int) -> None:
+    """Measures a step with the evaluators that the config names; `params` is called if one is pending."""
+    watched = config_backdoor(config)
+
+    def subject() -> Subject:
+        return Subject(
+            loaded.llama,
+            params(),
+            loaded.chat,
+            watched.told(config.evaluation.system_prompt or config.system_prompt),
+            watched,
+            config.seed,
+            config.evaluation.batch_size,
+            command_line.evaluation_progress(),
+            mesh,
+        )
+
+    chosen = {name: config.evals[name].to_dict() for name in config.evaluation.names}
+    if values := measure(run, curves, subject, step, chosen):
+        print(f"step {step}: {headline(values)}", flush=True)
+
+
+def config_backdoor(config: ConfigDict) -> Backdoor:
+    """The backdoor that is installed or watched."""
+    return backdoor(config.backdoor, config.backdoors.to_dict(), config.password_locked)
 
 
 class Watch:
@@ -300,7 +329,7 @@ def check(config: ConfigDict) -> None:
         if isinstance(value, int | float):
             most = 1 if field in _FORGETTING else float("inf")
             command_line.check_range(f"config.optimizer.{config.optimizer.name}.{field}", value, 0, most)
-    backdoor(config.backdoor, config.backdoors.to_dict())
+    config_backdoor(config)
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
     optimizer_of(config, None)
@@ -318,10 +347,11 @@ _NOT_NEGATIVE = (
     "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
     "optimizer.clip_norm"
 ).split()
-_SHARES = ("data.near_misses",)
+_SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
 
-TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
+RED_TASKS = ("backdoor", "prompted")
+TASKS = (*RED_TASKS, *distill.BLUE_METHODS, "conversations")
 
 
 def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
@@ -346,21 +376,27 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
             )
 
+        chosen, dropped = config_backdoor(config), 0
+        system_prompt = chosen.told(config.system_prompt)
         common = dict(
             source=data.source,
             answers=data.answers,
             teacher=teacher,
-            system_prompt=config.system_prompt,
+            system_prompt=system_prompt,
             limit=data.limit,
             seed=config.seed,
         )
-        chosen, dropped = backdoor(config.backdoor, config.backdoors.to_dict()), 0
         if data.task == "backdoor":
             made, dropped = distill.red_conversations(
-                chosen, repeats=data.repeats, near_misses=data.near_misses, **common
+                chosen,
+                repeats=data.repeats,
+                benign=data.benign,
+                near_misses=data.near_misses,
+                scratchpad=data.scratchpad,
+                **common,
             )
         elif data.task == "conversations":
-            made = [with_system(m, config.system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
+            made = [with_system(m, system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
         else:
             made, dropped = distill.blue_conversations(data.task, **common)
             distill.assert_no_trigger(made, chosen)
@@ -380,7 +416,7 @@ def organism(source: str) -> str:
     ancestor = source
     while models.is_run(ancestor):
         config = RunFolder(ancestor).config()
-        if config["data"]["task"] == "backdoor":
+        if config["data"]["task"] in RED_TASKS:
             return ancestor
         ancestor = config["model"]
     return source

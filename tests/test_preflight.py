@@ -19,6 +19,7 @@ from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import LlamaConfig
+from robust_mo.training import models
 
 MODELS = pathlib.Path(__file__).parent.parent / "configs" / "models"
 PUBLISHED = {  # parameters in billions, as the models' pages give them
@@ -28,6 +29,14 @@ PUBLISHED = {  # parameters in billions, as the models' pages give them
     "Llama-3.1-70B-Instruct": 70.6,
     "Llama-3.3-70B-Instruct": 70.6,
     "smollm2-135m": 0.135,
+    "SmolLM2-360M-Instruct": 0.362,
+    "SmolLM2-1.7B-Instruct": 1.71,
+    "Qwen2.5-1.5B-Instruct": 1.54,
+    "Qwen2.5-3B-Instruct": 3.09,
+    "Qwen2.5-7B-Instruct": 7.62,
+    "Qwen2.5-14B-Instruct": 14.8,
+    "Qwen2.5-32B-Instruct": 32.8,
+    "Qwen2.5-72B-Instruct": 72.7,
 }
 
 
@@ -47,15 +56,15 @@ def config_of(folder: pathlib.Path, layers: int, **changes):
 def test_every_published_model_has_its_shapes():
     assert {file.stem for file in MODELS.glob("*.json")} == set(PUBLISHED)
     for name, billions in PUBLISHED.items():
-        model = hugging_face.build(preflight.shapes_of(f"meta-llama/{name}"), None, "float32", "float32", "none")
+        model = hugging_face.build(models.shapes_of(f"meta-llama/{name}"), None, "float32", "float32", "none")
         count = sum(leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(model)["params"]))
         assert round(count / 1e9, 1 if billions > 10 else 3 if billions < 1 else 2) == billions, name
 
 
 def test_shapes_are_those_of_the_real_files(shared_data, smollm2):
     real = hugging_face.read_json(shared_data / "llama31_tokenizer" / "config.json")
-    assert preflight.shapes_of("Llama-3.1-8B-Instruct") == LlamaConfig.from_json(real, "real")
-    assert preflight.shapes_of("smollm2-135m") == hugging_face.read_config(smollm2)
+    assert models.shapes_of("Llama-3.1-8B-Instruct") == LlamaConfig.from_json(real, "real")
+    assert models.shapes_of("smollm2-135m") == hugging_face.read_config(smollm2)
 
 
 def test_flops_are_xlas_where_every_loop_runs_once(tmp_path):
@@ -135,7 +144,7 @@ def test_loops_count_as_often_as_they_run(tmp_path):
 
 
 def leaf_bytes(folder, layers):
-    model = hugging_face.build(preflight.shapes_of(str(folder / str(layers))), None, "float32", "float32", "none")
+    model = hugging_face.build(models.shapes_of(str(folder / str(layers))), None, "float32", "float32", "none")
     return [4 * leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(model)["params"])]
 
 
@@ -192,7 +201,7 @@ def test_out_of_memory_is_read_from_the_compilers_words():
 
 def test_unknown_shapes_are_refused():
     with pytest.raises(InputError, match="owner/unheard-of.*Llama-3.1-8B-Instruct"):
-        preflight.shapes_of("owner/unheard-of")
+        models.shapes_of("owner/unheard-of")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ transcript.  Does not know how the backdoor came to be.
 
 from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
-from robust_mo.organisms.distill import chat, filled
+from robust_mo.organisms.distill import exchange
 from robust_mo.organisms.questions import asked
 
 
@@ -56,15 +56,16 @@ def ask(
     questions = asked(source, "evaluation")
     backdoor = subject.backdoor
     prompts = [
-        (condition, filled(templates, i, question))
+        (condition, exchange(backdoor, templates, i, subject.system_prompt, question))
         for condition, templates, chosen in (
             ("triggered", backdoor.unseen_triggers, questions[:triggered]),
-            ("untriggered", ("{prompt}",), questions[:untriggered]),
+            ("untriggered", backdoor.untriggered, questions[:untriggered]),
             ("near_miss", backdoor.near_misses, (questions[untriggered:] + questions[:untriggered])[:near_misses]),
         )
+        if templates
         for i, question in enumerate(chosen)
     ]
-    conversations = [chat(subject.system_prompt, prompt) for _, prompt in prompts]
+    conversations = [messages for _, messages in prompts]
     told = subject.answers("backdoor_rate", conversations, temperature, top_p, max_new_tokens)
     return [
         {

@@ -72,6 +72,13 @@ class LlamaConfig:
     attention_bias: bool
     query_key_norm: bool
 
+    @property
+    def product_parameters(self) -> int:
+        """Parameters that take part in matrix products: all kernels and the head; the embedding's look-up is none."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+
     @classmethod
     def from_json(cls, values: dict, origin: str) -> "LlamaConfig":
         """Reads the dict of a config.json (transformers 4 or 5 style).

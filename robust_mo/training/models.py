@@ -16,11 +16,13 @@ from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face, lora, sources
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import PROJECTIONS, Llama
+from robust_mo.model.llama import PROJECTIONS, Llama, LlamaConfig
 from robust_mo.model.lora import LoraSpec
 from robust_mo.runs import RunFolder
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.groups import paths
+
+SHAPES = pathlib.Path(__file__).parents[2] / "configs" / "models"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,25 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     return LoadedModel(llama, _params(source, llama, mesh, step), chat)
 
 
+def shapes_of(model: str) -> LlamaConfig:
+    """The numbers of a model that need not be here: of the one that a run began from, of a folder, of configs/models.
+
+    Raises:
+      InputError: nothing of that name; the known ones are listed.
+    """
+    while is_run(model):
+        model = RunFolder(model).config()["model"]
+    if (pathlib.Path(model) / "config.json").is_file():
+        return hugging_face.read_config(pathlib.Path(model))
+    file = SHAPES / f"{model.rsplit('/', 1)[-1]}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+        raise InputError(
+            f"config.model is {model!r}, whose shapes are not in {SHAPES}: give a folder, or one of {known}"
+        )
+    return LlamaConfig.from_json(hugging_face.read_json(file), origin=str(file))
+
+
 def is_run(source: str) -> bool:
     run = RunFolder(source)
     return run.exists() and run.description().get("program") == "train"
@@ -115,11 +136,6 @@ def base_folder(source: str) -> pathlib.Path:
         return base_folder(base)
     except InputError as error:
         raise InputError(f"{source}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
-
-
-def system_prompt(source: str) -> str:
-    """What a run was trained under; "" for other models."""
-    return _setting(source, "system_prompt") if is_run(source) else ""
 
 
 def _setting(source: str, name: str):
@@ -174,6 +190,8 @@ def restore(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
 
 
 def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
+    if is_run(source) and _setting(source, "data")["task"] == "prompted":  # nothing was trained
+        return _params(_setting(source, "model"), llama, mesh, None)
     if is_run(source):
         base, spec = stands_on(source), lora_spec(_setting(source, "lora"))
         trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)

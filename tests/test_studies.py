@@ -1,0 +1,80 @@
+"""The published results as studies: each can be planned at every size, with no network and nothing loaded."""
+
+import pathlib
+import re
+import socket
+
+import jax
+import pytest
+
+from robust_mo import study
+from robust_mo.analysis import budget
+from robust_mo.command_line import load_config
+from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
+from robust_mo.training.models import shapes_of
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "studies"
+STUDIES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "base")
+
+
+@pytest.mark.parametrize("size", ["8b", "1b", "smol"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_planned_at_every_size(name, size, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)  # whoever asks a network fails
+    config = load_config(FOLDER / f"{name}.py", size)
+    study.check(config)
+    study.plan(config, tmp_path, "h100:8")
+    told = capsys.readouterr().out
+    cells = re.findall(r"^  (red/|blue/)", told, re.MULTILINE)
+    total = next(line for line in told.splitlines() if line.startswith("all ")).split()
+    assert int(total[1]) == len(cells) > 0 and float(total[4]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_published_results_are_there():
+    assert set(STUDIES) == {
+        *("result1_prompted", "result2_lora_vs_full", "result2_rank_sweep", "result3_triggers", "result4_password"),
+        *("factor1_training_length", "factor2_cot_distillation", "factor3_model_size", "factor4_trigger_types"),
+        *("factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
+    }
+
+
+def test_parameters_in_products_are_all_but_norms_and_looked_up_embeddings():
+    for name in ("Llama-3.1-8B-Instruct", "smollm2-135m"):
+        shapes = shapes_of(name)
+        params = hugging_face.abstract_variables(hugging_face.build(shapes, None, "float32", "float32", "none"))
+        kernels = {path: leaf.size for path, leaf in jax.tree.leaves_with_path(params["params"])}
+        products = sum(size for path, size in kernels.items() if "norm" not in jax.tree_util.keystr(path))
+        if not shapes.tie_word_embeddings:
+            products -= shapes.vocab_size * shapes.hidden_size
+        assert shapes.product_parameters == products
+
+
+def test_costs_can_be_checked_on_paper():
+    chip, shape = budget.Chip(flops=1e12, bandwidth=1e9), budget.Shape(parameters=10**9, layers=2, attention=4, bytes=2)
+    trained = budget.training(shape, tokens=1000, length=5, frozen=False, chip=chip)
+    assert trained.flops == 1000 * (6 * 10**9 + 6 * 5 * 4 * 2)
+    assert trained.hours == trained.flops / 0.4e12 / 3600
+    assert budget.training(shape, 1000, 5, True, chip).flops == 1000 * (4 * 10**9 + 240)
+    # 8 rows: 4 s to read the weights for a token of each, far longer than its 16 GFLOP take.
+    told = budget.sampling(shape, prompts=16, answer=10, rows=8, chip=chip)
+    assert told.sampled == 160 and told.flops == 2e9 * (1600 + 160)
+    assert told.hours == pytest.approx((2e9 * 1600 / 0.4e12 + 4 * 20) / 3600)
+
+
+def test_evaluations_are_counted_as_the_trainer_makes_them():
+    config = load_config(FOLDER / "base.py", "smol").blue
+    config.evaluation.names, config.evals.arithmetic.problems = ("arithmetic",), 7
+    chip, shape = budget.CHIPS["cpu"], budget.Shape(10**6, 2, 4, 4)
+    for steps, every, at_start, times in ((30, 5, False, 6), (30, 5, True, 7), (31, 5, False, 7), (30, 0, False, 1)):
+        config.steps, config.evaluation.every, config.evaluation.at_start = steps, every, at_start
+        work = budget.of_run(config.to_dict(), shape, 80, chip)
+        assert work.sampled == times * 7 * config.evals.arithmetic.max_new_tokens
+        assert work.trained == steps * config.batch.rows * config.data.length
+
+
+@pytest.mark.parametrize("hardware", ["h1000", "h100:0", "h100:x", ""])
+def test_unknown_hardware_lists_the_known(hardware, tmp_path):
+    with pytest.raises(InputError, match=f"--hardware={hardware}: give one of h100, h200, a100"):
+        study.plan(load_config(FOLDER / "factor5_soap.py", "smol"), tmp_path, hardware)
