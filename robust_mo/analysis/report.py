@@ -365,10 +365,12 @@ def _as_html(study, page: str) -> str:
 
 
 _CSS = """<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-img { max-width: 40em; width: 100%; display: block; }
-table { border-collapse: collapse; font-size: 13px; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; }
+p, ul { max-width: 60em; }
+img { max-width: 46em; width: 100%; display: block; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
 th, td { border: 1px solid #ccc; padding: .2em .5em; text-align: left; }
+td { white-space: nowrap; }
 pre { background: #f5f5f5; padding: .7em; overflow-x: auto; }
 </style>"""
 
