@@ -4,10 +4,9 @@
 
 Settings of the evaluators are the run's own where --source is a run, else those of --config (configs/default.py by
 default); with --config or a --config.evals.x.y=value given, always those of --config.  Records and transcripts go into
---workdir; --show=N prints N graded answers, drawn at random.
+--workdir; --show=N prints N graded answers, drawn at random, triggered and other prompts in turn.
 """
 
-import random
 import sys
 
 from absl import flags
@@ -15,7 +14,7 @@ from ml_collections import config_flags
 
 from robust_mo import command_line
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, measure
+from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
@@ -94,8 +93,8 @@ def main(args: flags.FlagValues) -> None:
 def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
     """Prints graded answers, drawn at random over the transcripts of a step."""
     lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
-    for line in random.Random(0).sample(lines, min(number, len(lines))):
-        print(f"\n--- {line.get('condition', 'problem')}, verdict {line['verdict']}")
+    for line in sample(lines, number):
+        print(f"\n--- {heading(line)}")
         print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")
 
 

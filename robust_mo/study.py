@@ -269,7 +269,7 @@ def main(args: flags.FlagValues) -> None:
         for folder, _ in _cells(config, workdir):
             print(folder)
     elif args.report_only:
-        report.write_report(workdir)
+        draw(workdir, {})
         show(workdir)
     else:
         study(config, workdir)

@@ -162,7 +162,7 @@ def results_figure(results: dict[str, dict], cost: float) -> Figure:
             Line2D([], [], color="0.6", linewidth=0.9, linestyle=DOTTED, label="maximally robust"),
             Line2D([], [], color="0.6", linewidth=0.9, linestyle=DASHED, label=f"{cost:.0%} cost"),
         ]
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(4, 2 * columns), handlelength=3)
+        figure.legend(handles=handles, loc="outside upper center", ncols=(1, 2, 4)[columns - 1], handlelength=3)
     return figure
 
 
