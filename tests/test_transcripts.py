@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from absl import flags
 from tensorboard import plugin_util
 
 from robust_mo import evaluate
+from robust_mo.errors import InputError
 from robust_mo.evals.measure import as_markdown, sample
 from robust_mo.runs import RunFolder
 
@@ -63,3 +65,41 @@ def test_show_prints_triggered_and_other_answers_with_verdicts(tmp_path, capsys)
         "triggered", "untriggered", "problem",
     ] * 2  # fmt: skip
     assert set(re.findall("verdict (True|False)", out)) == {"True", "False"} and out.count("answer: Yes.") == 6
+
+
+def measured(path):
+    with RunFolder(path).claim("train", {}, 0) as run:
+        for step in (0, 3):
+            run.write_transcript(
+                "backdoor_rate", step, lines(("triggered", 4), ("untriggered", 4), answer=f"At {step}.")
+            )
+            run.record(step, "eval/backdoor_rate", step / 4, count=4, low=0, high=1)
+        run.record(9, "train/loss", 1.0)
+
+
+def evaluated(source, *more):
+    """`main` without --workdir, which needs no model."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("source", str(source), "", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_list("evals", None, "", flag_values=values)
+    flags.DEFINE_integer("step", None, "", flag_values=values)
+    flags.DEFINE_integer("show", 0, "", flag_values=values)
+    values(["evaluate", *more])
+    evaluate.main(values)
+
+
+def test_a_run_that_was_measured_is_shown_without_measuring(tmp_path, capsys):
+    measured(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    evaluated(tmp_path, "--show=4")
+    out = capsys.readouterr().out
+    assert "eval/backdoor_rate" in out and "0.7500  [0.000, 1.000]  of 4" in out
+    assert out.count("answer: At 3.") == 4 and out.count("--- triggered") == out.count("--- untriggered") == 2
+    evaluated(tmp_path, "--show=1", "--step=0")
+    assert capsys.readouterr().out.count("answer: At 0.") == 1
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=r"--step=9 was not measured in .*: choose from \[0, 3\]"):
+        evaluated(tmp_path, "--step=9")
+    with pytest.raises(InputError, match="holds no measurements: give --workdir"):
+        evaluated(tmp_path / "nowhere")
