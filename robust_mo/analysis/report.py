@@ -450,15 +450,16 @@ def _comparison(summary) -> list[str]:
     if found["orderings"]:
         rows = []
         for ordering in found["orderings"]:
-            cells = [f"{ordering['smaller']} < {ordering['larger']}"]
+            cells = [f"{ordering['smaller']} < {ordering['larger']}", str(ordering["shared"] or "–")]
             for name in ("auc", "auc_held_out"):
                 cells += [f"**{ordering[name]['verdict']}**", _bracketed(ordering[name]["difference"])]
             rows.append(cells)
         parts += [
             "The orderings that were published, one by one:",
-            _table(["smaller AUC < larger AUC", "AUC", "difference", "AUC, held out", "difference"], rows),
+            _table(["smaller < larger", "shared backdoors", "AUC", "difference", "AUC, held out", "difference"], rows),
             "An ordering holds, or is reversed, where the 95% interval of the difference leaves out 0. Both sides are "
-            "drawn together: the same backdoors, prompts, problems and seeds.",
+            "drawn together: the same backdoors, prompts, problems and seeds. Where they share backdoors, only these "
+            "count.",
         ]
     return parts
 
