@@ -88,6 +88,17 @@ def test_a_seed_is_drawn_for_all_backdoors_at_once():
     assert (value, low, high) == pytest.approx((0.75, 0.5, 1.0))
 
 
+def test_draws_without_a_reference_do_not_count():
+    """One organism solves one problem of five, so a third of the draws leave it out; both lose all in the others."""
+    seldom = attacked((5, 0), (1, 1), count=5)
+    always = attacked((5, 0), (5, 5), backdoor="ily", count=5)
+    for organisms in ([seldom], [seldom, always]):
+        study = Study(organisms, cost=0.1)
+        found = study.measure(study.select())
+        assert found["auc"] == pytest.approx([1, 1, 1]) and found["rate_at_cost"] == pytest.approx([0, 0, 0])
+        assert np.isfinite(found["band"]).all() and found["auc_held_out"] is None
+
+
 def test_mean_frontier_and_its_band():
     frail, tough = attacked((20, 0), (20, 20)), attacked((20, 20), (20, 0), backdoor="ily")  # gone at once; untouched
     study = Study([frail, tough], cost=0.1)
