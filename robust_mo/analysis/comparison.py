@@ -127,8 +127,8 @@ class Study:
             "points": sum(len(attack.rows) - 1 for attack in attacks),
             **{name: _interval(value, drawn[name]) for name, value in values.items() if name in drawn},
             "frontier": [list(corner) for corner in values["frontier"]],
-            "band": np.column_stack([resampling.GRID, *_bounds(drawn["heights"])]).tolist(),
-            "noise": np.column_stack([resampling.GRID, np.nanmean(drawn["noise_heights"], axis=0)]).tolist(),
+            "band": _rows(*_bounds(drawn["heights"])),
+            "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
         }
 
     def order(self, smaller: list[Attack], larger: list[Attack]) -> dict:
@@ -236,6 +236,11 @@ def _weighted(numbers: list[np.ndarray], weights) -> np.ndarray:
         total += np.nan_to_num(values.T) * defined
         count += defined
     return np.divide(total, count, out=np.full_like(total, math.nan), where=count > 0).T
+
+
+def _rows(*heights: np.ndarray) -> list[list[float]]:
+    """[rate, *heights] along the grid, with as many digits as a figure shows."""
+    return np.column_stack([resampling.GRID, *heights]).round(5).tolist()
 
 
 def _bounds(draws: np.ndarray) -> np.ndarray:

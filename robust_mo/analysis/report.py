@@ -438,8 +438,8 @@ def _comparison(summary) -> list[str]:
         "## Beside what was published",
         _table(["result", "published AUC", *MEASURES.values(), "organisms"], rows),
         "Means over organisms. Brackets are 95% intervals of a bootstrap over backdoors, prompts and problems, and "
-        "over red and blue seeds where there are several. Drawn from few backdoors or seeds it is too narrow, and of "
-        "one it says nothing about others.",
+        "over red and blue seeds where there are several. Few backdoors or seeds tell little of their spread, and one "
+        "tells nothing of it.",
     ]
     if any(found["results"].values()):
         parts.append(
