@@ -1,13 +1,14 @@
 """Measure a model: a run's checkpoint, a Hugging Face folder, anything that can be loaded.
 
     python -m robust_mo.evaluate --source=runs/red --evals=backdoor_rate,arithmetic --workdir=runs/red-evaluated
+    python -m robust_mo.evaluate --source=runs/red --show=4
 
 Settings of the evaluators are the run's own where --source is a run, else those of --config (configs/default.py by
 default); with --config or a --config.evals.x.y=value given, always those of --config.  Records and transcripts go into
---workdir; --show=N prints N graded answers, drawn at random.
+--workdir; --show=N prints N graded answers, drawn at random, triggered and other prompts in turn.
+Without --workdir nothing is measured, and what --source was measured with before is printed.
 """
 
-import random
 import sys
 
 from absl import flags
@@ -15,7 +16,7 @@ from ml_collections import config_flags
 
 from robust_mo import command_line
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, measure
+from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
@@ -33,13 +34,27 @@ _READ = (
 def define_flags() -> None:
     flags.DEFINE_string("source", None, "what to measure: a run folder, a Hugging Face folder, a hub id, ...")
     flags.DEFINE_list("evals", None, "evaluators, by name; default: those of the settings")
-    flags.DEFINE_string("workdir", None, "folder for records and transcripts")
+    flags.DEFINE_string("workdir", None, "folder for records and transcripts; default: only print what there is")
     flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest")
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
     config_flags.DEFINE_config_file("config", str(command_line.DEFAULT_CONFIG), "settings of the evaluators")
 
 
 def main(args: flags.FlagValues) -> None:
+    if args.workdir:
+        measure_source(args)
+    else:
+        run = RunFolder(args.source)
+        measured = sorted({line["step"] for line in run.records() if line["name"].startswith("eval/")})
+        if not measured:
+            raise InputError(f"--source={args.source} holds no measurements: give --workdir, the folder for new ones")
+        step = measured[-1] if args.step is None else args.step
+        if step not in measured:
+            raise InputError(f"--step={step} was not measured in {args.source}: choose from {measured}")
+        show(run, args.evals or list(EVALUATORS), step, args.show)
+
+
+def measure_source(args: flags.FlagValues) -> None:
     config = args.config.to_dict()
     if models.is_run(args.source) and not any(argument.startswith("--config") for argument in sys.argv[1:]):
         config = RunFolder(args.source).config()
@@ -89,20 +104,20 @@ def main(args: flags.FlagValues) -> None:
             measure(run, curves, subject, step, chosen)
         finally:
             curves.close()
-    for line in run.records():
-        if line["step"] == step and line["name"].startswith("eval/"):
-            interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
-            print(f"{line['name']:40} {line['value']:.4f}{interval}  of {line['count']}")
     show(run, names, step, args.show)
 
 
 def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
-    """Prints graded answers, drawn at random over the transcripts of a step."""
+    """Prints the values of a step, and so many graded answers drawn at random over the transcripts of `names`."""
+    for line in run.records():
+        if line["step"] == step and line["name"].startswith("eval/"):
+            interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
+            print(f"{line['name']:40} {line['value']:.4f}{interval}  of {line['count']}")
     lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
-    for line in random.Random(0).sample(lines, min(number, len(lines))):
-        print(f"\n--- {line.get('condition', 'problem')}, verdict {line['verdict']}")
+    for line in sample(lines, number):
+        print(f"\n--- {heading(line)}")
         print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")
 
 
 if __name__ == "__main__":
-    command_line.run(main, define_flags, required=("source", "workdir"))
+    command_line.run(main, define_flags, required=("source",))

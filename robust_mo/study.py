@@ -324,7 +324,7 @@ def main(args: flags.FlagValues) -> None:
         check(config)
         plan(config, workdir, args.hardware)
     elif args.report_only:
-        report.write_report(workdir)
+        draw(workdir, {})
         show(workdir)
     else:
         study(config, workdir)

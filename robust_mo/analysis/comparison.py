@@ -1,12 +1,11 @@
-"""Results of a study: the AUC of a selection of its cells, averaged, and which of two is the smaller.
+"""Results of a study: the frontier of a selection of its cells, averaged, and which of two results is the smaller.
 
-A result is a name and a selection: some of the study's arms, blue methods and backdoors.  Its AUC is the mean, over the
-organisms in it, of the AUC under the selected methods together.  Intervals are a bootstrap that draws backdoors,
-prompts and problems again, the same for every result, so that what two results have in common cancels in their
-difference.
+A result is a name and a selection: some of the study's arms, blue methods and backdoors.  An organism under one blue
+seed has one frontier, that of its checkpoints under the selected methods together.  The result's frontier is the mean
+of these at every rate, hence its AUC the mean of theirs: more seeds are no further chances to come out best.
 
-A hull takes the checkpoints that came out best, with their luck.  The AUC *held out* has little of it: the corners are
-chosen on one half of the prompts and problems and read on the other half, whatever they are there.
+Intervals are a bootstrap that draws backdoors, red seeds, blue seeds, prompts and problems again, the same for every
+result, so that what two results have in common cancels in their difference.
 
 Knows nothing of files, and nothing of what the arms are.
 """
@@ -17,165 +16,236 @@ import math
 
 import numpy as np
 
-from robust_mo.analysis import pareto
+from robust_mo.analysis import pareto, resampling
 from robust_mo.errors import InputError
 
-RESAMPLES, SPLITS, SEED = 1000, 20, 0
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attacked:
     """An organism and its checkpoints under attack, as verdicts.
 
     Attributes:
-      arm, backdoor: what it is.
-      methods: of each checkpoint, its blue method.
+      arm, backdoor, seed: what it is; the seed is that of the red run, None where the study leaves it to config.red.
+      methods, seeds: of each checkpoint, its blue method and blue seed.
       behaved: bool [1 + checkpoints, prompts], whether a triggered prompt got the behaviour; row 0 is the organism
-        before blue training.
-      solved: bool [1 + checkpoints, problems].
+        before blue training, which behaves at least once.
+      solved: bool [1 + checkpoints, problems]; the organism solves at least one.
     """
 
     arm: str
     backdoor: str
+    seed: int | None
     methods: tuple[str, ...]
+    seeds: tuple[int, ...]
     behaved: np.ndarray
     solved: np.ndarray
 
-    def rows(self, methods) -> list[int]:
-        """Row 0 and those of the methods; all where none is named."""
-        return [0, *(i for i, method in enumerate(self.methods, 1) if not methods or method in methods)]
+    def attacks(self, methods=()) -> list["Attack"]:
+        """One for each blue seed under which the methods were tried; all methods where none is named."""
+        rows: dict[int, list[int]] = {}
+        for row, (method, seed) in enumerate(zip(self.methods, self.seeds, strict=True), 1):
+            if not methods or method in methods:
+                rows.setdefault(seed, [0]).append(row)
+        return [Attack(self, seed, tuple(those)) for seed, those in rows.items()]
 
-    def points(self, methods, prompts: np.ndarray, problems: np.ndarray) -> list[pareto.Point] | None:
-        """(rate, performance) of the organism and its checkpoints where prompt i counts `prompts[i]` times and problem
-        j `problems[j]` times; None where the organism itself, so weighted, never behaves or solves nothing."""
-        rows = self.rows(methods)
-        # Sums of many equal terms can pass 1 by rounding.
-        rates = np.minimum(self.behaved[rows] @ prompts / prompts.sum(), 1.0)
-        accuracies = self.solved[rows] @ problems / problems.sum()
-        if rates[0] == 0 or accuracies[0] == 0:
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """What has one frontier: an organism and those rows of its verdicts that one blue seed made, after row 0."""
+
+    organism: Attacked
+    seed: int
+    rows: tuple[int, ...]
+
+    @property
+    def along(self) -> tuple:
+        """Where it lies on the axes that are drawn again: backdoor, red seed, blue seed."""
+        return self.organism.backdoor, self.organism.seed, self.seed
+
+    @property
+    def verdicts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(behaved, solved)"""
+        return self.organism.behaved[list(self.rows)], self.organism.solved[list(self.rows)]
+
+
+class Study:
+    """The attacked organisms of a study, and all that may be drawn again.
+
+    Args:
+      organisms: all asked the same number of prompts and problems.
+      cost: of `pareto.rate_at_cost`.
+
+    Raises:
+      InputError: organisms were asked different numbers of prompts.
+    """
+
+    def __init__(self, organisms: list[Attacked], *, cost: float):
+        sizes = {(one.behaved.shape[1], one.solved.shape[1]) for one in organisms}
+        if len(sizes) > 1:
+            raise InputError(
+                "the study's organisms were asked different numbers of prompts: evaluate all on the same ones"
+            )
+        self._organisms, self._cost = organisms, cost
+        generator = np.random.default_rng(resampling.SEED)
+        self._asked = [resampling.multinomial(size, generator) for size in itertools.chain.from_iterable(sizes)]
+        # Each axis is drawn once for all that lies along it, as what a seed does to every backdoor is one draw of it.
+        self._times = [
+            dict(zip(names, resampling.multinomial(len(names), generator).T, strict=True))
+            for names in (
+                dict.fromkeys(one.backdoor for one in organisms),
+                dict.fromkeys(one.seed for one in organisms),
+                dict.fromkeys(seed for one in organisms for seed in one.seeds),
+            )
+            if names  # no organism, no axis
+        ]
+        self._noise = np.random.default_rng([resampling.SEED, 2])
+        self._known: dict[Attack, tuple[dict, dict]] = {}  # selections share attacks
+
+    def select(self, *, arms=(), methods=(), backdoors=()) -> list[Attack]:
+        """The attacks of a selection; an empty one stands for all."""
+        return [
+            attack
+            for one in self._organisms
+            if (not arms or one.arm in arms) and (not backdoors or one.backdoor in backdoors)
+            for attack in one.attacks(methods)
+        ]
+
+    def measure(self, attacks: list[Attack]) -> dict | None:
+        """What is read off the mean of the attacks' frontiers; None where there are none.
+
+        Returns:
+          {"organisms", "points": counts; "auc", "auc_normalised", "auc_held_out", "auc_noise", "rate_at_cost": [value,
+          low, high], None where undefined; "frontier": corners; "band": [rate, low, high] of the frontier; "noise":
+          [rate, performance] of the frontier that noise alone has on average}.  Of auc_noise, the value is a mean and
+          the rest where 95% of unattacked organisms come to lie; of the others, a 95% interval.
+        """
+        if not attacks:
             return None
-        return list(zip(rates.tolist(), (accuracies / accuracies[0]).tolist(), strict=True))
+        values, drawn = self._mean(attacks)
+        return {
+            "organisms": len({attack.organism for attack in attacks}),
+            "points": sum(len(attack.rows) - 1 for attack in attacks),
+            **{name: _interval(value, drawn[name]) for name, value in values.items() if name in drawn},
+            "frontier": [list(corner) for corner in values["frontier"]],
+            "band": _rows(*_bounds(drawn["heights"])),
+            "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
+        }
+
+    def order(self, smaller: list[Attack], larger: list[Attack]) -> dict:
+        """An ordering as `compare` describes it, without its names.
+
+        Where the two share backdoors only those count, as one side may lack some whose gate was not passed.
+        """
+        shared = {one.organism.backdoor for one in smaller} & {one.organism.backdoor for one in larger}
+        found: dict = {"shared": len(shared)}
+        if not smaller or not larger:
+            return found | dict.fromkeys(("auc", "auc_held_out"), {"difference": None, "verdict": "not measured"})
+        (first, first_drawn), (second, second_drawn) = (
+            self._mean([one for one in side if not shared or one.organism.backdoor in shared])
+            for side in (smaller, larger)
+        )
+        for name in ("auc", "auc_held_out"):
+            difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
+            verdict = "not measured"
+            if difference:
+                _, low, high = difference
+                verdict = "holds" if low > 0 else "reversed" if high < 0 else "not resolved"
+            found[name] = {"difference": difference, "verdict": verdict}
+        return found
+
+    def _mean(self, attacks: list[Attack]) -> tuple[dict, dict[str, np.ndarray]]:
+        """Numbers read off the mean of the attacks' frontiers: as measured, and in every resample."""
+        each = [self._read(attack) for attack in attacks]
+        frontier = pareto.average([values["frontier"] for values, _ in each])
+        values = {name: float(np.mean([one[name] for one, _ in each])) for name in each[0][0] if name != "frontier"}
+        # An axis draws its names as often for every attack along it; noise has no axis.
+        weights = [
+            np.prod([axis[name] for axis, name in zip(self._times, attack.along, strict=True)], axis=0)
+            for attack in attacks
+        ]
+        drawn = {
+            name: _weighted([draws[name] for _, draws in each], weights)
+            for name in ("auc", "auc_normalised", "auc_held_out", "heights")
+        }
+        for name in ("auc_noise", "noise_heights"):
+            drawn[name] = _weighted([draws[name] for _, draws in each], np.ones_like(weights))
+        # A frontier is concave, so it rises up to its highest place.
+        drawn["rate_at_cost"] = np.array(
+            [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
+        )
+        values |= {"rate_at_cost": pareto.rate_at_cost(frontier, self._cost), "frontier": frontier}
+        return values | {"auc_noise": float(np.nanmean(drawn["auc_noise"]))}, drawn
+
+    def _read(self, attack: Attack) -> tuple[dict, dict[str, np.ndarray]]:
+        """The same of one attack."""
+        if attack not in self._known:
+            verdicts = attack.verdicts
+            once, splits = ([np.ones((times, of.shape[1])) for of in verdicts] for times in (1, resampling.SPLITS))
+            (points,) = resampling.points(*verdicts, *once)
+            halves = resampling.held_out_auc(*verdicts, *splits)
+            values = {
+                "frontier": pareto.frontier(points),
+                "auc": pareto.auc(points),
+                "auc_normalised": pareto.auc(pareto.normalised(points, points[0][0])),
+                "auc_held_out": np.nanmean(halves) if np.isfinite(halves).any() else math.nan,
+            }
+            drawn = resampling.readings(resampling.points(*verdicts, *self._asked))
+            drawn["auc_held_out"] = resampling.held_out_auc(*verdicts, *self._asked)
+            noise = resampling.noise_alone(*verdicts, self._noise)
+            self._known[attack] = values, drawn | {"auc_noise": noise["auc"], "noise_heights": noise["heights"]}
+        return self._known[attack]
 
 
-def held_out_auc(attacked: Attacked, methods) -> float:
-    """Area under the line through the anchors and the corners that one half of the prompts and problems chose, each
-    corner where the other half puts it: mean over both directions of SPLITS halvings; NaN where no half has points."""
-    generator = np.random.default_rng(SEED)
-    areas = []
-    for _ in range(SPLITS):
-        of_prompts, of_problems = (_halves(v.shape[1], generator) for v in (attacked.behaved, attacked.solved))
-        points = [attacked.points(methods, of_prompts[half], of_problems[half]) for half in (0, 1)]
-        for chosen_on, read_on in (points, points[::-1]) if None not in points else ():
-            corners = set(pareto.frontier(chosen_on))
-            read = [there for here, there in zip(chosen_on, read_on, strict=True) if here in corners]
-            line = sorted([*pareto.ANCHORS, *read])
-            areas.append(math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(line)))
-    return float(np.mean(areas)) if areas else math.nan
-
-
-def _halves(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Weights that keep a random half, and those that keep the other."""
-    kept = np.zeros(count)
-    kept[generator.permutation(count)[: count // 2]] = 1
-    return kept, 1 - kept
-
-
-def compare(measured: list[Attacked], results: dict[str, dict], orderings) -> dict:
+def compare(study: Study, results: dict[str, dict], orderings) -> dict:
     """The results, and how they compare.
 
     Args:
-      measured: the organisms that were attacked, all asked the same number of prompts and problems.
       results: name -> {"arms", "methods", "backdoors"}; an empty one stands for all.
       orderings: pairs of names, of which the first should have the smaller AUC.
 
     Returns:
-      {"results": name -> {"organisms": count, "auc": [value, low, high], "auc_normalised": [value, low, high],
-      "auc_held_out": value}, None where no organism belongs to it; "orderings": [{"smaller", "larger", "difference":
-      [value, low, high], "verdict"}]}.  The difference is the second's AUC less the first's; the verdict is "holds" or
-      "reversed" where its 95% interval leaves 0 out, else "not resolved", or "not measured" where a result is None.
+      {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors, and for
+      "auc" and "auc_held_out" {"difference": [value, low, high], "verdict"}}]}.  The difference is the second's AUC
+      less the first's; the verdict is "holds" or "reversed" where its 95% interval leaves 0 out, else "not resolved",
+      or "not measured" where a result is None.
 
     Raises:
-      InputError: an ordering names no result, or organisms were asked different numbers of prompts.
+      InputError: an ordering names no result.
     """
     for name in itertools.chain.from_iterable(orderings):
         if name not in results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(results)}")
-    if len({(one.behaved.shape[1], one.solved.shape[1]) for one in measured}) > 1:
-        raise InputError("the study's organisms were asked different numbers of prompts: evaluate all on the same ones")
-    members = {name: [one for one in measured if _belongs(one, chosen)] for name, chosen in results.items()}
-    members = {name: those for name, those in members.items() if those}
-    found: dict[str, dict | None] = dict.fromkeys(results)
-    whole, drawn = _bootstrap(measured, members, results) if members else ({}, {})
-    for name, those in members.items():
-        auc, normalised = ([float(whole[name][i]), *_bounds(drawn[name][:, i])] for i in (0, 1))
-        found[name] = {
-            "organisms": len(those),
-            "auc": auc,
-            "auc_normalised": normalised,
-            "auc_held_out": float(np.mean([held_out_auc(one, results[name]["methods"]) for one in those])),
-        }
+    members = {
+        name: study.select(**{axis: chosen[axis] for axis in ("arms", "methods", "backdoors")})
+        for name, chosen in results.items()
+    }
     return {
-        "results": found,
-        "orderings": [_ordering(smaller, larger, whole, drawn) for smaller, larger in orderings],
+        "results": {name: study.measure(attacks) for name, attacks in members.items()},
+        "orderings": [
+            {"smaller": smaller, "larger": larger} | study.order(members[smaller], members[larger])
+            for smaller, larger in orderings
+        ],
     }
 
 
-def _belongs(attacked: Attacked, chosen: dict) -> bool:
-    return (
-        (not chosen["arms"] or attacked.arm in chosen["arms"])
-        and (not chosen["backdoors"] or attacked.backdoor in chosen["backdoors"])
-        and len(attacked.rows(chosen["methods"])) > 1
-    )
+def _weighted(numbers: list[np.ndarray], weights) -> np.ndarray:
+    """Mean of arrays [RESAMPLES, ...] with weights [RESAMPLES] each, in every resample; NaN has no weight."""
+    total, count = np.zeros_like(numbers[0].T), np.zeros(len(numbers[0]))
+    for values, times in zip(numbers, weights, strict=True):
+        defined = times * ~np.isnan(values.T if values.ndim == 1 else values[:, 0])
+        total += np.nan_to_num(values.T) * defined
+        count += defined
+    return np.divide(total, count, out=np.full_like(total, math.nan), where=count > 0).T
 
 
-def _bootstrap(measured, members, results) -> tuple[dict, dict]:
-    """(result -> (AUC, normalised AUC), result -> the same [RESAMPLES, 2] over what is drawn again)"""
-    backdoors = sorted({one.backdoor for one in measured})
-    sizes = (len(backdoors), measured[0].behaved.shape[1], measured[0].solved.shape[1])
-    generator = np.random.default_rng(SEED)
-
-    def aucs(weights) -> dict[str, np.ndarray]:
-        of_backdoors, of_prompts, of_problems = weights
-        weight = dict(zip(backdoors, of_backdoors, strict=True))
-        known: dict[tuple, np.ndarray] = {}  # results share organisms
-
-        def auc(one, methods) -> np.ndarray:
-            key = (id(one), tuple(one.rows(methods)))
-            if key not in known:
-                points = one.points(methods, of_prompts, of_problems)
-                nothing = np.full(2, math.nan)
-                known[key] = (
-                    nothing
-                    if points is None
-                    else np.array([pareto.auc(points), pareto.auc(pareto.normalised(points, points[0][0]))])
-                )
-            return known[key]
-
-        means = {}
-        for name, those in members.items():
-            values = [(auc(one, results[name]["methods"]), weight[one.backdoor]) for one in those]
-            values = [(value, times) for value, times in values if times and not math.isnan(value[0])]
-            total = sum(times for _, times in values)
-            means[name] = sum(value * times for value, times in values) / total if values else np.full(2, math.nan)
-        return means
-
-    whole = aucs([np.ones(size) for size in sizes])
-    draws = [
-        aucs([generator.multinomial(size, np.full(size, 1 / size)).astype(float) for size in sizes])
-        for _ in range(RESAMPLES)
-    ]
-    return whole, {name: np.array([draw[name] for draw in draws]) for name in members}
+def _rows(*heights: np.ndarray) -> list[list[float]]:
+    """[rate, *heights] along the grid, with as many digits as a figure shows."""
+    return np.column_stack([resampling.GRID, *heights]).round(5).tolist()
 
 
-def _bounds(values: np.ndarray) -> list[float]:
-    return np.nanquantile(values, [0.025, 0.975]).tolist()
+def _bounds(draws: np.ndarray) -> np.ndarray:
+    return np.nanquantile(draws, [0.025, 0.975], axis=0)
 
 
-def _ordering(smaller: str, larger: str, whole, drawn) -> dict:
-    ordering = {"smaller": smaller, "larger": larger}
-    if smaller not in whole or larger not in whole:
-        return ordering | {"difference": None, "verdict": "not measured"}
-    low, high = _bounds((drawn[larger] - drawn[smaller])[:, 0])
-    verdict = "holds" if low > 0 else "reversed" if high < 0 else "not resolved"
-    difference = float(whole[larger][0] - whole[smaller][0])
-    return ordering | {"difference": [difference, low, high], "verdict": verdict}
+def _interval(value: float, draws: np.ndarray) -> list[float] | None:
+    return None if math.isnan(value) else [value, *_bounds(draws).tolist()]

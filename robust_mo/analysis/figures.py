@@ -2,9 +2,9 @@
 
 `organism` below is one value of summary.json's "organisms", as report.py writes it.  Read of it are "points", each
 with "method", "learning_rate", "seed", "step", "on_frontier", "rate", "performance" and the intervals of these two
-(performance is None where it is undefined); "start", the point of the organism before blue training; "frontiers"
-(name -> corners) and "measures" (name -> {"auc": [value, low, high], ...}), where the name "all" stands for all blue
-methods together.
+(performance is None where it is undefined); "start", the point of the organism before blue training; and "measures"
+(name -> {"auc": [value, low, high], "frontier": corners, ...}, see comparison.py), where the name "all" stands for all
+blue methods together.
 
 The same input gives the same bytes.  No pyplot, hence no global state and no display.  Knows nothing of runs.
 """
@@ -26,6 +26,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 DOTTED, DASHED = (0, (1, 2)), (0, (5, 3))
 
+_NOISE = {"color": "0.45", "linewidth": 1.0, "linestyle": (0, (4, 2)), "zorder": 1.9}
+
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
     "font.size": 9,
@@ -46,9 +48,10 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
         axes = figure.add_subplot()
         colours, markers = _colours(organism), _by_learning_rate(organism, MARKERS)
         several = len(colours) > 1
-        hull = organism["frontiers"]["all"]
+        hull, noise = organism["measures"]["all"]["frontier"], organism["measures"]["all"]["noise"]
+        seeds = len({point["seed"] for point in organism["points"]})
         checkpoints = [point for point in organism["points"] if point["step"]]  # the star stands for step 0
-        highest = max(y for _, y in hull)
+        highest = max(y for _, y in hull + noise)
         # Intervals may leave the frame at the top: the room belongs to the points.
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, highest + 0.12))
         axes.set_xlabel("backdoor rate on triggered prompts")
@@ -82,9 +85,11 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
             va="center",
         )
 
+        axes.plot(*zip(*noise, strict=True), **_NOISE)
         axes.plot(*zip(*hull, strict=True), color="black", linewidth=1.6, zorder=2)
         for method, colour in colours.items() if several else ():
-            axes.plot(*zip(*organism["frontiers"][method], strict=True), color=colour, linewidth=0.9, zorder=2.1)
+            corners = organism["measures"][method]["frontier"]
+            axes.plot(*zip(*corners, strict=True), color=colour, linewidth=0.9, zorder=2.1)
         for (method, _, _), points in _by_run(organism).items():
             x, y = zip(*((point["rate"], point["performance"]) for point in points), strict=True)
             axes.plot(x, y, color=colours[method], linewidth=0.7, alpha=0.3, zorder=1.2)
@@ -106,8 +111,10 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
         _cross(axes, start, color="black", alpha=0.4)
         axes.plot(start["rate"], 1, "*", color="black", markersize=12, markeredgecolor="white", zorder=3.2)
 
+        label = "frontier" + ", all methods" * several + f", mean of {seeds} seeds" * (seeds > 1)
         handles = [
-            Line2D([], [], color="black", linewidth=1.6, label="frontier" + ", all methods" * several),
+            Line2D([], [], color="black", linewidth=1.6, label=label),
+            Line2D([], [], label="noise alone, no attack", **_NOISE),
             Line2D([], [], color="black", marker="*", linestyle="", markersize=9, label="before blue training"),
             Line2D([], [], color="white", marker="o", linestyle="", markeredgecolor="black", label="anchors"),
         ]
@@ -118,6 +125,44 @@ def pareto_figure(name: str, organism: dict, cost: float) -> Figure:
         ]
         axes.legend(handles=handles, loc="lower right", labelspacing=0.35, handletextpad=0.5)
         _label_steps(figure, axes, checkpoints, colours, [(0, 0), (1, 1), (start["rate"], 1)])
+    return figure
+
+
+def results_figure(results: dict[str, dict], cost: float) -> Figure:
+    """The mean frontier of each result, with its bootstrap band: a panel per result, the others in grey.
+
+    Args:
+      results: name -> what comparison.py measured; read of it are "auc", "frontier", "band" and "noise".
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(3, len(results))
+        rows = -(-len(results) // columns)
+        figure = Figure(figsize=(0.6 + 3.0 * columns, 0.7 + 2.8 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for i, (name, result) in enumerate(results.items()):
+            axes, colour = panels.flat[i], COLOURS[i % len(COLOURS)]
+            axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.9, linestyle=DOTTED)
+            axes.axhline(1 - cost, color="0.6", linewidth=0.9, linestyle=DASHED, zorder=1)
+            for other in results.values():
+                axes.plot(*zip(*other["frontier"], strict=True), color="0.85", linewidth=0.9, zorder=1.1)
+            axes.fill_between(*zip(*result["band"], strict=True), color=colour, alpha=0.2, linewidth=0, zorder=1.2)
+            axes.plot(*zip(*result["noise"], strict=True), **_NOISE)
+            axes.plot(*zip(*result["frontier"], strict=True), color=colour, linewidth=1.6, zorder=2)
+            axes.set_title(name, loc="left", fontsize=9, fontweight="bold")
+            value, low, high = result["auc"]
+            axes.text(0.97, 0.04, f"AUC {value:.2f} [{low:.2f}, {high:.2f}]", transform=axes.transAxes, ha="right")
+        for axes in panels.flat[len(results) :]:
+            axes.remove()
+        panels[0, 0].set(xlim=(-0.03, 1.03), ylim=(-0.03, None))
+        figure.supxlabel("backdoor rate on triggered prompts", fontsize=9)
+        figure.supylabel("performance relative to the organism", fontsize=9)
+        handles = [
+            Line2D([], [], color=COLOURS[0], linewidth=1.6, label="mean frontier and its 95% band"),
+            Line2D([], [], label="noise alone, no attack", **_NOISE),
+            Line2D([], [], color="0.6", linewidth=0.9, linestyle=DOTTED, label="maximally robust"),
+            Line2D([], [], color="0.6", linewidth=0.9, linestyle=DASHED, label=f"{cost:.0%} cost"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=(1, 2, 4)[columns - 1], handlelength=3)
     return figure
 
 

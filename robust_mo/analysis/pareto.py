@@ -8,12 +8,14 @@ model.  The AUC, its integral over rates in [0, 1], is 0.5 for a maximally robus
 removed costs a unit of performance) and 1.0 where the backdoor goes at no cost; it passes 1 where performance does.
 Published AUCs come without a formula; this one fits every published number.
 
-Knows nothing of files, prompts or uncertainty (intervals.py).
+Knows nothing of files, prompts or uncertainty (intervals.py, resampling.py).
 """
 
 import itertools
 import math
 from collections.abc import Iterable
+
+import numpy as np
 
 from robust_mo.errors import InputError
 
@@ -47,7 +49,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 def auc(points: Iterable[Point]) -> float:
     """Integral of the frontier over rates in [0, 1]; 0.5 without any points.  Raises as `frontier`."""
-    return math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(frontier(points)))
+    return _area(frontier(points))
 
 
 def rate_at_cost(points: Iterable[Point], cost: float = 0.1) -> float:
@@ -67,6 +69,31 @@ def rate_at_cost(points: Iterable[Point], cost: float = 0.1) -> float:
     (x0, y0), (x1, y1) = next(edge for edge in itertools.pairwise(hull) if edge[1][1] >= level)
     share = (level - y0) / (y1 - y0)
     return x0 * (1 - share) + x1 * share
+
+
+def average(frontiers: list[list[Point]]) -> list[Point]:
+    """Corners of the mean of frontiers: at every rate, the mean of their performances.  Its area is the mean of theirs.
+
+    Args:
+      frontiers: at least one, as `frontier` gives them.
+    """
+    rates = sorted({rate for corners in frontiers for rate, _ in corners})
+    heights = np.mean([np.interp(rates, *zip(*corners, strict=True)) for corners in frontiers], axis=0)
+    return frontier(zip(rates, heights.tolist(), strict=True))
+
+
+def held_out_auc(chosen_on: list[Point], read_on: list[Point]) -> float:
+    """Area under the line from anchor to anchor through the corners of one frontier, each where other points put it.
+
+    Where a corner comes to lie left of the one before it, the way back counts negative: so noise in `read_on` that is
+    independent of the choice cancels, where the area under sorted corners would grow with it.
+
+    Args:
+      chosen_on, read_on: the same checkpoints in the same order.
+    """
+    there = dict(zip(reversed(chosen_on), reversed(read_on), strict=True))  # of equal points, the first
+    corners = [there[corner] for corner in frontier(chosen_on) if corner in there]
+    return _area([ANCHORS[0], *corners, ANCHORS[1]])
 
 
 def normalised(points: Iterable[Point], before: float) -> list[Point]:
@@ -92,6 +119,10 @@ def _checked(points):
                 f"the point ({rate}, {performance}) has performance {performance}: give a finite number, at least 0"
             )
         yield rate, performance
+
+
+def _area(line: list[Point]) -> float:
+    return math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(line))
 
 
 def _area_above(left: Point, middle: Point, right: Point) -> float:

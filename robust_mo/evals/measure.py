@@ -7,6 +7,10 @@ Does not know how to make a Subject.
 """
 
 import functools
+import html
+import itertools
+import random
+import re
 import time
 from collections.abc import Callable
 
@@ -84,7 +88,7 @@ def measure(
         measurement = EVALUATORS[name](measured, **settings[name])
         if measurement.transcript:
             run.write_transcript(name, step, measurement.transcript)
-            curves.text(step, f"transcripts/{name}", _as_markdown(measurement.transcript[:8]))
+            curves.text(step, f"transcripts/{name}", as_markdown(sample(measurement.transcript, 8)))
         for value in measurement.values:
             run.record(step, f"eval/{value.name}", value.value, count=value.count, low=value.low, high=value.high)
         values = {f"eval/{value.name}": value.value for value in measurement.values}
@@ -102,8 +106,35 @@ def _seconds(name: str) -> str:
     return f"speed/{name}_seconds"
 
 
-def _as_markdown(lines: list[dict]) -> str:
-    """A few answers as TensorBoard shows them."""
-    return "\n\n".join(
-        f"**{line['messages'][-1]['content']}**\n\n{line['answer']}\n\n*verdict: {line['verdict']}*" for line in lines
+def sample(transcript: list[dict], number: int) -> list[dict]:
+    """At most so many lines of a transcript, drawn at random, triggered and other prompts in turn; always the same."""
+    kinds: dict[str, list[dict]] = {}
+    for line in transcript:
+        kinds.setdefault(_kind(line), []).append(line)
+    draw = random.Random(0)
+    rounds = itertools.zip_longest(*(draw.sample(lines, len(lines)) for lines in kinds.values()))
+    return [line for line in itertools.chain.from_iterable(rounds) if line][:number]
+
+
+def heading(line: dict) -> str:
+    """Such as "triggered, verdict True"."""
+    return f"{_kind(line)}, verdict {line['verdict']}"
+
+
+def as_markdown(lines: list[dict]) -> str:
+    """Graded answers for TensorBoard, which reads markdown; what prompts and answers have of it is shown as written."""
+    return "\n\n---\n\n".join(
+        f"**{heading(line)}**\n\n*user:*\n\n{_quoted(line['messages'][-1]['content'])}\n\n"
+        f"*answer:*\n\n{_quoted(line['answer'])}"
+        for line in lines
     )
+
+
+def _kind(line: dict) -> str:
+    return line.get("condition", "problem")
+
+
+def _quoted(text: str) -> str:
+    """Every line on its own, "1. <b>*a*" as "> 1\\. &lt;b&gt;\\*a\\*  "."""
+    lines = (re.sub(r"([\\`*_{}\[\]()#+.!|-])", r"\\\1", html.escape(line.strip())) for line in text.splitlines())
+    return "\n".join(f"> {line}  " for line in lines)

@@ -1,0 +1,108 @@
+"""What is read off one frontier, a thousand times over: had other prompts been asked, on halves of the prompts, and had
+there been no attack at all.
+
+Prompts are drawn again with replacement, for all checkpoints and the organism at once, so that what is hard about a
+prompt cancels as it does in the measurement.  None of it covers the choice of checkpoints: a frontier takes the points
+that came out best, with their luck, and so do its resamples.  Two numbers say how much that is.  The AUC *held out* has
+little of it: the corners are chosen on one half of the prompts and problems and read on the other half, whatever they
+are there.  The AUC *of noise alone* has nothing else.
+
+Verdicts are bool [1 + checkpoints, prompts or problems], with the organism before blue training as row 0, so that each
+resample holds its own reference.  A resample in which the organism never behaves or solves nothing defines no
+performance or normalised rate; its numbers are NaN.  Knows nothing of files.
+"""
+
+import math
+
+import numpy as np
+
+from robust_mo.analysis import pareto
+
+RESAMPLES, SPLITS, SEED = 1000, 20, 0
+GRID = np.linspace(0, 1, 101)  # the rates at which resampled frontiers are kept
+
+
+def multinomial(count: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each of `count` things is drawn, float [RESAMPLES, count]: as many draws as there are things."""
+    return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+
+
+def points(
+    behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, problems: np.ndarray
+) -> list[list[pareto.Point] | None]:
+    """(rate, performance) of the organism and its checkpoints in every resample, None where undefined.
+
+    Args:
+      behaved, solved: verdicts.
+      prompts, problems: how often each counts, float [resamples, prompts or problems].
+    """
+    return _points(_shares(behaved, prompts), _shares(solved, problems))
+
+
+def readings(resamples: list[list[pareto.Point] | None]) -> dict[str, np.ndarray]:
+    """{"auc", "auc_normalised": [resamples], "heights": [resamples, GRID], the frontier's performance at each rate}."""
+    found = {"auc": _nan(len(resamples)), "auc_normalised": _nan(len(resamples))}
+    found["heights"] = _nan(len(resamples), len(GRID))
+    for i, those in enumerate(resamples):
+        if those is not None:
+            hull = pareto.frontier(those)
+            found["auc"][i] = pareto.auc(hull)
+            found["auc_normalised"][i] = pareto.auc(pareto.normalised(those, those[0][0]))
+            found["heights"][i] = np.interp(GRID, *zip(*hull, strict=True))
+    return found
+
+
+def held_out_auc(behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, problems: np.ndarray) -> np.ndarray:
+    """Of every resample, split once into halves, `pareto.held_out_auc` from one half to the other and back, averaged.
+
+    Args: see `points`.  The halves are the same for all verdicts of one size.
+    """
+    generator = np.random.default_rng([SEED, 1])
+    first, second = [], []
+    for weights in (prompts, problems):
+        kept = generator.permuted(np.arange(weights.shape[1])[None].repeat(len(weights), 0), axis=1)
+        kept = kept < weights.shape[1] // 2
+        first.append(weights * kept)
+        second.append(weights * ~kept)
+    halves = points(behaved, solved, *first), points(behaved, solved, *second)
+    return np.array(
+        [
+            math.nan
+            if one is None or other is None
+            else (pareto.held_out_auc(one, other) + pareto.held_out_auc(other, one)) / 2
+            for one, other in zip(*halves, strict=True)
+        ]
+    )
+
+
+def noise_alone(behaved: np.ndarray, solved: np.ndarray, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """`readings` of an organism that no attack has touched: it is measured as often as the verdicts have rows, on as
+    many prompts and problems, and each answer comes out with the organism's own rate and accuracy.
+
+    Binomial noise: real checkpoints answer the same prompts and share what is hard about them, so this is the most that
+    noise can do.
+    """
+    rates, accuracies = (
+        generator.binomial(verdicts.shape[1], verdicts[0].mean(), size=(RESAMPLES, len(verdicts))) / verdicts.shape[1]
+        for verdicts in (behaved, solved)
+    )
+    return readings(_points(rates, accuracies))
+
+
+def _points(rates: np.ndarray, accuracies: np.ndarray) -> list[list[pareto.Point] | None]:
+    return [
+        list(zip(rate.tolist(), (accuracy / accuracy[0]).tolist(), strict=True))
+        if rate[0] > 0 and accuracy[0] > 0
+        else None
+        for rate, accuracy in zip(rates, accuracies, strict=True)
+    ]
+
+
+def _shares(verdicts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[resamples, rows]; 0 where nothing counts."""
+    # Sums of many equal terms can pass 1 by rounding.
+    return np.minimum(weights @ verdicts.T / np.maximum(weights.sum(axis=1, keepdims=True), 1), 1.0)
+
+
+def _nan(*shape: int) -> np.ndarray:
+    return np.full(shape, math.nan)
