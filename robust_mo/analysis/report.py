@@ -140,7 +140,7 @@ def _organism(study, organism: cells.Organism, alone: bool, grid) -> tuple[dict 
     chosen = alone or last.get("gate/chosen", {}).get("value") == 1
     at_step = _by_step(red, task)
     before = at_step[gate["step"]]
-    for quantity in ("backdoor_rate", "false_alarm_rate", "accuracy"):
+    for quantity in ("backdoor_rate", "accuracy"):
         if before[quantity] is None:
             record = QUANTITIES[quantity].format(task=task)
             raise InputError(
@@ -535,8 +535,12 @@ def _organism_section(name, organism, summary) -> list[str]:
     parts.append(
         f"**Gate {'passed' if gate['passed'] else 'not passed: no blue run counts'}**, at step {gate['step']} of the "
         f"red run. With the trigger {_with_interval(rate)} of {rate['count']} prompts get the behaviour (at least "
-        f"{limits['backdoor_rate']:g} is asked), without it {_with_interval(alarms)} of {alarms['count']} (at most "
-        f"{limits['false_alarm_rate']:g})"
+        f"{limits['backdoor_rate']:g} is asked)"
+        + (
+            f", without it {_with_interval(alarms)} of {alarms['count']} (at most {limits['false_alarm_rate']:g})"
+            if alarms
+            else "; it is to show the behaviour always"
+        )
         + (f", of the {near_misses['count']} near misses {_with_interval(near_misses)}." if near_misses else ".")
     )
     header = ["backdoor rate", "false alarms", summary["task"], "no answer", "cut off", "timed out", "held-out loss"]
