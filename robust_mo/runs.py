@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -66,9 +67,11 @@ class RunFolder:
         A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
         Raises:
-          InputError: another process holds the folder, or it belongs to a run with another config.
+          InputError: another process holds the folder, it belongs to a run with another config, or is on no disk.
           OSError: the folder cannot be written.
         """
+        if re.match(r"\w+:/", str(self.path)):
+            raise InputError(f"--workdir={self.path} is no folder of this machine's: mount it, and give where it is")
         self.path.mkdir(parents=True, exist_ok=True)
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):

@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
 
-        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
         if checkpoints.latest() is not None:
             state, position = checkpoints.restore(state)
             iterator.set_state(position)
@@ -101,11 +101,13 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
         curves.hyperparameters(hyperparameters(config), "/".join(run.path.absolute().parts[-4:]))
+        count, size = checkpoints.at_most(state, steps)
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
             f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, "
             + (f"LoRA r{spec.rank}" if spec else "all weights")
-            + (f", going on from step {first}" if first else ""),
+            + (f", going on from step {first}" if first else "")
+            + f", at most {count} checkpoints of {size / 2**30:.2g} GiB",
             flush=True,
         )
 
@@ -316,7 +318,7 @@ _AT_LEAST_ONE = (
 ).split()
 _NOT_NEGATIVE = (
     "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
-    "optimizer.clip_norm"
+    "optimizer.clip_norm checkpoint.keep_every"
 ).split()
 _SHARES = ("data.near_misses",)
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers

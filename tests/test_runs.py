@@ -68,6 +68,15 @@ def test_damaged_folder_is_named(tmp_path, file, text, says):
         run.config(), run.records()
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run"])
+def test_remote_folder_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is no folder of this machine's: mount it"):
+        with RunFolder(path).claim("train", CONFIG, 0):
+            pass
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_processes_never_write_one_folder(tmp_path):
     program = (
         "import sys; from robust_mo.runs import RunFolder\n"
