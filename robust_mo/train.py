@@ -19,7 +19,7 @@ from absl import flags
 from flax import linen as nn
 from ml_collections import ConfigDict, config_flags
 
-from robust_mo import command_line
+from robust_mo import command_line, hosts
 from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
 from robust_mo.data.prompts import read_conversations
@@ -53,9 +53,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     check(config)
     if pathlib.Path(config.model).resolve() == pathlib.Path(workdir).resolve():
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
-    run = RunFolder(workdir)
+    run = hosts.run_folder(workdir)
     with run.claim("train", config.to_dict(), config.seed):
-        if run.finished():
+        if hosts.agreed(run.finished()):
             print(f"{workdir} is complete", flush=True)
             return run
 
@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
-        state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
+        state = meshes.spread(TrainState(jnp.int32(0), trainable, optimizer.init(trainable)), mesh)
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
         if checkpoints.latest() is not None:
@@ -268,7 +268,7 @@ def is_due(step: int, evaluation: ConfigDict) -> bool:
 
 def check_rows(batch: ConfigDict, mesh) -> None:
     """Raises InputError where the rows of a micro-batch cannot be dealt out evenly over the mesh."""
-    devices = mesh.shape["replica"] * mesh.shape["fsdp"]
+    devices = meshes.rows_apart(mesh)
     if batch.rows % (devices * batch.micro_batches):
         raise InputError(
             f"config.batch.rows is {batch.rows}: give a multiple of {devices * batch.micro_batches}, "
@@ -329,7 +329,7 @@ TASKS = ("backdoor", *distill.BLUE_METHODS, "conversations")
 def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
     """The conversations to train on, made once and kept in the run folder as data.jsonl."""
     file = run.path / "data.jsonl"
-    if not file.exists():
+    if not hosts.agreed(file.exists()):
         data = config.data
         on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
         source = organism(config.model) if on_policy else data.teacher or config.model
@@ -445,6 +445,7 @@ def headline(values: dict[str, float]) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "config file, with :argument where it takes one")
     flags.DEFINE_string("workdir", None, "run folder, made if need be")
+    command_line.define_host_flags()
 
 
 def main(args: flags.FlagValues) -> None:

@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from robust_mo import hosts
 from robust_mo.errors import InputError
 from robust_mo.training.step import TrainState
 
@@ -89,14 +90,18 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
         )
         while True:
+            damage = None
             try:
                 found = self._read(self.latest(), items)
-                break
             except _Damaged as error:
-                if len(self._manager.all_steps()) == 1:
-                    raise
-                self._put_aside(self.latest())
-                print(f"{error.what}: it is put aside as damaged, and the one before it used, of step {self.latest()}")
+                damage = error
+            if not hosts.anywhere(damage is not None):
+                break
+            damage = damage or _Damaged(f"{self.folder / str(self.latest())} cannot be read by another host")
+            if len(self._manager.all_steps()) == 1:
+                raise damage
+            self._put_aside(self.latest())
+            print(f"{damage.what}: it is put aside as damaged, and the one before it used, of step {self.latest()}")
         step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
@@ -116,9 +121,11 @@ class Checkpoints:
         return self._read(chosen, items).trainable
 
     def _put_aside(self, step: int) -> None:
-        aside = self.folder / "damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
+        if hosts.first():
+            aside = self.folder / "damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        hosts.agreed("it is aside")
         self._manager.reload()
 
     def _read(self, step: int, items):
