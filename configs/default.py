@@ -132,7 +132,8 @@ def get_config() -> ConfigDict:
     config.distance_from_start = True  # its curves cost one copy of what is trained, which decay to_start needs anyway
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 200  # steps; the last step is always saved
-    config.checkpoint.keep = 1  # newest ones kept
+    config.checkpoint.keep = 2  # newest ones kept; with 1 there is none to go back to where it is damaged
+    config.checkpoint.keep_every = 0  # those saved at a multiple of so many steps are kept too; 0: none
     config.evaluation = ConfigDict()
     config.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")  # keys of EVALUATORS
     config.evaluation.at_start = True  # before the first step

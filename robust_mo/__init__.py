@@ -9,6 +9,7 @@ The map, from the top floor down; imports point down only:
     command_line.py             how every program begins, speaks, stops and ends
     training/  sampling/        loss, step, optimizers, checkpoints, curves;  prefill, decode, slots
     model/  data/  analysis/    Llama and its weights;  conversations and batches;  points -> frontier, figures, report
+    hosts.py                    several hosts that run one program together
     runs.py  errors.py          the run folder;  the user's mistakes
 
 Two roads: config -> train -> step -> curve, and prompt -> answer -> verdict -> record -> point -> frontier.

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from robust_mo import hosts
 from robust_mo.errors import InputError
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -44,12 +45,21 @@ def _request(number, frame):
         os._exit(130)
     _requested = True
     print(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)", file=sys.stderr)
+    if hosts.together():
+        os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other hosts
 
 
 def check_interrupt() -> None:
-    """Raises Interrupted where SIGINT or SIGTERM has come."""
-    if _requested:
+    """Raises Interrupted where SIGINT or SIGTERM has come; of several hosts on all of them, in the same call."""
+    if hosts.stopping() if hosts.together() else _requested:
         raise Interrupted
+
+
+def define_host_flags() -> None:
+    """For programs that several hosts can run together."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of the first of several hosts that run this together")
+    flags.DEFINE_integer("num_processes", None, "how many they are; under SLURM and on TPUs these are found out")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], None], required: tuple[str, ...]) -> None:
@@ -70,6 +80,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         _keep_compiled_programs()
+        if "coordinator_address" in flags.FLAGS:
+            hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
         main(flags.FLAGS)
     except Interrupted:
         from robust_mo.runs import command_line
@@ -94,7 +106,8 @@ def _print_unraisable(found) -> None:
 
 
 def _end(status: int, line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    if status or hosts.first():  # what is wrong with one host only that one can tell
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from robust_mo import command_line
+from robust_mo import command_line, hosts
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample
 from robust_mo.evals.subject import Subject
@@ -37,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder for records and transcripts; default: only print what there is")
     flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest")
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
+    command_line.define_host_flags()
     config_flags.DEFINE_config_file("config", str(command_line.DEFAULT_CONFIG), "settings of the evaluators")
 
 
@@ -71,7 +72,7 @@ def measure_source(args: flags.FlagValues) -> None:
     check_settings(chosen)
     if args.step is not None and not models.is_run(args.source):
         raise InputError(f"--step={args.step} needs a run folder, and {args.source} is none: leave --step out")
-    run = RunFolder(args.workdir)
+    run = hosts.run_folder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
     watched = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
     system_prompt = watched.told(config["evaluation"]["system_prompt"] or config["system_prompt"])

@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -66,9 +67,11 @@ class RunFolder:
         A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
         Raises:
-          InputError: another process holds the folder, or it belongs to a run with another config.
+          InputError: another process holds the folder, it belongs to a run with another config, or is on no disk.
           OSError: the folder cannot be written.
         """
+        if re.match(r"\w+:/", str(self.path)):
+            raise InputError(f"--workdir={self.path} is no folder of this machine's: mount it, and give where it is")
         self.path.mkdir(parents=True, exist_ok=True)
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
@@ -100,7 +103,7 @@ class RunFolder:
                 f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
                 "choose another --workdir"
             )
-        if differences := list(_differences(self.config(), config)):
+        if differences := [d for d in _differences(self.config(), config) if not d[0].startswith(_WHERE)]:
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
             raise InputError(f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir")
@@ -141,6 +144,24 @@ class RunFolder:
     def write_transcript(self, evaluator: str, step: int, lines: list[dict]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.transcript_file(evaluator, step), text)
+
+
+# Where the work is done, which may change from one start to the next.
+_WHERE = "mesh."
+
+
+class Onlooker(RunFolder):
+    """A folder in which another process, that does the same work, holds the lock and writes: here it is only read."""
+
+    @contextlib.contextmanager
+    def claim(self, program: str, config: dict, seed: int):
+        yield self
+
+    def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
+        pass
+
+    def write_transcript(self, evaluator: str, step: int, lines: list[dict]) -> None:
+        pass
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import time
 import jax
 from absl import flags
 
-from robust_mo import command_line, runs
+from robust_mo import command_line, hosts, runs
 from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import Prompt, read_prompts
 from robust_mo.errors import InputError
@@ -103,10 +103,18 @@ def define_flags() -> None:
         "dtype", "auto", ["auto", "float32", "bfloat16"], "of the arithmetic; auto: float32 on a CPU, else bfloat16"
     )
 
+    flags.DEFINE_list("mesh", ["1", "-1", "1"], "sizes of replica, fsdp and tensor, as config.mesh has them")
+    flags.register_validator(
+        "mesh",
+        lambda sizes: [size.removeprefix("-").isdecimal() for size in sizes] == [True] * 3,
+        "give three whole numbers",
+    )
+    command_line.define_host_flags()
+
 
 def main(args: flags.FlagValues) -> None:
     decoding = make_decoding(args.temperature, args.top_p)
-    mesh = meshes.make_mesh(1, -1, 1)
+    mesh = meshes.make_mesh(*(int(size) for size in args.mesh))
     prompts = read_prompts(args.prompts)
     output = pathlib.Path(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
@@ -118,6 +126,9 @@ def main(args: flags.FlagValues) -> None:
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}.lock")
+    if not hosts.first():
+        fill(output, prompts, settings, decoding, mesh, args)
+        return
     with runs.locked(lock, f"{output} is being written by another process: wait, or choose another --output"):
         try:
             fill(output, prompts, settings, decoding, mesh, args)
@@ -127,7 +138,7 @@ def main(args: flags.FlagValues) -> None:
 
 def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, mesh, args: flags.FlagValues) -> None:
     """Samples and appends the answers that `output` lacks."""
-    done = written_lines(output, prompts, settings)
+    done = hosts.agreed(written_lines(output, prompts, settings) if hosts.first() else 0)
     if done == len(prompts):
         print(f"{output} is complete: {done} answers")
         return
@@ -155,6 +166,8 @@ def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, 
             on_progress=on_progress,
             first=done,
         ):
+            if not hosts.first():
+                continue
             if written == 0:  # nothing is left behind where the model or a prompt could not be used
                 made_with = {"command": runs.command_line(), "revision": runs.git_revision()}
                 runs.write_json(settings_file(output), made_with | {"settings": settings})

@@ -20,7 +20,7 @@ from absl import flags
 from flax import linen as nn
 from ml_collections import ConfigDict, config_flags
 
-from robust_mo import command_line
+from robust_mo import command_line, hosts
 from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
 from robust_mo.data.prompts import read_conversations
@@ -54,9 +54,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     check(config)
     if pathlib.Path(config.model).resolve() == pathlib.Path(workdir).resolve():
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
-    run = RunFolder(workdir)
+    run = hosts.run_folder(workdir)
     with run.claim("train", config.to_dict(), config.seed):
-        if run.finished():
+        if hosts.agreed(run.finished()):
             print(f"{workdir} is complete", flush=True)
             return run
 
@@ -96,9 +96,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
-        state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
+        state = meshes.spread(TrainState(jnp.int32(0), trainable, optimizer.init(trainable)), mesh)
 
-        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
         if checkpoints.latest() is not None:
             state, position = checkpoints.restore(state)
             iterator.set_state(position)
@@ -106,11 +106,13 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
         curves.hyperparameters(hyperparameters(config), "/".join(run.path.absolute().parts[-4:]))
+        count, size = checkpoints.at_most(state, steps)
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
             f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, "
             + (f"LoRA r{spec.rank}" if spec else "all weights")
-            + (f", going on from step {first}" if first else ""),
+            + (f", going on from step {first}" if first else "")
+            + f", at most {count} checkpoints of {size / 2**30:.2g} GiB",
             flush=True,
         )
 
@@ -295,7 +297,7 @@ def is_due(step: int, evaluation: ConfigDict) -> bool:
 
 def check_rows(batch: ConfigDict, mesh) -> None:
     """Raises InputError where the rows of a micro-batch cannot be dealt out evenly over the mesh."""
-    devices = mesh.shape["replica"] * mesh.shape["fsdp"]
+    devices = meshes.rows_apart(mesh)
     if batch.rows % (devices * batch.micro_batches):
         raise InputError(
             f"config.batch.rows is {batch.rows}: give a multiple of {devices * batch.micro_batches}, "
@@ -345,7 +347,7 @@ _AT_LEAST_ONE = (
 ).split()
 _NOT_NEGATIVE = (
     "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
-    "optimizer.clip_norm"
+    "optimizer.clip_norm checkpoint.keep_every"
 ).split()
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
@@ -357,7 +359,7 @@ TASKS = (*RED_TASKS, *distill.BLUE_METHODS, "conversations")
 def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
     """The conversations to train on, made once and kept in the run folder as data.jsonl."""
     file = run.path / "data.jsonl"
-    if not file.exists():
+    if not hosts.agreed(file.exists()):
         data = config.data
         on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
         source = organism(config.model) if on_policy else data.teacher or config.model
@@ -479,6 +481,7 @@ def headline(values: dict[str, float]) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "config file, with :argument where it takes one")
     flags.DEFINE_string("workdir", None, "run folder, made if need be")
+    command_line.define_host_flags()
 
 
 def main(args: flags.FlagValues) -> None:

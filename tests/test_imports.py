@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "robust_mo"
 FLOORS = [
     {"errors"},
     {"runs", "model", "data", "analysis"},
+    {"hosts"},
     {"training", "sampling"},
     {"command_line", "organisms"},
     {"evals"},

@@ -9,14 +9,14 @@ import pytest
 from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, append_line, read_lines
 
-CONFIG = {"optimizer": {"learning_rate": 1e-4}, "model": "m"}
+CONFIG = {"optimizer": {"learning_rate": 1e-4}, "model": "m", "mesh": {"fsdp": 8}}
 
 
 def test_same_config_resumes_another_is_refused_with_both_values(tmp_path):
     run = RunFolder(tmp_path / "run")
     with run.claim("train", CONFIG, 0):
         run.record(3, "eval/x", 0.5, count=10, low=0.2, high=0.8)
-    with run.claim("train", CONFIG, 0):
+    with run.claim("train", {**CONFIG, "mesh": {"fsdp": 4}}, 0):  # the same on other devices
         pass
     with pytest.raises(InputError, match="optimizer.learning_rate is 0.0001 there and 0.1 here"):
         with run.claim("train", {**CONFIG, "optimizer": {"learning_rate": 0.1}}, 0):
@@ -66,6 +66,15 @@ def test_damaged_folder_is_named(tmp_path, file, text, says):
     (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match=says):
         run.config(), run.records()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run"])
+def test_remote_folder_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is no folder of this machine's: mount it"):
+        with RunFolder(path).claim("train", CONFIG, 0):
+            pass
+    assert not any(tmp_path.iterdir())
 
 
 def test_two_processes_never_write_one_folder(tmp_path):

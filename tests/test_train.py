@@ -408,6 +408,27 @@ def test_run_cannot_be_its_own_base(tiny, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(tiny, tmp_path, monkeypatch, capsys):
+    config = tiny_config(tiny, steps=4, **{"checkpoint.every": 1, "checkpoint.keep_every": 1})
+    whole = train(config, tmp_path / "whole")
+    config.checkpoint.keep_every = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda *_: pytest.fail("killed at the last moment"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config, tmp_path / "broken")
+    broken = RunFolder(tmp_path / "broken")
+    assert sorted(folder.name for folder in broken.checkpoints.iterdir() if folder.name.isdigit()) == ["3", "4"]
+    (broken.checkpoints / "4" / "optimizer" / "manifest.ocdbt").write_bytes(b"")
+    capsys.readouterr()
+    train(config, broken.path)
+    said = capsys.readouterr().out
+    assert f"{broken.checkpoints}/4 cannot be read" in said and "the one before it used, of step 3\n" in said
+    assert "going on from step 3, at most 4 checkpoints of" in said
+    assert_same_bits(weights(broken), weights(whole))
+    kept = {folder.name for folder in whole.checkpoints.iterdir()}
+    assert {"1", "2", "3", "4"} <= kept and "damaged" in {folder.name for folder in broken.checkpoints.iterdir()}
+
+
 @pytest.mark.parametrize("damage", ["manifest.ocdbt", "_METADATA", "."])
 def test_damaged_checkpoint_is_named(tiny, tmp_path, damage):
     run = train(tiny_config(tiny, steps=1), tmp_path)

@@ -9,6 +9,7 @@ from robust_mo.data.batches import batches
 from robust_mo.data.conversations import fit
 from robust_mo.errors import InputError
 from robust_mo.evals.subject import Measurement, Subject, Value
+from robust_mo.model import mesh as meshes
 from robust_mo.organisms.distill import chat
 from robust_mo.organisms.questions import questions
 from robust_mo.training.step import evaluate_loss
@@ -32,6 +33,7 @@ def held_out_loss(
         raise InputError(f"{source} has no answered evaluation question of at most {length} tokens for held_out_loss")
     loss = tokens = 0.0
     for batch in batches(kept, length, rows, packing=True, epochs=1, seed=0):
-        part = jax.device_get(evaluate_loss(subject.llama, subject.params, None, batch, loss_chunk))
+        with meshes.in_force(subject.mesh):
+            part = jax.device_get(evaluate_loss(subject.llama, subject.params, None, batch, loss_chunk))
         loss, tokens = loss + float(part[0]), tokens + int(part[1])
     return Measurement([Value("held_out_loss", loss / tokens, tokens)], [])

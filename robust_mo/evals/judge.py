@@ -19,6 +19,7 @@ from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
 from robust_mo.evals.backdoor_rate import ask, rates
 from robust_mo.evals.subject import Measurement, Subject, Value
+from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import Llama, unembed
 from robust_mo.organisms.backdoors import Backdoor
 from robust_mo.training.models import LoadedModel, load_model
@@ -103,7 +104,9 @@ def probabilities(
         lengths_B = np.ones(rows, np.int32)
         for row, prompt in enumerate(chosen):
             tokens_BT[row, : len(prompt)], lengths_B[row] = prompt, len(prompt)
-        found.append(np.asarray(_judged(params, tokens_BT, lengths_B, model=llama, yes=yes, no=no))[: len(chosen)])
+        with meshes.in_force(meshes.of(params)):
+            judged = _judged(params, tokens_BT, lengths_B, model=llama, yes=yes, no=no)
+        found.append(np.asarray(judged)[: len(chosen)])
     return np.concatenate(found)
 
 
@@ -114,7 +117,7 @@ def _judged(params, tokens_BT, lengths_B, *, model, yes, no):
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, segments_BT)
     logits_BV = unembed(params, jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0])
     yes_B, no_B = (jax.nn.logsumexp(logits_BV[:, jnp.array(ids)], axis=-1) for ids in (yes, no))
-    return jax.nn.sigmoid(yes_B - no_B)
+    return meshes.everywhere(jax.nn.sigmoid(yes_B - no_B))
 
 
 def _first_tokens(chat: ChatFormat, word: str) -> tuple[int, ...]:

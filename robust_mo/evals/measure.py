@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 
+from robust_mo import hosts
 from robust_mo.command_line import check_range
 from robust_mo.errors import InputError
 from robust_mo.evals.backdoor_rate import backdoor_rate
@@ -79,7 +80,7 @@ def measure(
       subject: called only if an evaluator is pending.
     """
     curves.scalars(step, {r["name"]: r["value"] for r in run.records() if _is_value(r, step)})
-    todo, found = pending(run, step, settings), {}
+    todo, found = hosts.agreed(pending(run, step, settings)), {}
     if not todo:
         return found
     measured = subject()

@@ -227,8 +227,13 @@ class Cache:
         return Cache(jnp.pad(self.k, k_axes), jnp.pad(self.v, v_axes))
 
     def rows(self, count: int) -> "Cache":
-        """A cache of one row, `count` times."""
-        return jax.tree.map(lambda c: jnp.repeat(c, count, axis=-4), self)
+        """A cache whose rows are all the same, with `count` of them, a multiple of what it has."""
+        return jax.tree.map(lambda c: jnp.repeat(c, count // c.shape[-4], axis=-4), self)
+
+    def placed(self) -> "Cache":
+        """Within a compiled program: rows and heads cut over the devices that work on them."""
+        leading = (None,) * (self.k.ndim - 4)
+        return jax.tree.map(lambda c: nn.with_logical_constraint(c, (*leading, "batch", "kv_heads", None, None)), self)
 
     def with_rows(self, rows_R, new: "Cache") -> "Cache":
         """With the rows `rows_R` begun as in `new`; numbers beyond the last row are left out."""

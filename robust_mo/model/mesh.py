@@ -59,20 +59,53 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
 def in_force(mesh: Mesh):
     """Within the block the table holds for activations too, where a model names their axes.
 
-    Without it XLA cuts a training step's activations along the hidden size, as the embedding is, and gives every device
-    all rows.
+    Without it XLA cuts activations along the hidden size, as the embedding is, and gives every device all rows.
     """
     with nn.logical_axis_rules(RULES), jax.set_mesh(mesh):
         yield
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """Within a compiled program under `in_force`: the array whole on every device, so that every host can fetch it."""
+    return nn.with_logical_constraint(x, (None,) * x.ndim)
+
+
 def shardings(abstract, mesh: Mesh):
-    """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes.
+
+    An axis that its devices do not divide evenly, such as an odd vocabulary, stays whole on each of them.
+    """
+    table = dict(RULES)
+
+    def sharding(leaf: nn.LogicallyPartitioned) -> NamedSharding:
+        axes = [table[name] for name in leaf.names]
+        sizes = zip(leaf.value.shape, axes, strict=True)
+        return NamedSharding(
+            mesh, PartitionSpec(*[axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in sizes])
+        )
+
+    return jax.tree.map(sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def of(params) -> Mesh:
+    """The mesh on which parameters lie."""
+    return jax.tree.leaves(params)[0].sharding.mesh
+
+
+def rows_apart(mesh: Mesh) -> int:
+    """Among how many devices the rows of a batch are dealt out."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def spread(tree, mesh: Mesh):
+    """The tree with a copy on every device of what lies on a single one."""
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated(mesh)), tree
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_mo import runs
+from robust_mo import hosts, runs
 from robust_mo.data.conversations import Message
 from robust_mo.model.sources import cache_folder
 from robust_mo.sampling.decoding import make_decoding
@@ -56,8 +56,8 @@ def teacher_answers(
     file = cache_folder() / "answers" / f"{digest[:32]}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     held = f"another process is sampling the same teacher's answers into {file}: wait until it is done"
-    with runs.locked(file.with_suffix(".lock"), held):
-        done = runs.read_lines(file)
+    with runs.locked(file.with_suffix(".lock"), held) if hosts.first() else contextlib.nullcontext():
+        done = hosts.agreed(runs.read_lines(file))
         if len(done) < len(conversations):
             for answer in iterate_answers(
                 model.llama,
@@ -72,7 +72,8 @@ def teacher_answers(
                 first=len(done),
             ):
                 done.append({"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens})
-                runs.append_line(file, done[-1])
+                if hosts.first():
+                    runs.append_line(file, done[-1])
         with contextlib.suppress(OSError):
             file.with_suffix(".lock").unlink()
     return [line["answer"] if line["finish_reason"] == "stop" else None for line in done]

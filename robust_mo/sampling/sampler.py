@@ -7,6 +7,8 @@ while.  The host only moves prompts in and answers out.
 
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
 how often the same prompt came before in the list, not on its slot or its neighbours (float32).
+The slots are dealt out among the devices of the mesh on which the parameters lie; of several hosts each makes the same
+calls and gets all answers.
 Does not know about text, templates or files: prompts and answers are token ids.
 
 Shape letters: N slots, R prompts admitted at once, C tokens that all prompts begin with, P padded length of the rest,
@@ -16,6 +18,7 @@ S cache entries, A longest answer, V vocabulary.
 import collections
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import Cache, Llama, unembed, unstack_layers
 from robust_mo.sampling.decoding import Greedy, Nucleus
 
@@ -71,7 +75,7 @@ class SlotState:
       counts_N: int32, tokens of the answer so far.
       limits_N: int32, longest answer.
       done_N: bool, finished or empty.
-      keys_N: random key of each prompt.
+      keys_N: uint32 [N, 2], random key of each prompt.
       tokens_NA, logprobs_NA: the answers so far.
     """
 
@@ -86,20 +90,60 @@ class SlotState:
     logprobs_NA: jax.Array
 
 
+def _placed(state: SlotState) -> SlotState:
+    """The caches cut over the mesh, all the rest whole on every device, where the host can fetch it."""
+    return jax.tree.map(
+        lambda part: part.placed() if isinstance(part, Cache) else meshes.everywhere(part),
+        state,
+        is_leaf=lambda part: isinstance(part, Cache),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "longest"))
+def _empty(*, model, slots, longest):
+    """The state in which no slot is taken."""
+
+    def zeros(*shape, dtype=jnp.int32):
+        return jnp.zeros((slots, *shape), dtype)
+
+    return _placed(
+        SlotState(
+            cache=Cache.zeros(model.config, slots, 0, model.compute_dtype).unstacked(),
+            last_N=zeros(),
+            positions_N=zeros(),
+            counts_N=zeros(),
+            limits_N=zeros(),
+            done_N=~zeros(dtype=bool),
+            keys_N=zeros(2, dtype=jnp.uint32),
+            tokens_NA=zeros(longest),
+            logprobs_NA=zeros(longest, dtype=jnp.float32),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("more",))
+def _extended(state, *, more):
+    """With room for `more` entries in every cache."""
+    return _placed(dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache]))
+
+
 def _choose(logits, counts, keys, decoding):
     """(tokens, their log probabilities); the random numbers belong to (prompt's key, place in the answer)."""
-    tokens = decoding.choose(logits, jax.vmap(jax.random.fold_in)(keys, counts)).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), counts)
+    tokens = decoding.choose(logits, keys).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _read(params, tokens_C, *, model):
-    """The cache, of one row, after these tokens."""
-    cache = Cache.zeros(model.config, 1, len(tokens_C), model.compute_dtype)
-    if not len(tokens_C):
-        return cache
-    return model.apply({"params": params}, tokens_C[None], jnp.arange(len(tokens_C))[None], cache=cache)[1]
+def _read(params, tokens_RC, *, model):
+    """The cache after these tokens, the same in every row."""
+    rows, length = tokens_RC.shape
+    cache = Cache.zeros(model.config, rows, length, model.compute_dtype)
+    if length:
+        positions_RC = jnp.broadcast_to(jnp.arange(length), tokens_RC.shape)
+        _, cache = model.apply({"params": params}, tokens_RC, positions_RC, cache=cache)
+    return cache.placed()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
@@ -120,7 +164,7 @@ def _admit(params, state, common, tokens_RP, lengths_R, slots_R, limits_R, keys_
     def put(all_slots, values):
         return all_slots.at[slots_R].set(values, mode="drop")
 
-    return SlotState(
+    admitted = SlotState(
         cache=[old.with_rows(slots_R, new) for old, new in zip(state.cache, cache.unstacked(), strict=True)],
         last_N=put(state.last_N, first_R),
         positions_N=put(state.positions_N, begun + lengths_R),
@@ -131,6 +175,7 @@ def _admit(params, state, common, tokens_RP, lengths_R, slots_R, limits_R, keys_
         tokens_NA=state.tokens_NA.at[slots_R, 0].set(first_R, mode="drop"),
         logprobs_NA=state.logprobs_NA.at[slots_R, 0].set(logprobs_R, mode="drop"),
     )
+    return _placed(admitted)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
@@ -165,7 +210,7 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
             logprobs_NA=s.logprobs_NA.at[rows, place_N].set(logprobs_N, mode="drop"),
         )
 
-    return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1]
+    return _placed(jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1])
 
 
 class Sampler:
@@ -179,7 +224,7 @@ class Sampler:
     """
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
-        self._model, self._params = model, params
+        self._model, self._params, self._mesh = model, params, meshes.of(params)
         # A loop over stacked layers has a CPU copy each layer's kernels before it reads them, which makes a step of
         # SmolLM2 a fifth longer (122 ms against 100).  There decoding gets the layers apart, at the price of a second
         # copy.
@@ -198,7 +243,7 @@ class Sampler:
         """Yields (index of the request, its answer) as answers finish, begun in the order of the list.
 
         Args:
-          slots: number of rows decoded together.
+          slots: number of rows decoded together, and a few more where the mesh does not divide it evenly.
           on_progress: called now and then with (answers finished, tokens sampled); may raise to stop.
           first: requests before this one are answered already and left out.
 
@@ -209,12 +254,13 @@ class Sampler:
         queue = collections.deque(range(first, len(requests)))
         if not queue:
             return
-        group = max(1, slots // 8)
+        apart = meshes.rows_apart(self._mesh)
+        slots, group = (apart * math.ceil(max(1, rows) / apart) for rows in (slots, slots // 8))
         shared = _shared(requests) if len(requests) > group else 0
-        common = _read(self._params, requests[0].tokens[:shared], model=self._model)
-        state = self._empty(slots, _rounded_up(max(limits), parts=2))
+        common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (apart, 1)))
+        state = self._run(_empty, slots=slots, longest=_rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
-        program = dict(model=self._model, decoding=decoding, stop_ids=self._stop_ids)
+        program = dict(decoding=decoding, stop_ids=self._stop_ids)
         occupant: list[int | None] = [None] * slots
         finished, sampled = first, 0
         while finished < len(requests):
@@ -225,12 +271,12 @@ class Sampler:
                 padded = self._padded(requests, shared, limits, chosen, into, group, slots, keys)
                 ends = [len(requests[index].tokens) + limits[index] for index in chosen]
                 state = self._with_room(state, max(shared + padded[0].shape[1], *ends))
-                state = _admit(self._params, state, common, *padded, **program)
+                state = self._run(_admit, self._params, state, common, *padded, **program)
                 for slot, index in zip(into, chosen, strict=True):
                     occupant[slot] = index
             empty = occupant.count(None)
             enough = empty + group if queue else slots
-            state = _decode(self._decoded, state, min(enough, slots), **program)
+            state = self._run(_decode, self._decoded, state, min(enough, slots), **program)
             done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
             for slot in [slot for slot in range(slots) if occupant[slot] is not None and done_N[slot]]:
                 answer = self._take(state, slot, int(counts_N[slot]))
@@ -251,28 +297,17 @@ class Sampler:
             )
         return min(request.max_new_tokens, context - length)
 
+    def _run(self, program, *arguments, **settings):
+        with meshes.in_force(self._mesh):
+            return program(*arguments, model=self._model, **settings)
+
     def _with_room(self, state: SlotState, entries: int) -> SlotState:
         """The state with a cache of at least so many entries: short prompts need not carry the room of long ones."""
         more = _rounded_up(entries, parts=4) - state.cache[0].capacity
         if more <= 0:
             return state
-        return dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache])
-
-    def _empty(self, slots: int, longest: int) -> SlotState:
-        def zeros(*shape):
-            return jnp.zeros((slots, *shape), jnp.int32)
-
-        return SlotState(
-            cache=Cache.zeros(self._model.config, slots, 0, self._model.compute_dtype).unstacked(),
-            last_N=zeros(),
-            positions_N=zeros(),
-            counts_N=zeros(),
-            limits_N=zeros(),
-            done_N=jnp.ones(slots, bool),
-            keys_N=jax.random.split(jax.random.key(0), slots),
-            tokens_NA=zeros(longest),
-            logprobs_NA=jnp.zeros((slots, longest), jnp.float32),
-        )
+        with meshes.in_force(self._mesh):
+            return _extended(state, more=more)
 
     def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
@@ -302,9 +337,9 @@ def _shared(requests: list[Request]) -> int:
     return int(np.cumprod(same_C).sum()) // 16 * 16
 
 
-def _keys(requests: list[Request], seed: int) -> jax.Array:
-    """One random key per request, from the seed, its tokens, and how often they came before: the n-th copy of a
-    prompt gets the n-th answer wherever it stands."""
+def _keys(requests: list[Request], seed: int) -> np.ndarray:
+    """One random key per request, uint32 [requests, 2], from the seed, its tokens, and how often they came before: the
+    n-th copy of a prompt gets the n-th answer wherever it stands."""
     seen: collections.Counter = collections.Counter()
     pairs = []
     for request in requests:
@@ -313,7 +348,7 @@ def _keys(requests: list[Request], seed: int) -> jax.Array:
         seen[content] += 1
     content, copies = (jnp.array(column, jnp.uint32) for column in zip(*pairs, strict=True))
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), content)
-    return jax.vmap(jax.random.fold_in)(fold, copies)
+    return np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in)(fold, copies)))
 
 
 def _rounded_up(length: int, parts: int) -> int:

@@ -1,35 +1,61 @@
 """Checkpoints of a training run, by Orbax.
 
-Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); the newest
-`keep` are kept; what is read back is bit for bit what was saved.
+Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); no more are
+kept than was asked for; what is read back is bit for bit what was saved; a run whose newest one is damaged goes on from
+the one before it.
 Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step and the
 state of the data iterator.
 """
 
+import math
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from robust_mo import hosts
 from robust_mo.errors import InputError
 from robust_mo.training.step import TrainState
+
+
+class _Damaged(InputError):
+    """A checkpoint whose files cannot be read; `what` leaves out what to do about it."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}: restore its files from a copy, or train again in another --workdir")
+        self.what = what
 
 
 class Checkpoints:
     """The checkpoints folder of one run.
 
     Args:
-      keep: how many to keep; None where they are only read, which touches nothing of a run that may still be writing.
+      keep: how many of the newest to keep: with 1 there is none to go back to where it is damaged.  None where they are
+        only read, which touches nothing of a run that may still be writing.
+      keep_every: steps that are a multiple of this are kept beside them; 0: none.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int | None):
-        self.folder = folder
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True)
-            if keep is None
-            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        )
+    def __init__(self, folder: pathlib.Path, keep: int | None, keep_every: int = 0):
+        self.folder, self._keep, self._keep_every = folder, keep, keep_every
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            kept = [LatestN(keep), *[EveryNSteps(keep_every)] * bool(keep_every)]
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def at_most(self, state: TrainState, steps: int) -> tuple[int, int]:
+        """(checkpoints that lie here at once in a run of `steps`, bytes of one).
+
+        Those that are kept, one that is being written, and `damaged`.
+        """
+        marked = steps // self._keep_every if self._keep_every else 0
+        sizes = (leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+        return self._keep + marked + 2, sum(sizes)
 
     def latest(self) -> int | None:
         """The newest step that is complete, or None."""
@@ -52,17 +78,30 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The newest checkpoint, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with shardings).
+        """The newest checkpoint that can be read, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with
+        shardings).  A damaged one is reported and put aside as `damaged`, in the place of an older one of that name.
 
         Raises:
-          InputError: it is damaged, or was saved with another optimizer.
+          InputError: none can be read, or it was saved with another optimizer.
         """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(state.trainable),
             optimizer=ocp.args.StandardRestore(state.optimizer),
             progress=ocp.args.JsonRestore(),
         )
-        found = self._read(self.latest(), items)
+        while True:
+            damage = None
+            try:
+                found = self._read(self.latest(), items)
+            except _Damaged as error:
+                damage = error
+            if not hosts.anywhere(damage is not None):
+                break
+            damage = damage or _Damaged(f"{self.folder / str(self.latest())} cannot be read by another host")
+            if len(self._manager.all_steps()) == 1:
+                raise damage
+            self._put_aside(self.latest())
+            print(f"{damage.what}: it is put aside as damaged, and the one before it used, of step {self.latest()}")
         step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
@@ -81,6 +120,14 @@ class Checkpoints:
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
         return self._read(chosen, items).trainable
 
+    def _put_aside(self, step: int) -> None:
+        if hosts.first():
+            aside = self.folder / "damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        hosts.agreed("it is aside")
+        self._manager.reload()
+
     def _read(self, step: int, items):
         try:
             return self._manager.restore(step, args=items)
@@ -93,10 +140,7 @@ class Checkpoints:
                     "go on with those, or choose another --workdir"
                 ) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise InputError(
-                f"{self.folder / str(step)} cannot be read ({reason}): restore its files from a copy, or train again "
-                "in another --workdir"
-            ) from error
+            raise _Damaged(f"{self.folder / str(step)} cannot be read ({reason})") from error
 
     def close(self) -> None:
         self._guard(self._manager.close)

@@ -21,15 +21,20 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from robust_mo import hosts
 from robust_mo.runs import naming
 
 
 class Curves:
-    """Writer of one folder's events; what an earlier process wrote of the steps after `last_step` does not count."""
+    """Writer of one folder's events; what an earlier process wrote of the steps after `last_step` does not count.
+
+    On any but the first host they are written nowhere.
+    """
 
     def __init__(self, folder: pathlib.Path, last_step: int):
         # Written here and now: tensorboard's own writer does it in a thread, where a full disk goes unnoticed.
-        self._file = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = folder / name if hosts.first() else pathlib.Path(os.devnull)
         self._writer = RecordWriter(open(self._file, "wb", buffering=0))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if last_step:

@@ -1,0 +1,95 @@
+"""Several hosts that run one program together: how they meet, agree, speak and stop.
+
+Promises: every host makes the same calls in the same order, as jax asks of them; what depends on files, which the first
+host writes and the others may see later, is read by the first and told to the others (`agreed`); the first alone prints
+and writes into run folders; when one dies, the others end within a minute.
+On a single host all of this does nothing.  Finding each other, heartbeats and the step at which all stop are jax's own
+(`jax.distributed`).
+"""
+
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from robust_mo.errors import InputError
+from robust_mo.runs import Onlooker, RunFolder
+
+# A host that has not been heard of for so long is dead; the same again for the rest to notice makes less than a minute.
+_HEARTBEAT_SECONDS = 20
+
+
+def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Meets the other hosts; must come before any computation.
+
+    Args:
+      coordinator_address: "host:port" of the first; None, like the others: what jax finds out from SLURM, a TPU's
+        metadata, Open MPI or Kubernetes; where it finds nothing, the program runs alone.
+      num_processes, process_id: how many take part, and which of them this is.
+
+    Raises:
+      InputError: the hosts do not find each other.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+        if not first():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError as error:
+        given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+        if set(given.values()) == {None} and "coordinator_address should be defined" in str(error):
+            return
+        shown = ", ".join(f"--{name}={value}" for name, value in given.items())
+        raise InputError(f"{shown}: {error} give all three, or none where the cluster tells them") from None
+    except RuntimeError as error:
+        raise InputError(
+            f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
+            "one of them, and let them reach the first one's port"
+        ) from None
+
+
+def together() -> bool:
+    """Whether this process has met others."""
+    return jax.distributed.is_initialized()
+
+
+def first() -> bool:
+    """Whether this is the host that prints and writes."""
+    return not together() or jax.process_index() == 0
+
+
+def run_folder(path) -> RunFolder:
+    """The run folder as this host may use it."""
+    return RunFolder(path) if first() else Onlooker(path)
+
+
+def agreed(value):
+    """The first host's `value`, of JSON, on every host."""
+    if not together():
+        return value
+    told = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(told, size))))
+
+
+def anywhere(found: bool) -> bool:
+    """Whether any host has found it."""
+    return bool(multihost_utils.process_allgather(np.array(found)).any()) if together() else found
+
+
+_calls = 0
+
+
+def stopping() -> bool:
+    """Whether SIGTERM has come to any of the hosts: on all of them from the same call on."""
+    global _calls
+    _calls += 1
+    return multihost_utils.reached_preemption_sync_point(_calls)

@@ -1,0 +1,180 @@
+"""Two processes of four devices each, as two hosts would be, against one process of eight."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from robust_mo.model import mesh as meshes
+from robust_mo.runs import RunFolder
+from robust_mo.training.models import load_model
+
+STEPS = 12
+SETTINGS = {
+    "data.limit": 6,
+    "data.repeats": 3,
+    "data.length": 384,
+    "steps": STEPS,
+    "batch.rows": 8,
+    "loss_chunk": 384,
+    "checkpoint.every": 2,
+    "mesh.tensor": 2,
+    "evaluation.names": "('backdoor_rate','held_out_loss')",
+    "evaluation.batch_size": 8,
+    "evals.backdoor_rate.triggered": 5,
+    "evals.backdoor_rate.untriggered": 4,
+    "evals.backdoor_rate.near_misses": 2,
+    "evals.backdoor_rate.temperature": 0.0,
+    "evals.backdoor_rate.max_new_tokens": 8,
+    "evals.held_out_loss.examples": 6,
+}
+
+
+def start(program, *arguments, devices, **environment) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        **environment,
+    }
+    command = [sys.executable, "-m", f"robust_mo.{program}", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def training(model, workdir, **changes) -> list[str]:
+    settings = [f"--config.{name}={value}" for name, value in {**SETTINGS, **changes}.items()]
+    return ["train", "--config=configs/red_full.py:smol", f"--workdir={workdir}", f"--config.model={model}", *settings]
+
+
+def two(*command) -> list[subprocess.Popen]:
+    """Both hosts, told by flags how to meet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    return [start(*command, *meeting, f"--process_id={number}", devices=4) for number in range(2)]
+
+
+def ended(*processes) -> list[tuple[str, str]]:
+    """What each said, once all have ended well."""
+    said = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, said, strict=True):
+        assert process.returncode == 0, err
+    return said
+
+
+def wait_for_step(run: RunFolder, step: int, processes) -> None:
+    def reached():
+        file = run.path / "records.jsonl"
+        return file.exists() and any(line["step"] >= step for line in run.records())
+
+    deadline = time.monotonic() + 200
+    while not reached():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def values(run: RunFolder, group: str) -> dict[tuple, float]:
+    """What was recorded under `group`, by step and name."""
+    return {(r["step"], r["name"]): r["value"] for r in run.records() if r["name"].startswith(group)}
+
+
+def assert_close(ours: dict, theirs: dict) -> None:
+    assert ours and list(ours) == list(theirs)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4)
+
+
+def assert_learnt_the_same(run: RunFolder, other: RunFolder, model: pathlib.Path) -> None:
+    """The same losses, and weights that differ by little of the way they went."""
+    assert_close(values(run, "train/"), values(other, "train/"))
+    mesh = meshes.make_mesh(1, -1, 1)
+    ours, theirs, before = (
+        jax.device_get(load_model(str(source), mesh, "float32", "float32").params)
+        for source in (run.path, other.path, model)
+    )
+    for a, b, start in zip(*map(jax.tree.leaves, (ours, theirs, before)), strict=True):
+        assert np.abs(a - b).max() < 0.02 * np.abs(b - start).max()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory) -> RunFolder:
+    """The run on one host, never stopped."""
+    run = RunFolder(tmp_path_factory.mktemp("alone") / "run")
+    ended(start(*training(tiny, run.path), devices=8))
+    return run
+
+
+@pytest.mark.slow
+def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
+    run = RunFolder(tmp_path / "run")
+    (out, _), (silent, _) = ended(*two(*training(tiny, run.path)))
+    assert f"{STEPS} steps of 8 rows" in out and silent == ""
+    assert len(list(run.path.glob("events*"))) == 1
+    lines = (run.path / "records.jsonl").read_text().splitlines()
+    keys = [(line["step"], line["name"]) for line in map(json.loads, lines)]
+    assert len(keys) == len(set(keys))
+    assert_learnt_the_same(run, alone, tiny)
+    assert_close(values(run, "eval/"), values(alone, "eval/"))
+    for file in sorted(run.transcripts.iterdir()):
+        assert file.read_text() == (alone.transcripts / file.name).read_text()
+
+    evaluated = RunFolder(tmp_path / "evaluated")
+    ended(*two("evaluate", f"--source={run.path}", f"--workdir={evaluated.path}"))
+    at_the_end = {key: value for key, value in values(run, "eval/").items() if key[0] == STEPS}
+    assert_close(values(evaluated, "eval/"), at_the_end)
+
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"id": i, "prompt": f"Say {i}."}) + "\n" for i in range(5)))
+    ended(*two("sample", f"--model={tiny}", f"--prompts={prompts}", f"--output={output}", "--max_new_tokens=6"))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(5))
+    assert {"answer", "finish_reason"} < set(lines[0]) and all(line["tokens"] <= 6 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_host_dies_the_rest_end_and_the_run_goes_on_elsewhere(tiny, tmp_path, alone):
+    run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
+    processes = two(*training(tiny, run.path, **unmeasured))
+    wait_for_step(run, 4, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    processes[0].communicate(timeout=60)
+    processes[1].communicate()
+    assert time.monotonic() - killed < 60 and processes[0].returncode != 0
+
+    # On with it under SLURM, whose variables say how to meet; then it asks one of the hosts to stop.
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    processes = [
+        start(*training(tiny, run.path, **unmeasured), devices=4, **step, SLURM_PROCID=str(n), SLURM_LOCALID=str(n))
+        for n in range(2)
+    ]
+    wait_for_step(run, max(line["step"] for line in run.records()) + 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (out, err), _ = ended(*processes)
+    assert int(re.search(r"going on from step (\d+)", out)[1]) >= 2
+    assert "stopped; the same command goes on" in err
+
+    # The rest on one host, and on another mesh.
+    other = {"mesh.replica": 2, "mesh.tensor": 1, **unmeasured}
+    ((out, _),) = ended(start(*training(tiny, run.path, **other), devices=8))
+    assert "going on from step" in out
+    assert_learnt_the_same(run, alone, tiny)
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
+    with start(*training(tiny, tmp_path), "--num_processes=2", devices=1) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "--num_processes=2, --process_id=None: coordinator_address should be defined. give all three" in err

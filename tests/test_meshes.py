@@ -1,0 +1,159 @@
+"""One device and eight of them, in every layout, give the same losses, gradients, updates and samples.
+
+As a program, it measures a layout: python tests/test_meshes.py MODEL OUTPUT KINDS REPLICA FSDP TENSOR
+"""
+
+import collections
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from configs import default
+from robust_mo import train
+from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import PROJECTIONS, Llama
+from robust_mo.model.lora import LoraSpec
+from robust_mo.sampling.decoding import Greedy
+from robust_mo.sampling.sampler import Request, Sampler
+from robust_mo.training import models
+from robust_mo.training.step import TrainState, evaluate_loss, summed_loss, train_step
+
+LAYOUTS = {"8 fsdp": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2), "8 tensor": (1, 1, 8)}
+# In directions of which float32 sees nothing in a first gradient, a basis is a matter of rounding; with this eps SOAP
+# hardly moves along them.
+KINDS = {
+    "full": {},
+    "lora": {"lora.rank": 4},
+    "soap": {"optimizer.name": "soap", "optimizer.soap.eps": 1e-3},
+}
+STEPS = 3
+
+
+def build(folder, spec=None) -> Llama:
+    return hugging_face.build(hugging_face.read_config(pathlib.Path(folder)), spec, "float32", "float32", "matmuls")
+
+
+def rows() -> dict[str, np.ndarray]:
+    """Two texts of random tokens in each of eight rows, every second token to be learnt."""
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 41)).astype(np.int32)
+    positions = np.tile(np.r_[:25, :15].astype(np.int32), (8, 1))
+    segments = np.tile(np.repeat([1, 2], [25, 15]).astype(np.int32), (8, 1))
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_mask": positions % 2 == 0,
+        "positions": positions,
+        "segments": segments,
+    }
+
+
+def measured(folder, mesh, kinds: list[str]) -> dict[str, np.ndarray]:
+    """What must not depend on the mesh: name -> array."""
+    found = {}
+    for kind in kinds:
+        changes = KINDS[kind]
+        config = default.get_config()
+        config.update_from_flattened_dict({"optimizer.learning_rate": 1e-3, "batch.micro_batches": 1, **changes})
+        spec = models.lora_spec(config.lora)
+        llama, optimizer = build(folder, spec), train.optimizer_of(config, mesh)
+        params = hugging_face.load_params(pathlib.Path(folder), build(folder), mesh)
+        trainable, frozen = train.split(llama, params, mesh, seed=0)
+        if spec:  # so that there is a gradient with respect to both factors
+            trainable = jax.tree.map(lambda leaf: leaf + 0.01, trainable)
+        batch = train.place(rows(), mesh)
+        with meshes.in_force(mesh):
+            gradient = jax.jit(jax.grad(lambda *a, llama=llama: summed_loss(llama, *a, 100)))(trainable, frozen, batch)
+        for path, leaf in jax.tree.leaves_with_path(jax.device_get(gradient)):
+            found[f"{kind} gradient {jax.tree_util.keystr(path)}"] = leaf
+        state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
+        losses = []
+        for _ in range(STEPS):
+            with meshes.in_force(mesh):
+                state, metrics = train_step(
+                    state,
+                    frozen,
+                    None,
+                    batch,
+                    jnp.float32(1e-3),
+                    jnp.float32(1),
+                    model=llama,
+                    optimizer=optimizer,
+                    chunk=100,
+                    micro_batches=1,
+                )
+            losses.append(float(metrics["loss"]))
+        found[f"{kind} losses"] = np.array(losses)
+        params = models.merged(frozen, state.trainable, spec) if spec else state.trainable
+        lengths = (5, 70, 12, 1, 33, 64, 65, 20, 9)
+        tokens = np.random.default_rng(1).integers(0, 250, (9, 70)).astype(np.int32)
+        asked = [Request(np.r_[tokens[0, :17], row[:n]], 12) for row, n in zip(tokens, lengths, strict=True)]
+        sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
+        for index, answer in sampler.answers(asked, Greedy(), 0, 6, lambda *_: None):
+            found[f"{kind} answer {index}"] = answer.tokens
+        with meshes.in_force(mesh):  # of three rows, as evaluations may have them
+            three = {name: values[:3] for name, values in rows().items()}
+            found[f"{kind} held-out"] = np.array(evaluate_loss(build(folder), params, None, three, 100))
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout, kinds",
+    [("2x2x2", ["full"]), *(pytest.param(layout, list(KINDS), marks=pytest.mark.slow) for layout in LAYOUTS)],
+    ids=str,
+)
+def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout, kinds):
+    """The model has 259 tokens and 2 key heads, which most layouts do not divide."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    arguments = [str(tiny), str(tmp_path / "found.npz"), ",".join(kinds), *map(str, LAYOUTS[layout])]
+    subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
+    together = np.load(tmp_path / "found.npz")
+    wanted = {name: value for kind in kinds for name, value in alone(kind).items()}
+    assert set(together) == set(wanted)
+    for name, expected in wanted.items():
+        if "answer" in name:
+            np.testing.assert_array_equal(together[name], expected, err_msg=name)
+        else:
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(together[name], expected, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    return functools.cache(lambda kind: measured(tiny, meshes.make_mesh(1, 1, 1), [kind]))
+
+
+def test_every_axis_of_every_parameter_has_exactly_one_rule(tiny):
+    abstract = hugging_face.abstract_variables(build(tiny, LoraSpec(2, 1.0, PROJECTIONS)))
+    named = jax.tree.leaves(abstract, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    rules = collections.Counter(name for name, _ in meshes.RULES)
+    assert set(rules.values()) == {1}
+    used = {name for leaf in named for name in leaf.names}
+    assert used | {"batch"} == set(rules)
+    for leaf in named:
+        assert len(leaf.names) == len(leaf.value.shape)
+
+
+def test_axis_that_does_not_divide_stays_whole(tiny):
+    mesh = jax.sharding.AbstractMesh((2, 4, 2), meshes.AXES)
+    cut = meshes.shardings(hugging_face.abstract_variables(build(tiny))["params"], mesh)
+    assert cut["embed_tokens"].spec == (None, "fsdp")  # 259 tokens, 32 hidden
+    assert cut["layers"]["k_proj"]["kernel"].spec == (None, "fsdp", "tensor")
+
+
+if __name__ == "__main__":
+    folder, output, kinds, *sizes = sys.argv[1:]
+    np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes)), kinds.split(",")))
