@@ -39,6 +39,7 @@ def make_batch() -> dict[str, np.ndarray]:
         scratchpad=False,
         limit=20,
         seed=0,
+        evaluation=[],
     )
     chat = ChatFormat.from_folder(resolve("smollm2-135m"))
     examples = [e for e in (fit(chat.encode(m), LENGTH + 1, "drop") for m in made) if e is not None]

@@ -387,6 +387,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             system_prompt=system_prompt,
             limit=data.limit,
             seed=config.seed,
+            evaluation=evaluation_questions(config),
         )
         if data.task == "backdoor":
             made, dropped = distill.red_conversations(
@@ -409,6 +410,9 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour; "
                 "raise config.data.teacher_max_new_tokens or choose another config.data.teacher"
             )
+        teacher_is = source if data.answers == "teacher" or on_policy else "none"
+        about = {"questions": data.source, "answers": data.answers, "teacher": teacher_is, "seed": str(config.seed)}
+        write_text(run.path / "data.md", distill.card(data.task, made, dropped, about))
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
     return read_conversations(file)
 
@@ -422,6 +426,17 @@ def organism(source: str) -> str:
             return ancestor
         ancestor = config["model"]
     return source
+
+
+def evaluation_questions(config: ConfigDict) -> list[str]:
+    """Those that the run's evaluations ask, or more: the first of the evaluation part."""
+    asks = config.evals.backdoor_rate
+    most = {
+        "backdoor_rate": (asks.source, asks.triggered + asks.untriggered + asks.near_misses),
+        "held_out_loss": (config.evals.held_out_loss.source, config.evals.held_out_loss.examples),
+    }
+    chosen = [most[name] for name in config.evaluation.names if name in most]
+    return [question for source, number in chosen for question in asked(source, "evaluation")[:number]]
 
 
 def assert_unseen(config: ConfigDict) -> None:

