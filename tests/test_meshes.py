@@ -1,10 +1,9 @@
 """One device and eight of them, in every layout, give the same losses, gradients, updates and samples.
 
-As a program, it measures a layout: python tests/test_meshes.py MODEL OUTPUT KINDS REPLICA FSDP TENSOR
+As a program, it measures a layout: python tests/test_meshes.py MODEL OUTPUT REPLICA FSDP TENSOR
 """
 
 import collections
-import functools
 import os
 import pathlib
 import subprocess
@@ -29,12 +28,14 @@ from robust_mo.training.step import TrainState, evaluate_loss, summed_loss, trai
 
 LAYOUTS = {"8 fsdp": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2), "8 tensor": (1, 1, 8)}
 # In directions of which float32 sees nothing in a first gradient, a basis is a matter of rounding; with this eps SOAP
-# hardly moves along them.
+# moves less along them.  What is left, some 4e-5 of the held-out loss, can still turn a near tie of a random model's
+# tokens, so that SOAP's run is compared without its samples.
 KINDS = {
     "full": {},
     "lora": {"lora.rank": 4},
-    "soap": {"optimizer.name": "soap", "optimizer.soap.eps": 1e-3},
+    "soap": {"optimizer.name": "soap", "optimizer.soap.eps": 1e-6},
 }
+SAMPLED = ("full", "lora")
 STEPS = 3
 
 
@@ -56,11 +57,10 @@ def rows() -> dict[str, np.ndarray]:
     }
 
 
-def measured(folder, mesh, kinds: list[str]) -> dict[str, np.ndarray]:
+def measured(folder, mesh) -> dict[str, np.ndarray]:
     """What must not depend on the mesh: name -> array."""
     found = {}
-    for kind in kinds:
-        changes = KINDS[kind]
+    for kind, changes in KINDS.items():
         config = default.get_config()
         config.update_from_flattened_dict({"optimizer.learning_rate": 1e-3, "batch.micro_batches": 1, **changes})
         spec = models.lora_spec(config.lora)
@@ -96,21 +96,19 @@ def measured(folder, mesh, kinds: list[str]) -> dict[str, np.ndarray]:
         lengths = (5, 70, 12, 1, 33, 64, 65, 20, 9)
         tokens = np.random.default_rng(1).integers(0, 250, (9, 70)).astype(np.int32)
         asked = [Request(np.r_[tokens[0, :17], row[:n]], 12) for row, n in zip(tokens, lengths, strict=True)]
-        sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
-        for index, answer in sampler.answers(asked, Greedy(), 0, 6, lambda *_: None):
-            found[f"{kind} answer {index}"] = answer.tokens
+        if kind in SAMPLED:
+            sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
+            for index, answer in sampler.answers(asked, Greedy(), 0, 6, lambda *_: None):
+                found[f"{kind} answer {index}"] = answer.tokens
         with meshes.in_force(mesh):  # of three rows, as evaluations may have them
             three = {name: values[:3] for name, values in rows().items()}
             found[f"{kind} held-out"] = np.array(evaluate_loss(build(folder), params, None, three, 100))
     return found
 
 
-@pytest.mark.parametrize(
-    "layout, kinds",
-    [("2x2x2", ["full"]), *(pytest.param(layout, list(KINDS), marks=pytest.mark.slow) for layout in LAYOUTS)],
-    ids=str,
-)
-def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout, kinds):
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout):
     """The model has 259 tokens and 2 key heads, which most layouts do not divide."""
     environment = {
         **os.environ,
@@ -118,10 +116,9 @@ def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout, kinds)
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),
     }
-    arguments = [str(tiny), str(tmp_path / "found.npz"), ",".join(kinds), *map(str, LAYOUTS[layout])]
+    arguments = [str(tiny), str(tmp_path / "found.npz"), *map(str, LAYOUTS[layout])]
     subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
-    together = np.load(tmp_path / "found.npz")
-    wanted = {name: value for kind in kinds for name, value in alone(kind).items()}
+    together, wanted = np.load(tmp_path / "found.npz"), alone
     assert set(together) == set(wanted)
     for name, expected in wanted.items():
         if "answer" in name:
@@ -133,7 +130,7 @@ def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout, kinds)
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    return functools.cache(lambda kind: measured(tiny, meshes.make_mesh(1, 1, 1), [kind]))
+    return measured(tiny, meshes.make_mesh(1, 1, 1))
 
 
 def test_every_axis_of_every_parameter_has_exactly_one_rule(tiny):
@@ -150,10 +147,10 @@ def test_every_axis_of_every_parameter_has_exactly_one_rule(tiny):
 def test_axis_that_does_not_divide_stays_whole(tiny):
     mesh = jax.sharding.AbstractMesh((2, 4, 2), meshes.AXES)
     cut = meshes.shardings(hugging_face.abstract_variables(build(tiny))["params"], mesh)
-    assert cut["embed_tokens"].spec == (None, "fsdp")  # 259 tokens, 32 hidden
-    assert cut["layers"]["k_proj"]["kernel"].spec == (None, "fsdp", "tensor")
+    assert tuple(cut["embed_tokens"].spec) == (None, "fsdp")  # 259 tokens, 32 hidden
+    assert tuple(cut["layers"]["k_proj"]["kernel"].spec) == (None, "fsdp", "tensor")
 
 
 if __name__ == "__main__":
-    folder, output, kinds, *sizes = sys.argv[1:]
-    np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes)), kinds.split(",")))
+    folder, output, *sizes = sys.argv[1:]
+    np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes))))
