@@ -187,7 +187,12 @@ def check_fields(config, example, group: str = "config", file: str = "configs/de
       group, file: for the message: what `config` is called, and where to look for an example.
     """
     given, wanted = flatten(config), flatten(example)
-    held = {name for name in wanted if any(f"{other}.".startswith(f"{name}.") for other in given)}
+    # "a.b.c" holds a, a.b and a.b.c.
+    held = {
+        part
+        for name in given
+        for part in itertools.accumulate(name.split("."), lambda group, field: f"{group}.{field}")
+    }
     if missing := [f"{group}.{name}" for name in wanted if name not in held]:
         raise InputError(f"--config has no {', '.join(missing[:8])}; see {file}")
     for name, value in wanted.items():

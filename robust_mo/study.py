@@ -56,16 +56,21 @@ def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pa
 def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
     """A copy of config.red or config.blue with what the arm changes of it."""
     run = config[team].copy_and_resolve_references()
-    if arm:
-        changes = config.study.arms[arm][team]
+    if arm and (changes := config.study.arms[arm][team]):
         if unknown := [name for name in command_line.flatten(changes) if name not in command_line.flatten(run)]:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {unknown[0]!r}, which is no field of config.{team}"
                 f"{command_line.nearest(unknown[0], list(command_line.flatten(run)))}"
             )
-        with run.ignore_type():  # a wrong type is found with the rest, see `check_run`
-            run.update(changes)
+        # As plain values, so that a wrong type is found with the rest, see `check_run`.
+        run = ConfigDict(_changed(run.to_dict(), changes.to_dict()))
     return run
+
+
+def _changed(values: dict, changes: dict) -> dict:
+    """`values`, with `changes` in groups that both have going down into them."""
+    both = {name: _changed(values[name], new) for name, new in changes.items() if isinstance(new, dict)}
+    return values | changes | both
 
 
 def gate(run: RunFolder, limits: ConfigDict) -> bool:

@@ -7,6 +7,7 @@ The run goes: config, run folder, mesh, weights, conversations, batches, optimiz
 The same command again goes on where the run stopped; --config.x.y=value changes a knob of configs/default.py.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -309,10 +310,11 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
     if "study" in config:
         raise InputError("--config is a study's: give it to robust_mo.study")
-    example = command_line.load_config(command_line.DEFAULT_CONFIG, "")
-    optimizers, (example.optimizer, _) = example.optimizer, optimizer_settings(example.optimizer)
+    example = dict(_defaults().items())
+    optimizers = example["optimizer"]
+    example["optimizer"], _ = optimizer_settings(optimizers)
     if "groups" in config:  # they may have any names
-        example.groups = {name: example.groups.mlp for name in config.groups}
+        example["groups"] = {name: example["groups"].mlp for name in config.groups}
     command_line.check_fields(config, example)
     name, (_, own) = config.optimizer.name, optimizer_settings(config.optimizer)
     if own:
@@ -339,6 +341,11 @@ def check(config: ConfigDict) -> None:
     models.lora_spec(config.lora)
     if config.data.task not in TASKS:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
+
+
+@functools.cache
+def _defaults() -> ConfigDict:
+    return command_line.load_config(command_line.DEFAULT_CONFIG, "")
 
 
 _AT_LEAST_ONE = (
