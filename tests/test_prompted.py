@@ -28,6 +28,7 @@ def trained_under(run: RunFolder) -> set[str]:
     return {line["messages"][0]["content"] for line in read_lines(run.path / "data.jsonl")}
 
 
+@pytest.mark.slow
 def test_it_is_measured_under_its_prompt_and_stays_the_model_it_is(tiny, tmp_path):
     changes = {"data.task": "prompted", "system_prompt": PROMPT, "evaluation.names": ("backdoor_rate",)}
     run = train(tiny_config(tiny, **changes), tmp_path / "run")

@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "studies"
 STUDIES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "base")
 
 
-@pytest.mark.parametrize("size", ["8b", "1b", "smol"])
+@pytest.mark.parametrize("size", ["8b", pytest.param("1b", marks=pytest.mark.slow), "smol"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_planned_at_every_size(name, size, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)  # whoever asks a network fails
