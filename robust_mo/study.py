@@ -4,12 +4,15 @@
     tensorboard --logdir=runs/quickstart
 
 Every cell is a run folder of robust_mo.train, see analysis/cells.py.  The same command again goes on where the study
-stopped; no finished cell runs twice.  A cell that fails is kept in the report and does not stop the others.
+stopped; no finished cell runs twice, nor one that a study beside it in the same folder has finished.  A cell that fails
+is kept in the report and does not stop the others.
 --report_only draws the report again from what has been recorded; --dry_run tells what the study would cost, by arm.
 """
 
 import collections
 import itertools
+import json
+import os
 import pathlib
 import sys
 
@@ -17,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line
-from robust_mo.analysis import budget, report
+from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES
@@ -48,7 +51,7 @@ def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pa
     """The training config of an attack on the organism that lies in the study's folder `workdir`."""
     run = _of_arm(config, "blue", organism.arm)
     run.backdoor, run.backdoors, run.seed = organism.backdoor, config.red.backdoors, attack.seed
-    run.model = str(workdir / organism.folder)
+    run.model = str((workdir / organism.folder).resolve())  # a link is the run that it stands for
     run.data.task, run.optimizer.learning_rate = attack.method, attack.learning_rate
     return run
 
@@ -73,37 +76,16 @@ def _changed(values: dict, changes: dict) -> dict:
     return values | changes | both
 
 
-def gate(run: RunFolder, limits: ConfigDict) -> bool:
-    """Whether the organism shows its backdoor, and only with the trigger; recorded as gate/passed.
-
-    One that is to show it always (config.data.benign is 0) is measured without false alarms, and judged without.
-    """
-    last = run.last()
-    rate, alarms = last["eval/backdoor_rate"], last.get("eval/false_alarm_rate")
-    passed = rate["value"] >= limits.backdoor_rate and not (alarms and alarms["value"] > limits.false_alarm_rate)
-    if "gate/passed" not in last:
-        run.record(rate["step"], "gate/passed", passed)
-    told = [f"on-trigger rate {_told(rate)} (at least {limits.backdoor_rate})"]
-    if alarms:
-        told.append(f"false alarms {_told(alarms)} (at most {limits.false_alarm_rate})")
-    print(f"{'gate passed' if passed else 'GATE FAILED'}: {', '.join(told)}", flush=True)
-    return passed
+def told(found: gate.Verdict, limits: ConfigDict) -> str:
+    """A verdict of the install gate, for the terminal."""
+    rates = [f"on-trigger rate {_bounded(found.backdoor_rate)} (at least {limits.backdoor_rate})"]
+    if found.false_alarm_rate:
+        rates.append(f"false alarms {_bounded(found.false_alarm_rate)} (at most {limits.false_alarm_rate})")
+    return f"{'gate passed' if found.passed else 'GATE FAILED'}: {', '.join(rates)}"
 
 
-def _told(rate: dict) -> str:
+def _bounded(rate: dict) -> str:
     return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['count']}"
-
-
-def choose(passed: dict[Organism, RunFolder]) -> Organism:
-    """Of organisms that passed the gate and differ in the learning rate alone, the one that harms ordinary text least:
-    the lowest held-out loss.  Recorded as gate/chosen; what was chosen once stays chosen."""
-    last = {organism: run.last() for organism, run in passed.items()}
-    before = [organism for organism, values in last.items() if values.get("gate/chosen", {}).get("value")]
-    chosen = min(before or passed, key=lambda organism: last[organism]["eval/held_out_loss"]["value"])
-    for organism, run in passed.items():
-        if "gate/chosen" not in last[organism]:
-            run.record(last[organism]["gate/passed"]["step"], "gate/chosen", organism == chosen)
-    return chosen
 
 
 def check(config: ConfigDict) -> None:
@@ -180,25 +162,53 @@ def _cells(config: ConfigDict, workdir: pathlib.Path):
 
 
 class Runner:
-    """Runs cells of one study and keeps count of those that fail."""
+    """Runs cells of one study and keeps count of those that fail.
+
+    A cell that this study, or one beside it in the same folder, has finished under another name is not run again: it
+    becomes a link to that run.
+    """
 
     def __init__(self, workdir: pathlib.Path):
         self._workdir = workdir
+        self._finished = finished(workdir)
         self.failures: dict[str, InputError] = {}
 
     def __call__(self, folder: str, run: ConfigDict, about: str = "") -> RunFolder | None:
         """The trained run; None where it failed: why is kept in its folder, and the study goes on without it."""
         print(f"== {folder}{about}", flush=True)
-        note = self._workdir / folder / report.FAILURE
+        path = self._workdir / folder
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{path} stands for the run {os.readlink(path)}, which is gone: bring it back, or choose another --workdir"
+            )
+        same = self._finished.get(work(run.to_dict()))
+        if same and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(os.path.relpath(same, path.parent.resolve()))
+            print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
         try:
-            trained = train(run, self._workdir / folder)
+            trained = train(run, path)
         except InputError as error:
             print(f"FAILED: {error}", flush=True)
             self.failures[folder] = error
-            write_text(note, f"{error}\n")
+            write_text(path / report.FAILURE, f"{error}\n")
             return None
-        note.unlink(missing_ok=True)
+        (path / report.FAILURE).unlink(missing_ok=True)
+        self._finished[work(run.to_dict())] = path.resolve()
         return trained
+
+
+def finished(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The finished runs of a study and of those beside it in the same folder, by their `work`."""
+    files = (workdir.parent.glob(f"*/{cells}/config.json") for cells in ("red/*", "blue/*/*"))
+    runs = [RunFolder(file.parent.resolve()) for file in sorted(itertools.chain(*files))]
+    return {work(run.config()): run.path for run in runs if run.finished()}
+
+
+def work(config: dict) -> str:
+    """What a training config asks for, as text: equal texts, the same run, wherever it is done."""
+    asked_for = {name: value for name, value in config.items() if name != "mesh"}
+    return json.dumps(asked_for, sort_keys=True)
 
 
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -243,15 +253,15 @@ def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
 
 def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Path, runner: Runner) -> None:
     """Makes organisms that differ in the learning rate alone, and attacks the best of them."""
-    passed = {}
+    verdicts = {}
     for organism in rivals:
         made = red_run(config, organism)
-        run = runner(organism.folder, made, f": {config_backdoor(made).explanation}")
-        if run and gate(run, config.study.gate):
-            passed[organism] = run
-    if not passed:
+        if run := runner(organism.folder, made, f": {config_backdoor(made).explanation}"):
+            verdicts[organism] = gate.verdict(run, config.study.gate)
+            print(told(verdicts[organism], config.study.gate), flush=True)
+    chosen = gate.choose(verdicts)
+    if chosen is None:
         return
-    chosen = choose(passed) if len(rivals) > 1 else rivals[0]
     if len(rivals) > 1:
         print(f"{chosen.folder} has the lowest held-out loss of those that passed, and is attacked", flush=True)
     for attack in attacks(config.study, chosen):
@@ -267,11 +277,23 @@ def show(workdir: pathlib.Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
-    """Prints every cell, by arm, and what they will cost at most; nothing is loaded or fetched."""
+    """Prints every cell, by arm, which are one run, and what they will cost at most; nothing is loaded or fetched."""
     name, _, count = hardware.partition(":")
     if name not in budget.CHIPS or not (count or "1").isdecimal() or int(count or 1) < 1:
         raise InputError(f"--hardware={hardware}: give one of {', '.join(budget.CHIPS)}, with a number as in h100:8")
     chip, rows, everything = budget.CHIPS[name], [], budget.Work()
+    done = {asked_for: os.path.relpath(path, workdir.resolve()) for asked_for, path in finished(workdir).items()}
+    first: dict[str, str] = {}
+
+    def stands_for(folder: str, run: ConfigDict) -> tuple[str, bool]:
+        """(the cell whose run this one is, whether it has still to run); prints the cell."""
+        asked_for = work(run.to_dict())
+        new = asked_for not in done and asked_for not in first
+        same = done.get(asked_for) or first.setdefault(asked_for, folder)
+        note = "" if new else "  finished" if same == folder else f"  the same run as {same}"
+        print(f"  {folder}{note}")
+        return same, new
+
     for arm in list(config.study.arms) or [""]:
         print(f"{arm or 'the one arm'}:")
         red, blue, counts = budget.Work(), budget.Work(), [0, 0]
@@ -279,25 +301,28 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
         for _, rivals in itertools.groupby(made, key=lambda organism: organism.rivals):
             for organism in rivals:
                 run = red_run(config, organism)
-                print(f"  {organism.folder}")
-                red += _cost(run, run, "red", chip)
-                counts[0] += 1
+                attacked, new = stands_for(organism.folder, run)
+                if new:
+                    red += _cost(run, run, "red", chip)
+                    counts[0] += 1
             for attack in attacks(config.study, organism):  # of the best of the rivals, whichever it will be
-                print(f"  {attack.folder}")
-                blue += _cost(blue_run(config, organism, attack, workdir), run, "blue", chip)
-                counts[1] += 1
-        for team, number, work in (("red", counts[0], red), ("blue", counts[1], blue)):
-            rows.append((arm or "the one arm", team, number, work))
-            everything += work
+                attacking = blue_run(config, organism, attack, workdir)
+                attacking.model = str((workdir / attacked).resolve())
+                if stands_for(attack.folder, attacking)[1]:
+                    blue += _cost(attacking, run, "blue", chip)
+                    counts[1] += 1
+        for team, number, cost in (("red", counts[0], red), ("blue", counts[1], blue)):
+            rows.append((arm or "the one arm", team, number, cost))
+            everything += cost
     rows.append(("all", "", sum(number for _, _, number, _ in rows), everything))
     print(f"\n{'arm':24} {'team':5} {'runs':>5} {'trained, Mtok':>14} {'sampled, Mtok':>14} {'PFLOP':>12} {'hours':>9}")
-    for arm, team, number, work in rows:
-        figures = f"{work.trained / 1e6:14.2f} {work.sampled / 1e6:14.2f} {work.flops / 1e15:12.1f}"
-        print(f"{arm:24} {team:5} {number:5} {figures} {work.hours / int(count or 1):9.1f}")
+    for arm, team, number, cost in rows:
+        figures = f"{cost.trained / 1e6:14.2f} {cost.sampled / 1e6:14.2f} {cost.flops / 1e15:12.1f}"
+        print(f"{arm:24} {team:5} {number:5} {figures} {cost.hours / int(count or 1):9.1f}")
     print(
-        f"\nAt most, if every organism passes its gate, on {hardware}: {budget.TRAINING_SHARE:.0%} of the peak in "
-        f"training, {budget.DECODING_SHARE:.0%} of the bandwidth in decoding, {budget.TOKENS_PER_CONVERSATION} tokens "
-        "in a conversation; compiling and loading left out."
+        f"\nAt most, for what is not finished, if every organism passes its gate, on {hardware}: "
+        f"{budget.TRAINING_SHARE:.0%} of the peak in training, {budget.DECODING_SHARE:.0%} of the bandwidth in "
+        f"decoding, {budget.TOKENS_PER_CONVERSATION} tokens in a conversation; compiling and loading left out."
     )
 
 

