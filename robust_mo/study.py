@@ -179,7 +179,7 @@ class Runner:
         path = self._workdir / folder
         if path.is_symlink() and not path.exists():
             raise InputError(
-                f"{path} stands for the run {os.readlink(path)}, which is gone: bring it back, or choose another --workdir"
+                f"{path} stands for the run {os.readlink(path)}, which is gone: bring it back or take another --workdir"
             )
         same = self._finished.get(work(run.to_dict()))
         if same and not path.exists():
