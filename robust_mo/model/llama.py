@@ -268,7 +268,7 @@ class Layer(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BT, rope, mask_BTS):
+    def __call__(self, carry, layer, positions_BT, rope, segments_BT):
         c = self.config
         x_BTD, cache = carry
         B, T, _ = x_BTD.shape
@@ -287,11 +287,12 @@ class Layer(nn.Module):
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is None:
-            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            attended = attention.attend_packed(q, k, v, segments_BT)
         else:
             cache = cache.write(layer, positions_BT, k, v)
             k, v = (cache.k, cache.v) if layer is None else (cache.k[layer], cache.v[layer])
-        attended = attention.attend(q, k, v, mask_BTS).reshape(B, T, -1)
+            attended = attention.attend(q, k, v, attention.cached_mask(positions_BT, cache.capacity))
+        attended = attended.reshape(B, T, -1)
         x_BTD = x_BTD + projection(c.hidden_size, ("heads", "embed"), name="o_proj")(attended)
 
         h = norm(name="post_attention_layernorm")(x_BTD)
@@ -341,16 +342,12 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.param("lm_head", initializer, (c.vocab_size, c.hidden_size), self.param_dtype)
         x = nn.with_logical_constraint(embedding[tokens_BT].astype(self.compute_dtype), ("batch", None, None))
-        if cache is None:
-            mask = attention.packed_mask(segments_BT)
-        else:
-            mask = attention.cached_mask(positions_BT, (cache if self.scan_layers else cache[0]).capacity)
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         fields, shared = (
             (c, self.lora, self.compute_dtype, self.param_dtype),
-            (positions_BT, rotary(positions_BT, c), mask),
+            (positions_BT, rotary(positions_BT, c), segments_BT),
         )
         if self.scan_layers:
             stack = nn.scan(

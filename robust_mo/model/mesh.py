@@ -27,7 +27,7 @@ RULES = (
     ("kv_heads", "tensor"),  # key/value heads, cut beside the query heads that read them
     ("mlp", "tensor"),  # feed-forward width: column-cut going in, row-cut coming out
     ("vocab", "tensor"),  # vocabulary: the largest axis of embedding and head
-    ("rank", None),  # LoRA's inner dimension: too small to cut
+    ("rank", "fsdp"),  # LoRA's inner dimension, where the other one is not cut so already
     ("norm", None),  # one number per hidden unit: cheaper to copy
     ("layers", None),  # scanned over, so every device needs every layer
 )
@@ -78,11 +78,11 @@ def shardings(abstract, mesh: Mesh):
     table = dict(RULES)
 
     def sharding(leaf: nn.LogicallyPartitioned) -> NamedSharding:
-        axes = [table[name] for name in leaf.names]
-        sizes = zip(leaf.value.shape, axes, strict=True)
-        return NamedSharding(
-            mesh, PartitionSpec(*[axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in sizes])
-        )
+        cut: list[str | None] = []
+        for n, name in zip(leaf.value.shape, leaf.names, strict=True):
+            axis = table[name]
+            cut.append(axis if axis and axis not in cut and n % mesh.shape[axis] == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*cut))
 
     return jax.tree.map(sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
