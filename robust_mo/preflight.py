@@ -1,12 +1,15 @@
 """Whether a config fits, before anyone pays for the machine: compiles its program for devices that are not here.
 
     python -m robust_mo.preflight --config=configs/red_full.py:8b --topology=v5e:4x4
+    python -m robust_mo.preflight --config=configs/red_full.py:8b --topology=v5e:4x4 --program=sample
 
-The real program (the training step, or the sampler's) is compiled by the TPU's own compiler, which the package libtpu
-brings, from shapes alone: no TPU, no weights, no network.  cpu:8 compiles for eight pretend devices of a CPU.  Prints
-bytes per chip beside the chip's limit, FLOPs, collectives, and how long compiling took; with --json, the last line is
-one JSON object with the same.  The model's shapes come from configs/models by the last part of config.model, or from a
-folder that is here.
+The real program is compiled by the TPU's own compiler, which the package libtpu brings, from shapes alone: no TPU, no
+weights, no network.  cpu:8 compiles for eight pretend devices of a CPU.  --program=train is the training step; sample
+is a step of decoding in the config's evaluations, with every slot at its longest answer (in the middle of training the
+optimizer's state lies beside it).  Prints bytes per chip beside the chip's limit, FLOPs, collectives, and how long
+compiling took; with --json, the last line is one JSON object with the same.  Where it does not fit, --suggest compiles
+one change after another and names the first that does.  The model's shapes come from configs/models by the last part
+of config.model, or from a folder that is here.
 """
 
 import importlib.util
@@ -27,6 +30,7 @@ from robust_mo.analysis.programs import collectives, product_flops
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
+from robust_mo.sampling.sampler import decode_program
 from robust_mo.training import models
 from robust_mo.training.soap import SoapState, state_shardings
 from robust_mo.training.step import TrainState, train_step
@@ -34,6 +38,7 @@ from robust_mo.training.step import TrainState, train_step
 # Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
 TOPOLOGIES = "v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16".split()
 
+_LONGEST_PROMPT = 512  # tokens, of --program=sample; an assumption
 _GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
@@ -88,6 +93,70 @@ def train_program(config: ConfigDict, mesh: Mesh):
     )
     settings = dict(model=llama, optimizer=optimizer, chunk=config.loss_chunk, micro_batches=config.batch.micro_batches)
     return train_step, arguments, settings
+
+
+def sample_program(config: ConfigDict, mesh: Mesh):
+    """(function, arguments, static arguments) of decoding, as the config's evaluations do it."""
+    dtypes = config.compute_dtype, config.param_dtype
+    llama = hugging_face.build(models.shapes_of(config.model), None, *dtypes, "none")
+    asked = [config.evals[name].get("max_new_tokens", 0) for name in config.evaluation.names]
+    if not any(asked):
+        raise InputError("--program=sample: config.evaluation.names has no evaluator that samples, such as math500")
+    slots = config.evaluation.batch_size
+    return decode_program(llama, models.abstract(llama, mesh, "params"), mesh, slots, _LONGEST_PROMPT, max(asked))
+
+
+PROGRAMS = {"train": train_program, "sample": sample_program}
+
+
+def changes(config: ConfigDict, program: str, mesh: Mesh):
+    """Settings that need less memory, the ones that cost least speed first, each with those before it: {"remat":
+    "full"}, {"remat": "full", "batch.micro_batches": 2}, ..."""
+    made: dict[str, str | int] = {}
+    training, apart = program == "train", meshes.rows_apart(mesh)
+    if training and config.remat != "full":
+        yield (made := made | {"remat": "full"})
+    parts = config.batch.micro_batches
+    while training and config.batch.rows % (apart * parts * 2) == 0:
+        parts *= 2
+        yield (made := made | {"batch.micro_batches": parts})
+    if mesh.shape["replica"] > 1:
+        yield (made := made | {"mesh.replica": 1, "mesh.fsdp": apart})
+    heads, tensor = models.shapes_of(config.model).num_key_value_heads, mesh.shape["tensor"]
+    while mesh.size % (tensor * 2) == 0 and heads % (tensor * 2) == 0:
+        tensor *= 2
+        apart = mesh.size // tensor
+        made = made | {"mesh.replica": 1, "mesh.fsdp": apart, "mesh.tensor": tensor}
+        yield (made := made | ({"batch.micro_batches": config.batch.rows // apart} if training else {}))
+    rows = config.batch.rows if training else config.evaluation.batch_size
+    while rows % (apart * 2) == 0:
+        rows //= 2
+        fewer = {"batch.rows": rows, "batch.micro_batches": rows // apart}
+        yield (made := made | (fewer if training else {"evaluation.batch_size": rows}))
+
+
+def suggest(config: ConfigDict, program: str, mesh: Mesh, found: dict) -> dict | None:
+    """The first of `changes` with which a program fits that was found not to; None where none does.  Prints what it
+    tries."""
+    limit = found["limit_bytes"]
+    if found["bytes_per_chip"]["arguments"] > limit and mesh.shape["replica"] == 1:
+        print("weights and state alone are more than a chip holds: take more chips, LoRA, or a smaller model")
+        return None
+    for change in changes(config, program, mesh):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(change)
+        tried_mesh = meshes.make_mesh(**changed.mesh, devices=list(mesh.devices.flat))
+        tried = measure(PROGRAMS[program](changed, tried_mesh), tried_mesh, limit)
+        gib = tried["bytes_per_chip"]["total"] / _GIB
+        print(f"{as_flags(change)}: {gib:.2f} GiB, {'fits' if tried['fits'] else 'does not fit'}", flush=True)
+        if tried["fits"]:
+            return change
+    print("nothing tried fits: take more chips, LoRA, or a smaller model")
+    return None
+
+
+def as_flags(change: dict) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
 def placed_like(trainable, optimizer_state, mesh: Mesh):
@@ -201,6 +270,8 @@ def report(found: dict, tokens: int) -> list[str]:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "training config file, with :argument where it takes one")
     flags.DEFINE_string("topology", None, f"cpu:N, or a slice such as {', '.join(TOPOLOGIES[:4])}")
+    flags.DEFINE_enum("program", "train", list(PROGRAMS), "what to compile")
+    flags.DEFINE_bool("suggest", False, "where it does not fit, look for a setting that does")
     flags.DEFINE_bool("json", False, "print one JSON object last")
 
 
@@ -212,11 +283,20 @@ def main(args: flags.FlagValues) -> None:
     limit = None
     if args.topology.startswith("cpu"):
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    found = measure(train_program(config, mesh), mesh, limit)
+    found = measure(PROGRAMS[args.program](config, mesh), mesh, limit)
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    rows, length = config.batch.rows, config.data.length
-    print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {rows} rows of {length} tokens")
-    print("\n".join(report(found, rows * length)))
+    if args.program == "train":
+        tokens = config.batch.rows * config.data.length
+        about = f"{config.batch.rows} rows of {config.data.length} tokens"
+    else:
+        tokens = config.evaluation.batch_size
+        about = f"{tokens} answers at once, each with room for the longest"
+    print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {about}")
+    print("\n".join(report(found, tokens)), flush=True)
+    if args.suggest and not found["fits"]:
+        found["suggestion"] = suggest(config, args.program, mesh, found)
+        if found["suggestion"]:
+            print(f"nearest that fits: {as_flags(found['suggestion'])}")
     if args.json:
         print(json.dumps(found))
 

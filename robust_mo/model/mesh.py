@@ -7,6 +7,7 @@ Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and 
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 
@@ -71,20 +72,26 @@ def everywhere(x: jax.Array) -> jax.Array:
 
 
 def shardings(abstract, mesh: Mesh):
-    """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes.
+    """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes."""
+    return jax.tree.map(
+        lambda leaf: sharding(leaf.value.shape, leaf.names, mesh),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+    )
 
-    An axis that its devices do not divide evenly, such as an odd vocabulary, stays whole on each of them.
+
+def sharding(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+    """Where an array with these logical axes lies.
+
+    An axis that its devices do not divide evenly, such as an odd vocabulary, stays whole on each of them, and so does
+    one whose devices cut an earlier axis already.
     """
-    table = dict(RULES)
-
-    def sharding(leaf: nn.LogicallyPartitioned) -> NamedSharding:
-        cut: list[str | None] = []
-        for n, name in zip(leaf.value.shape, leaf.names, strict=True):
-            axis = table[name]
-            cut.append(axis if axis and axis not in cut and n % mesh.shape[axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*cut))
-
-    return jax.tree.map(sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    table, cut = dict(RULES), []
+    for size, name in zip(shape, names, strict=True):
+        axis = table[name] if name else None
+        devices = math.prod(mesh.shape[part] for part in ([axis] if isinstance(axis, str) else axis or []))
+        cut.append(axis if axis not in cut and size % devices == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*cut))
 
 
 def of(params) -> Mesh:

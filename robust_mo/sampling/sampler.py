@@ -213,6 +213,33 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
     return _placed(jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1])
 
 
+def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest: int):
+    """(function, arguments, static arguments) of greedy decoding, as shapes, where it needs most: every slot has room
+    for a prompt of so many tokens and for the longest answer.  `params`: shapes on the mesh."""
+    capacity = _rounded_up(min(prompt + longest, model.config.max_position_embeddings), parts=4)
+    with meshes.in_force(mesh):
+        empty = functools.partial(_empty, model=model, slots=_dealt_out(slots, mesh), longest=longest)
+        state = jax.eval_shape(functools.partial(_extended, more=capacity), jax.eval_shape(empty))
+
+    # As `_placed` does, whose doing a shape does not show.
+    def lies(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    rows_and_heads = ("batch", "kv_heads", None, None)
+    state = dataclasses.replace(
+        jax.tree.map(lambda x: lies(x, meshes.replicated(mesh)), state),
+        cache=jax.tree.map(lambda x: lies(x, meshes.sharding(x.shape, rows_and_heads, mesh)), state.cache),
+    )
+    settings = dict(model=model, decoding=Greedy(), stop_ids=(0,))
+    return _decode, (params, state, jax.ShapeDtypeStruct((), jnp.int32)), settings
+
+
+def _dealt_out(rows: int, mesh) -> int:
+    """At least so many rows, and as many on every device."""
+    apart = meshes.rows_apart(mesh)
+    return apart * math.ceil(max(1, rows) / apart)
+
+
 class Sampler:
     """Samples from one model.
 
@@ -254,10 +281,9 @@ class Sampler:
         queue = collections.deque(range(first, len(requests)))
         if not queue:
             return
-        apart = meshes.rows_apart(self._mesh)
-        slots, group = (apart * math.ceil(max(1, rows) / apart) for rows in (slots, slots // 8))
+        slots, group = (_dealt_out(rows, self._mesh) for rows in (slots, slots // 8))
         shared = _shared(requests) if len(requests) > group else 0
-        common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (apart, 1)))
+        common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))
         state = self._run(_empty, slots=slots, longest=_rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
         program = dict(decoding=decoding, stop_ids=self._stop_ids)
