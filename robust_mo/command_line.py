@@ -80,6 +80,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         _keep_compiled_programs()
+        _leave_out_tpus_that_are_not_here()
         if "coordinator_address" in flags.FLAGS:
             hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
         main(flags.FLAGS)
@@ -96,6 +97,17 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(2, f"error: {where}{error.strerror or error}")
+
+
+def _leave_out_tpus_that_are_not_here() -> None:
+    # Where libtpu is installed, for the preflight, jax looks for a TPU at every start and libtpu complains at length.
+    vendors = (file.read_text().strip() for file in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"))
+    other = any(importlib.util.find_spec(f"jax_{kind}_plugin") for kind in ("cuda12", "cuda13", "rocm7"))
+    if importlib.util.find_spec("libtpu") and not other and _GOOGLE not in vendors:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+_GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
 def _print_unraisable(found) -> None:

@@ -186,7 +186,13 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
                 if "{layer}" not in name:
                     return files[name].get_slice(name)[index]
                 names = [name.format(layer=layer) for layer in range(*index[0].indices(shape[0]))]
-                return np.stack([files[n].get_slice(n)[index[1:]] for n in names])
+                # One layer after another into its place: np.stack would hold all of them twice.
+                for place, layer in enumerate(names):
+                    part = files[layer].get_slice(layer)[index[1:]]
+                    if place == 0:
+                        stacked = np.empty((len(names), *part.shape), part.dtype)
+                    stacked[place] = part
+                return stacked
 
             stored = jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(*spec)), shard)
             if not transposed and stored.dtype == leaf.dtype:
