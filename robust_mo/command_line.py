@@ -101,12 +101,15 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
 
 def _leave_out_tpus_that_are_not_here() -> None:
     # Where libtpu is installed, for the preflight, jax looks for a TPU at every start and libtpu complains at length.
+    import jax
+
     vendors = (file.read_text().strip() for file in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"))
-    other = any(importlib.util.find_spec(f"jax_{kind}_plugin") for kind in ("cuda12", "cuda13", "rocm7"))
-    if importlib.util.find_spec("libtpu") and not other and _GOOGLE not in vendors:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    installed = [name for name in ("libtpu", *_OTHER_PLUGINS) if importlib.util.find_spec(name)]
+    if installed == ["libtpu"] and _GOOGLE not in vendors and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
 
 
+_OTHER_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 _GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
