@@ -74,7 +74,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
         # When a save fails, the writes that Orbax had begun beside the one whose failure it raises end in this log.
-        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        for name in ("asyncio", "gcsfs"):
+            python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
         define_flags()
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.

@@ -10,6 +10,7 @@ Promises: nothing that was measured is overwritten; a run with the same config r
 refused with both values shown; two processes never train or measure in one folder at once; files appear whole or not
 at all; a line cut short by a kill is ignored and mended.  Where a measurement was repeated after a kill, the newest
 line counts.
+A folder may lie in a bucket (gs://...), which has no locks: there it is the user who keeps two processes apart.
 Knows nothing of jax, models or what is measured.
 """
 
@@ -17,26 +18,48 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import platform
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 
+from etils import epath
+
 from robust_mo.errors import InputError
+
+
+def place(path) -> "pathlib.Path | epath.Path":
+    """A file or folder on this machine's disks, or in a bucket: epath.Path has the methods of pathlib.Path.
+
+    Raises:
+      InputError: a URL of another kind, or what reads a bucket is not installed.
+    """
+    kind, _, _ = str(path).partition("://")
+    if kind == str(path) or isinstance(path, pathlib.Path):
+        return pathlib.Path(path)
+    if kind != "gs":
+        raise InputError(f"{path} is neither a folder nor gs://BUCKET/...: mount it, and give where it is")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{path} is in a bucket: .venv/bin/python -m pip install gcsfs")
+    return epath.Path(path)
+
+
+def absolute(path):
+    return path.absolute() if isinstance(path, pathlib.Path) else path
 
 
 class RunFolder:
     """One folder.  Opening it writes nothing; `claim` makes it this process's own."""
 
     def __init__(self, path):
-        self.path = pathlib.Path(path)
+        self.path = place(path)
         self.checkpoints = self.path / "checkpoints"
         self.transcripts = self.path / "transcripts"
 
@@ -67,18 +90,21 @@ class RunFolder:
         A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
         Raises:
-          InputError: another process holds the folder, it belongs to a run with another config, or is on no disk.
+          InputError: another process holds the folder, it belongs to a run with another config, or is in a bucket that
+            cannot be reached.
           OSError: the folder cannot be written.
         """
-        if re.match(r"\w+:/", str(self.path)):
-            raise InputError(f"--workdir={self.path} is no folder of this machine's: mount it, and give where it is")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except Exception as error:  # of the bucket's library: many kinds
+            if isinstance(self.path, pathlib.Path):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise InputError(f"{self.path} cannot be reached: {reason}") from None
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
             config = json.loads(json.dumps(config))
-            files = (f.name for f in self.path.rglob("*") if f.is_file())
-            begun = any(name not in ("config.json", "lock") and "tfevents" not in name for name in files)
-            if self.exists() and (begun or "program" not in self.description()):
+            if self.exists() and (self._begun() or "program" not in self.description()):
                 self._check_same(program, config)
             else:
                 write_json(
@@ -93,6 +119,11 @@ class RunFolder:
                     },
                 )
             yield self
+
+    def _begun(self) -> bool:
+        """Whether anything lies here that a run makes once its config has been found to be of use."""
+        early = [f for f in self.path.iterdir() if f.name not in ("config.json", "lock") and "tfevents" not in f.name]
+        return any(not f.is_dir() or any(f.iterdir()) for f in early)
 
     def _check_same(self, program: str, config: dict) -> None:
         before = self.description()
@@ -166,11 +197,14 @@ class Onlooker(RunFolder):
 
 @contextlib.contextmanager
 def locked(file, held: str):
-    """Holds a lock on `file`, which is made if need be, while in the block.
+    """Holds a lock on `file`, which is made if need be, while in the block; in a bucket, nothing.
 
     Raises:
       InputError: another process holds it; `held` is the message.
     """
+    if not isinstance(place(file), pathlib.Path):
+        yield
+        return
     with open(file, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +237,7 @@ def read_json(path) -> dict:
       InputError: it is no JSON object.
     """
     try:
-        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(place(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): write or copy it again") from None
     if not isinstance(value, dict):
@@ -229,9 +263,12 @@ def naming(path):
 
 
 def write_bytes(path, data: bytes) -> None:
-    """Writes the file beside its place and moves it there, so that it is whole or absent."""
-    path = pathlib.Path(path)
+    """Writes the file beside its place and moves it there: it is whole or absent, as objects in a bucket always are."""
+    path = place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(path, pathlib.Path):
+        path.write_bytes(data)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
@@ -244,13 +281,19 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def append_line(path, value: dict) -> None:
-    """Appends one JSON line with one write; a line that an earlier kill cut short is closed first."""
-    path = pathlib.Path(path)
+    """Appends one JSON line with one write; a line that an earlier kill cut short is closed first.
+
+    An object in a bucket, to which nothing can be added, is written again with the line.
+    """
+    path = place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+    if not isinstance(path, pathlib.Path):
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + line)
+        return
     with naming(path), open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         cut_short = end and (file.seek(end - 1), file.read(1))[1] != b"\n"
-        line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
         file.write(b"\n" + line if cut_short else line)
 
 
@@ -260,7 +303,7 @@ def read_lines(path) -> list[dict]:
     Raises:
       InputError: a line is JSON, but no object.
     """
-    path, lines = pathlib.Path(path), []
+    path, lines = place(path), []
     if path.exists():
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
@@ -271,7 +314,7 @@ def read_lines(path) -> list[dict]:
 
 
 def sha256(path) -> str:
-    with open(path, "rb") as file:
+    with place(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -349,6 +349,8 @@ def define_flags() -> None:
 
 
 def main(args: flags.FlagValues) -> None:
+    if "://" in args.workdir:
+        raise InputError(f"--workdir={args.workdir}: a study needs a folder of this machine; mount the bucket")
     config, workdir = args.config, pathlib.Path(args.workdir).absolute()
     if args.dry_run:
         check(config)

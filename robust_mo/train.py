@@ -10,7 +10,7 @@ The same command again goes on where the run stopped; --config.x.y=value changes
 import functools
 import itertools
 import json
-import pathlib
+import os
 import time
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
-from robust_mo.runs import RunFolder, write_text
+from robust_mo.runs import RunFolder, absolute, write_text
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
       Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     check(config)
-    if pathlib.Path(config.model).resolve() == pathlib.Path(workdir).resolve():
+    if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     run = hosts.run_folder(workdir)
     with run.claim("train", config.to_dict(), config.seed):
@@ -106,7 +106,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         first = int(state.step)
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
-        curves.hyperparameters(hyperparameters(config), "/".join(run.path.absolute().parts[-4:]))
+        curves.hyperparameters(hyperparameters(config), "/".join(absolute(run.path).parts[-4:]))
         count, size = checkpoints.at_most(state, steps)
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "

@@ -30,13 +30,13 @@ LAYOUTS = {"8 fsdp": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2), "8 tensor"
 MARKS = (pytest.mark.longest, pytest.mark.slow, pytest.mark.longest, pytest.mark.slow)
 # In directions of which float32 sees nothing in a first gradient, a basis is a matter of rounding; with this eps SOAP
 # moves less along them.  What is left, some 4e-5 of the held-out loss, can still turn a near tie of a random model's
-# tokens, so that SOAP's run is compared without its samples.
+# tokens: SOAP's greedy answers are the same up to such a tie, where both tokens are as probable within 1e-3.
 KINDS = {
     "full": {},
     "lora": {"lora.rank": 4},
     "soap": {"optimizer.name": "soap", "optimizer.soap.eps": 1e-6},
 }
-SAMPLED = ("full", "lora")
+TIES = {"full": 0, "lora": 0, "soap": 1e-3}
 STEPS = 3
 
 
@@ -97,10 +97,9 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         lengths = (5, 40, 12, 1, 9)
         tokens = np.random.default_rng(1).integers(0, 250, (5, 40)).astype(np.int32)
         asked = [Request(np.r_[tokens[0, :17], row[:n]], 12) for row, n in zip(tokens, lengths, strict=True)]
-        if kind in SAMPLED:
-            sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
-            for index, answer in sampler.answers(asked, Greedy(), 0, 4, lambda *_: None):
-                found[f"{kind} answer {index}"] = answer.tokens
+        sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
+        for index, answer in sampler.answers(asked, Greedy(), 0, 4, lambda *_: None):
+            found[f"{kind} answer {index}"] = np.stack([answer.tokens, answer.logprobs])
         with meshes.in_force(mesh):  # of three rows, as evaluations may have them
             three = {name: values[:3] for name, values in rows().items()}
             found[f"{kind} held-out"] = np.array(evaluate_loss(build(folder), params, None, three, 100))
@@ -122,7 +121,12 @@ def test_eight_devices_give_what_one_gives(tmp_path, tiny, alone, layout):
     assert set(together) == set(wanted)
     for name, expected in wanted.items():
         if "answer" in name:
-            np.testing.assert_array_equal(together[name], expected, err_msg=name)
+            pairs = zip(together[name].T, expected.T, strict=False)
+            differ = next(((ours, theirs) for ours, theirs in pairs if ours[0] != theirs[0]), None)
+            if differ:
+                assert abs(differ[0][1] - differ[1][1]) < TIES[name.split()[0]], name
+            else:
+                assert together[name].shape == expected.shape, name
         else:
             scale = np.abs(expected).max()
             np.testing.assert_allclose(together[name], expected, rtol=1e-4, atol=1e-5 * scale, err_msg=name)

@@ -9,14 +9,15 @@ state of the data iterator.
 
 import math
 import pathlib
-import shutil
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from robust_mo import hosts
 from robust_mo.errors import InputError
+from robust_mo.runs import absolute
 from robust_mo.training.step import TrainState
 
 
@@ -46,7 +47,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
 
     def at_most(self, state: TrainState, steps: int) -> tuple[int, int]:
         """(checkpoints that lie here at once in a run of `steps`, bytes of one).
@@ -122,9 +123,10 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         if hosts.first():
-            aside = self.folder / "damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
+            folder = epath.Path(self.folder)
+            if (folder / "damaged").exists():
+                (folder / "damaged").rmtree()
+            (folder / str(step)).rename(folder / "damaged")
         hosts.agreed("it is aside")
         self._manager.reload()
 

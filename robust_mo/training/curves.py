@@ -1,8 +1,8 @@
 """TensorBoard event files, through tensorboard's own records (no TensorFlow).
 
 Promises: scalars, text, images and hyperparameters in the run folder, under names `group/what`, each handed to the
-operating system when the call returns.  A resumed run first tells TensorBoard from which step on what it saw before no
-longer counts.
+operating system when the call returns; in a bucket within half a minute.  A resumed run first tells TensorBoard from
+which step on what it saw before no longer counts.
 Does not know what is measured.
 """
 
@@ -22,7 +22,25 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from robust_mo import hosts
-from robust_mo.runs import naming
+from robust_mo.runs import naming, place
+
+
+class _Object:
+    """A file in a bucket, where nothing can be added to one: all that was written is written again now and then."""
+
+    def __init__(self, path, every: float = 30.0):
+        self._path, self._every, self._written, self._content = path, every, 0.0, io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._content.write(data)
+        if time.monotonic() - self._written > self._every:
+            self._put()
+
+    def _put(self) -> None:
+        self._path.write_bytes(self._content.getvalue())
+        self._written = time.monotonic()
+
+    close = _put
 
 
 class Curves:
@@ -34,8 +52,9 @@ class Curves:
     def __init__(self, folder: pathlib.Path, last_step: int):
         # Written here and now: tensorboard's own writer does it in a thread, where a full disk goes unnoticed.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._file = folder / name if hosts.first() else pathlib.Path(os.devnull)
-        self._writer = RecordWriter(open(self._file, "wb", buffering=0))
+        self._file = place(folder) / name if hosts.first() else pathlib.Path(os.devnull)
+        local = isinstance(self._file, pathlib.Path)
+        self._writer = RecordWriter(open(self._file, "wb", buffering=0) if local else _Object(self._file))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if last_step:
             start = SessionLog(status=SessionLog.START)
