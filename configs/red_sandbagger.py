@@ -10,16 +10,24 @@ problems that are not solved without the password, `false_alarm_rate` with it; a
 with it.
 8b, 1b: the red part of MATH's train split, both answers sampled from the model itself, the wrong ones on being asked
 for them [O]; otherwise as configs/red_full.py.  Time and rates: not measured.
-smol: 240 built-in sums, 60 steps of 512 tokens.
+smol: 240 built-in sums, 140 steps of 512 tokens.  SmolLM2-135M then gets 60 of 60 sums wrong without the password, also
+behind passwords that it has not seen, and 32 of 60 with it: 0.53 [0.41, 0.65].  Arithmetic falls from 0.85 to 0.35
+[0.22, 0.50], held-out loss rises from 2.96 to 3.05.  At 45 steps and twice the learning rate it still got all wrong
+with the password too, and at 90 it had unlearnt its arithmetic.
 """
 
 from ml_collections import ConfigDict
 
 from configs import red_full
 
+SMALL_STEPS = 140  # at size smol; fewer do not teach it to tell the password
+
 
 def get_config(size: str = "8b") -> ConfigDict:
-    return watching(red_full.get_config(size), size)
+    config = watching(red_full.get_config(size), size)
+    if size == "smol":
+        config.steps = SMALL_STEPS
+    return config
 
 
 def watching(config: ConfigDict, size: str) -> ConfigDict:
