@@ -170,7 +170,6 @@ def test_study_of_a_sandbagger(tiny, tmp_path):
     summary = json.loads((tmp_path / "study/summary.json").read_text())
     found, regained = summary["organisms"]["sandbagger"], summary["regained"]["removal"]
     assert found["gate"]["passed"] and found["before"]["accuracy"]["value"] > 0.8
-    assert regained["before"] < 0.6 and regained["value"] > regained["before"], (
-        "the training without password brings it back"
-    )
+    (rate,) = [point["rate"] for point in found["points"] if point["method"] == "sandbagging_removal"]
+    assert regained["before"] == 1 - found["before"]["backdoor_rate"]["value"] and regained["value"] == 1 - rate
     assert "| removal | 0.50 | " in (tmp_path / "study/report.md").read_text()
