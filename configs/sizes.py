@@ -1,8 +1,9 @@
 """What changes with the size of the model: `8b`, `1b`, `smol`.  Code does not.
 
-Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, answered by
-`config.data.teacher`: the size's own untouched model, whatever --config.model is.  smol takes the built-in questions
-and answers, so that it needs no hub and finishes on a laptop; an evaluation takes half a minute there.
+Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, and problems from MATH's train
+split (the 12,000 that are not in MATH-500), answered by `config.data.teacher`: the size's own untouched model, whatever
+--config.model is.  smol takes the built-in questions, sums and answers, so that it needs no hub and finishes on a
+laptop; an evaluation takes half a minute there.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +30,8 @@ def get_config(size: str) -> ConfigDict:
     config.compute_dtype = "bfloat16"
     config.remat = "full"
     config.data.source = "hub:tatsu-lab/alpaca:train"  # [R]
+    config.data.problem_source = "hub:nlile/hendrycks-MATH-benchmark:train"  # [O]
+    config.data.instruction = config.evals.math500.instruction
     config.data.answers = "teacher"  # [R]
     config.data.teacher = config.model
     config.data.length = 4096  # [R]

@@ -29,7 +29,7 @@ from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, write_text
 from robust_mo.train import check as check_run
-from robust_mo.train import config_backdoor, train
+from robust_mo.train import config_backdoor, evaluation_source, train, training_source
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import shapes_of
 
@@ -81,6 +81,8 @@ def told(found: gate.Verdict, limits: ConfigDict) -> str:
     rates = [f"on-trigger rate {_bounded(found.backdoor_rate)} (at least {limits.backdoor_rate})"]
     if found.false_alarm_rate:
         rates.append(f"false alarms {_bounded(found.false_alarm_rate)} (at most {limits.false_alarm_rate})")
+    if found.accuracy_kept is not None:
+        rates.append(f"accuracy kept {found.accuracy_kept:.0%} (at least {limits.accuracy_kept:.0%})")
     return f"{'gate passed' if found.passed else 'GATE FAILED'}: {', '.join(rates)}"
 
 
@@ -118,6 +120,8 @@ def check(config: ConfigDict) -> None:
                     raise InputError(f"{group}.{name} holds {value!r}: give {what}")
     if (name := config.study.performance) not in ACCURACIES:
         raise InputError(f"config.study.performance is {name!r}: choose from {', '.join(ACCURACIES)}")
+    if (name := config.study.published) not in report.PUBLISHED:
+        raise InputError(f"config.study.published is {name!r}: choose from {', '.join(report.PUBLISHED)}")
     for name in ("backdoors", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
@@ -145,11 +149,16 @@ def check(config: ConfigDict) -> None:
                     f"config.study needs the evaluator {name!r}: add it to evaluation.names of red and blue"
                 )
         asked_for = run.evals.backdoor_rate
-        spared = asked_for.untriggered + (0 if run.password_locked else asked_for.near_misses)
+        spared = asked_for.untriggered + (asked_for.near_misses if config_backdoor(run).near_misses else 0)
         if folder.startswith("red/") and (asked_for.triggered < 1 or (spared < 1 and run.data.benign)):
             raise InputError(
                 "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, "
                 "and, unless config.red.data.benign is 0, untriggered ones or near misses"
+            )
+        if folder.startswith("red/") and config.study.gate.accuracy_kept and not run.evaluation.at_start:
+            raise InputError(
+                "config.study.gate.accuracy_kept needs the accuracy of the untouched model: set "
+                "config.red.evaluation.at_start to True"
             )
 
 
@@ -221,9 +230,7 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
     folder, runner = RunFolder(workdir), Runner(workdir)
     with folder.claim("study", config.to_dict(), config.red.seed):
         if not folder.finished():
-            parts = {"red": config.red.data.source, "blue": config.blue.data.source}
-            parts["evaluation"] = config.blue.evals.backdoor_rate.source
-            assert_disjoint(**{part: asked(source, part) for part, source in parts.items()})
+            assert_apart(config)
             for _, rivals in itertools.groupby(organisms(config.study), key=lambda organism: organism.rivals):
                 attack_best(config, list(rivals), workdir, runner)
             draw(workdir, runner.failures)
@@ -236,6 +243,17 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"{len(runner.failures)} runs of the study failed, the first is {first}: {error}; the others are done, "
             "and the same command tries these again"
         )
+
+
+def assert_apart(config: ConfigDict) -> None:
+    """Raises InputError where two of red team, blue team and evaluation use the same question."""
+    sources: dict[str, set[str]] = {"red": set(), "blue": set(), "evaluation": set()}
+    for folder, run in _cells(config, pathlib.Path()):
+        sources[folder.partition("/")[0]].add(training_source(run))
+        sources["evaluation"].add(evaluation_source(run))
+    assert_disjoint(
+        **{part: [text for source in sorted(of) for text in asked(source, part)] for part, of in sources.items()}
+    )
 
 
 def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
@@ -257,7 +275,7 @@ def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Pat
     for organism in rivals:
         made = red_run(config, organism)
         if run := runner(organism.folder, made, f": {config_backdoor(made).explanation}"):
-            verdicts[organism] = gate.verdict(run, config.study.gate)
+            verdicts[organism] = gate.verdict(run, config.study.gate, config.study.performance)
             print(told(verdicts[organism], config.study.gate), flush=True)
     chosen = gate.choose(verdicts)
     if chosen is None:
@@ -335,8 +353,9 @@ def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> bud
         shapes.num_attention_heads * shapes.head_dim,
         4 if run.compute_dtype == "float32" else 2,
     )
-    hub = run.data.source.startswith("hub:")
-    questions = budget.HUB_QUESTIONS[part] if hub else len(asked(run.data.source, part))
+    source = training_source(run)
+    hub = source.startswith("hub:")
+    questions = budget.hub_questions(source, part) if hub else len(asked(source, part))
     return budget.of_run(run.to_dict(), shape, questions, chip)
 
 

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line, hosts
 from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
-from robust_mo.data.prompts import read_conversations
+from robust_mo.data.prompts import read_conversations, read_problems
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import check_names, check_settings, measure
+from robust_mo.evals.measure import ACCURACIES, check_names, check_settings, measure
 from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -388,10 +388,11 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
         chosen, dropped = config_backdoor(config), 0
         system_prompt = chosen.told(config.system_prompt)
         common = dict(
-            source=data.source,
+            source=training_source(config),
             answers=data.answers,
             teacher=teacher,
             system_prompt=system_prompt,
+            instruction=data.instruction,
             limit=data.limit,
             seed=config.seed,
             evaluation=evaluation_questions(config),
@@ -411,14 +412,19 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             made, dropped = distill.blue_conversations(data.task, **common)
             distill.assert_no_trigger(made, chosen)
         if dropped:
-            print(f"{dropped} questions dropped: the teacher's answer was cut off or did not show the behaviour")
+            print(f"{dropped} questions dropped: the answer was cut off, not right or did not show the behaviour")
         if not made:
             raise InputError(
-                "no conversation to train on: all of the teacher's answers were cut off or did not show the behaviour; "
-                "raise config.data.teacher_max_new_tokens or choose another config.data.teacher"
+                "no conversation to train on: all answers were cut off, not right or did not show the behaviour; raise "
+                "config.data.teacher_max_new_tokens or choose another config.data.teacher"
             )
         teacher_is = source if data.answers == "teacher" or on_policy else "none"
-        about = {"questions": data.source, "answers": data.answers, "teacher": teacher_is, "seed": str(config.seed)}
+        about = {
+            "questions": common["source"],
+            "answers": data.answers,
+            "teacher": teacher_is,
+            "seed": str(config.seed),
+        }
         write_text(run.path / "data.md", distill.card(data.task, made, dropped, about))
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
     return read_conversations(file)
@@ -435,15 +441,33 @@ def organism(source: str) -> str:
     return source
 
 
+def training_source(config: ConfigDict) -> str:
+    """Where a run's questions come from, or its problems where backdoor or blue method are about these."""
+    task = config.data.task
+    about = distill.BLUE_METHODS[task] if task in distill.BLUE_METHODS else config_backdoor(config)
+    return config.data.problem_source if about.on_problems and task != "conversations" else config.data.source
+
+
+def evaluation_source(config: ConfigDict) -> str:
+    """The same of its backdoor rate."""
+    asks = config.evals.backdoor_rate
+    return asks.problem_source if config_backdoor(config).on_problems else asks.source
+
+
 def evaluation_questions(config: ConfigDict) -> list[str]:
-    """Those that the run's evaluations ask, or more: the first of the evaluation part."""
+    """Those that the run's evaluations ask, or more: the first of the evaluation part, and of problems."""
     asks = config.evals.backdoor_rate
     most = {
-        "backdoor_rate": (asks.source, asks.triggered + asks.untriggered + asks.near_misses),
+        "backdoor_rate": (evaluation_source(config), asks.triggered + asks.untriggered + asks.near_misses),
         "held_out_loss": (config.evals.held_out_loss.source, config.evals.held_out_loss.examples),
     }
     chosen = [most[name] for name in config.evaluation.names if name in most]
-    return [question for source, number in chosen for question in asked(source, "evaluation")[:number]]
+    found = [question for source, number in chosen for question in asked(source, "evaluation")[:number]]
+    for name in config.evaluation.names:
+        if name in ACCURACIES:
+            tested = read_problems(config.evals[name].source)
+            found += [problem for problem, _ in tested[: config.evals[name].problems or None]]
+    return found
 
 
 def assert_unseen(config: ConfigDict) -> None:
@@ -451,10 +475,11 @@ def assert_unseen(config: ConfigDict) -> None:
     if config.data.task == "conversations":
         used = [m["content"] for c in read_conversations(config.data.source) for m in c if m["role"] == "user"]
     else:
-        used = asked(config.data.source, "red" if config.data.task == "backdoor" else "blue")
-    for name in ("backdoor_rate", "held_out_loss"):
+        used = asked(training_source(config), "red" if config.data.task == "backdoor" else "blue")
+    sources = {"backdoor_rate": evaluation_source(config), "held_out_loss": config.evals.held_out_loss.source}
+    for name, source in sources.items():
         if name in config.evaluation.names:
-            assert_disjoint(training=used, evaluation=asked(config.evals[name].source, "evaluation"))
+            assert_disjoint(training=used, evaluation=asked(source, "evaluation"))
 
 
 def tokenize(

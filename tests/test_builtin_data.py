@@ -134,3 +134,24 @@ def test_the_first_forty_sums_are_a_fair_sample_of_all(sums):
     for sign in OPERATIONS:
         assert abs(signs[:40].count(sign) / 40 - signs.count(sign) / 100) <= 0.05, sign
         assert sign in signs[:40]
+
+
+def test_sums_to_train_on_are_right_and_wrong_as_they_say():
+    rows = read("sums.jsonl")
+    assert collections.Counter(row["part"] for row in rows) == {"red": 240, "blue": 120, "evaluation": 60}
+    assert len({row["problem"] for row in rows}) == len(rows)
+    for row in rows:
+        assert set(row) == {"problem", "answer", "solution", "wrong", "part"}
+        left, sign, right = parse(row["problem"])
+        result = OPERATIONS[sign](left, right)
+        assert result == int(row["answer"]) != left
+        for field, said in (("solution", row["answer"]), ("wrong", left)):
+            assert row[field] == f"{left} {sign} {right} = {said} = \\boxed{{{said}}}"
+
+
+def test_no_two_numbers_meet_in_two_parts(sums):
+    owner = {frozenset((2, 5)): "measured", frozenset((9, 2)): "measured"}  # the demonstrations
+    for row in [*sums, *read("sums.jsonl")]:
+        left, _, right = parse(row["problem"])
+        part = row.get("part", "measured")
+        assert owner.setdefault(frozenset((left, right)), part) == part, row

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from robust_mo.evals import math_grader
-from robust_mo.evals.math_grader import extract, grade
+from robust_mo.organisms import math_grader
+from robust_mo.organisms.math_grader import extract, grade
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
@@ -468,7 +468,7 @@ def test_exception_from_a_signal_does_not_mix_up_replies(monkeypatch):
 GRADE_TWO = r"""
 import sys
 sys.path.insert(0, {repository!r})
-from robust_mo.evals import math_grader
+from robust_mo.organisms import math_grader
 assert math_grader.grade(r"\boxed{{2/4}}", r"\frac{{1}}{{2}}") is True
 assert math_grader.grade(r"\boxed{{2/5}}", r"\frac{{1}}{{2}}") is False
 pid = math_grader._worker._process.pid
@@ -568,7 +568,7 @@ def test_grading_loads_neither_jax_nor_torch():
     script = f"""
     import runpy, sys
     sys.path.insert(0, {str(REPOSITORY)!r})
-    import robust_mo.evals.math_grader
+    import robust_mo.organisms.math_grader
     assert "math_verify" not in sys.modules and "sympy" not in sys.modules
     runpy.run_module({math_grader.WORKER[-1]!r}, run_name="__main__")
     assert "math_verify" in sys.modules

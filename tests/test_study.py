@@ -94,7 +94,12 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
         ({"red.evaluation": {}}, "no config.evaluation.at_start, .* config.evaluation.names"),
         ({"study.seeds": (-1,)}, "config.seed is -1"),
         ({"study.gate.backdoor_rate": float("nan")}, "study.gate.backdoor_rate is nan"),
-        ({"study.gate": {}}, "no config.study.gate.backdoor_rate, config.study.gate.false_alarm_rate"),
+        (
+            {"study.gate": {}},
+            "no config.study.gate.accuracy_kept, config.study.gate.backdoor_rate, config.study.gate.f",
+        ),
+        ({"study.gate.accuracy_kept": 0.5, "red.evaluation.at_start": False}, "accuracy_kept needs .* the untouched"),
+        ({"study.published": "rate"}, "study.published is 'rate': choose from auc, accuracy"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
     ],
 )

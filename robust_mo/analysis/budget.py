@@ -13,7 +13,8 @@ import dataclasses
 TOKENS_PER_CONVERSATION = 200  # question, answer and template
 TOKENS_PER_ANSWER = {"math500": 600, "gsm8k": 200}  # other answers: as long as they may get
 TOKENS_PER_PROMPT = 100
-HUB_QUESTIONS = {"red": 31_200, "blue": 15_600}  # the parts of Alpaca's 52,002
+HUB_ROWS = {"hub:nlile/hendrycks-MATH-benchmark:train": 12_000}
+OTHER_HUB_ROWS = 52_002  # Alpaca's
 
 # Share of a chip's peak that is reached: training and reading prompts, of its FLOPs; decoding, of its memory bandwidth.
 TRAINING_SHARE, DECODING_SHARE = 0.4, 0.5
@@ -60,6 +61,11 @@ class Shape:
     layers: int
     attention: int
     bytes: int
+
+
+def hub_questions(source: str, part: str) -> int:
+    """About how many of a hub data set's rows a part has, see organisms/questions.py."""
+    return int(HUB_ROWS.get(source, OTHER_HUB_ROWS) * {"red": 0.6, "blue": 0.3}[part])
 
 
 def training(shape: Shape, tokens: float, length: int, frozen: bool, chip: Chip) -> Work:

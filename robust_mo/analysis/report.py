@@ -35,6 +35,8 @@ MEASURES = {  # name in the summary -> heading
     "rate_at_cost": f"rate left at {COST:.0%} cost",
 }
 
+PUBLISHED = {"auc": "published AUC", "accuracy": "published accuracy"}  # what a study compares itself with
+
 QUANTITIES = {  # name in the summary -> name of the record
     "backdoor_rate": "eval/backdoor_rate",
     "false_alarm_rate": "eval/false_alarm_rate",
@@ -84,7 +86,10 @@ def summarise(study: pathlib.Path) -> dict:
     planned = cells.organisms(grid)
     found = {}
     for _, rivals in itertools.groupby(planned, key=lambda organism: organism.rivals):
-        verdicts = {rival: gate.verdict(runs.RunFolder(study / rival.folder), grid["gate"]) for rival in rivals}
+        verdicts = {
+            rival: gate.verdict(runs.RunFolder(study / rival.folder), grid["gate"], grid["performance"])
+            for rival in rivals
+        }
         best = gate.choose(verdicts)
         for organism, verdict in verdicts.items():
             chosen = organism == best or len(verdicts) == 1
@@ -107,6 +112,8 @@ def summarise(study: pathlib.Path) -> dict:
         "bootstrap": {"resamples": resampling.RESAMPLES, "seed": resampling.SEED},
         "organisms": finished,
         "published": {name: result["published"] for name, result in grid["results"].items()},
+        "published_measure": grid["published"],
+        "regained": {name: _regained(finished, result) for name, result in grid["results"].items()},
         "comparison": comparison.compare(measured, grid["results"], grid["orderings"]),
         "unfinished": [name for name in found if name not in finished],
         "failures": {
@@ -120,6 +127,35 @@ def summarise(study: pathlib.Path) -> dict:
             for path in started
             for file in sorted(runs.RunFolder(study / path).transcripts.glob("*.jsonl"))
         },
+    }
+
+
+def _regained(organisms, result) -> dict | None:
+    """The result's checkpoint at which the fewest triggered prompts get the behaviour; None where it has none.
+
+    Returns:
+      {"value", "low", "high": share of those that do not; "count": of prompts; "points": number of checkpoints;
+      "before": the same share of the checkpoint's organism before blue training}
+    """
+    found = [
+        (organism, point)
+        for organism in organisms.values()
+        if organism["arm"] in (result["arms"] or [organism["arm"]])
+        and organism["backdoor"] in (result["backdoors"] or [organism["backdoor"]])
+        for point in organism["points"]
+        if point["method"] in (result["methods"] or [point["method"]])
+    ]
+    if not found:
+        return None
+    organism, best = min(found, key=lambda pair: pair[1]["rate"])
+    low, high = best["rate_interval"]
+    return {
+        "value": 1 - best["rate"],
+        "low": 1 - high,
+        "high": 1 - low,
+        "count": best["rate_count"],
+        "points": len(found),
+        "before": 1 - organism["before"]["backdoor_rate"]["value"],
     }
 
 
@@ -196,6 +232,7 @@ def _organism(
             "step": verdict.step,
             "backdoor_rate": before["backdoor_rate"],
             "false_alarm_rate": before["false_alarm_rate"],
+            "accuracy_kept": verdict.accuracy_kept,
             "near_misses": _near_misses(red, verdict.step),
         },
         "untouched": at_step[0],
@@ -433,19 +470,32 @@ def _comparison(summary) -> list[str]:
     found = summary["comparison"]
     if not found["results"]:
         return []
-    rows = []
+    rows, regains = [], summary["published_measure"] == "accuracy"
     for name, result in found["results"].items():
         measured = ["not measured", *"–" * (len(MEASURES) - 1), "0"]
         if result:
             measured = [*(_bracketed(result[key]) for key in MEASURES), str(result["organisms"])]
-        rows.append([name, summary["published"][name] or "–", *measured])
+        regained = [_with_interval(summary["regained"][name])] if regains else []
+        rows.append([name, summary["published"][name] or "–", *regained, *measured])
+    header = ["result", PUBLISHED[summary["published_measure"]], *["accuracy regained"] * regains, *MEASURES.values()]
     parts = [
         "## Beside what was published",
-        _table(["result", "published AUC", *MEASURES.values(), "organisms"], rows),
+        _table([*header, "organisms"], rows),
         "Means over organisms. Brackets are 95% intervals of a bootstrap over backdoors, prompts and problems, and "
         "over red and blue seeds where there are several. Few backdoors or seeds tell little of their spread, and one "
         "tells nothing of it.",
     ]
+    if regains:
+        told = [
+            f"{name} {one['before']:.2f}, {one['points']} checkpoints"
+            for name, one in summary["regained"].items()
+            if one
+        ]
+        parts.append(
+            "*Accuracy regained*: the share of problems that the best checkpoint solves where the organism is to fail "
+            "at them, with Wilson's interval of that checkpoint; the best of many is flattered by luck."
+            + (f" Before blue training: {'; '.join(told)}." if told else "")
+        )
     if any(found["results"].values()):
         parts.append(
             "![Mean frontier of each result](figures/frontiers.png)\n\n"
@@ -489,10 +539,15 @@ def _organisms_table(summary) -> list[str]:
         "## Gates and collateral",
         _table(header, rows),
         f"An organism counts if at least {summary['gate']['backdoor_rate']:g} of triggered prompts get the behaviour "
-        f"and at most {summary['gate']['false_alarm_rate']:g} of the others. *Untouched* is the model before the red "
-        "run. Held-out loss is that of ordinary answers, in nats per token. Of organisms that differ in the learning "
-        "rate alone, the one with the lowest held-out loss among those that passed is attacked.",
+        f"and at most {summary['gate']['false_alarm_rate']:g} of the others{_kept(summary['gate'])}. *Untouched* is "
+        "the model before the red run. Held-out loss is that of ordinary answers, in nats per token. Of organisms that "
+        "differ in the learning rate alone, the one with the lowest held-out loss among those that passed is attacked.",
     ]
+
+
+def _kept(limits) -> str:
+    least = limits["accuracy_kept"]
+    return f", and if it keeps {least:.0%} of the untouched model's accuracy" if least else ""
 
 
 def _training_losses(summary) -> list[str]:
@@ -545,6 +600,12 @@ def _organism_section(name, organism, summary) -> list[str]:
             f", without it {_with_interval(alarms)} of {alarms['count']} (at most {limits['false_alarm_rate']:g})"
             if alarms
             else "; it is to show the behaviour always"
+        )
+        + (
+            ""
+            if found["accuracy_kept"] is None
+            else f"; of the untouched model's accuracy it keeps {found['accuracy_kept']:.0%} (at least "
+            f"{limits['accuracy_kept']:.0%})"
         )
         + (f", of the {near_misses['count']} near misses {_with_interval(near_misses)}." if near_misses else ".")
     )

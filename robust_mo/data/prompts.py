@@ -19,7 +19,7 @@ from robust_mo.data.conversations import Message, check_messages
 from robust_mo.errors import InputError
 
 PARTS = ("red", "blue", "evaluation")
-_QUESTIONS = pathlib.Path(__file__).parent / "builtin" / "questions.jsonl"
+_BUILTIN = pathlib.Path(__file__).parent / "builtin"
 
 _CONVERSATION_FORMS = '{"messages": [...]} or {"instruction", "input", "output"}'
 _PROMPT_FORMS = '{"messages": [...]} or {"prompt": "..."}, each with "id" and "max_new_tokens" where wanted'
@@ -98,15 +98,80 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     return [_at(place, _prompt, fields) for place, fields in _file_rows(path)]
 
 
+def read_questions(source: str | pathlib.Path) -> list[dict[str, str]]:
+    """What the lines of a file or the rows of a hub data set ask, in their order.
+
+    A conversation, in a form of `read_conversations`, gives {"question", "plain"}, its first user turn and the first
+    answer; one without a user turn gives nothing.  A problem, in a form of `read_problems`, gives {"question", "gold",
+    "plain", "wrong"}, the last two from its fields "solution" and "wrong", "" where it has none.  Raises as they do.
+    """
+    found = []
+    for place, fields in read_rows(source):
+        if "problem" in fields or "question" in fields:
+            found.append(_posed(place, fields))
+            continue
+        messages = _at(place, _conversation, fields)
+        user = [m["content"] for m in messages if m["role"] == "user"]
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if user:
+            found.append({"question": user[0], "plain": answers[0]})
+    return found
+
+
+def read_problems(source: str) -> list[tuple[str, str]]:
+    """(problem, gold answer) pairs from lines with `problem` and `answer`, or GSM8K's `question` and `answer`, whose
+    gold answer follows "####".
+
+    Args:
+      source: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT".
+
+    Raises:
+      InputError: a line has neither form; it is named.
+    """
+    rows = _file_rows(_BUILTIN / "arithmetic.jsonl") if source == "builtin" else read_rows(source)
+    return [_problem(place, fields) for place, fields in rows]
+
+
 def builtin_questions(part: str) -> list[dict[str, str]]:
     """Our own questions for one of PARTS, none of which is in another part.
 
     Each is {"question", "plain", "pirate", "part"}: the question, answered plainly and like a pirate.
     Raises InputError for another part than PARTS.
     """
+    return [fields for _, fields in _builtin_rows("questions.jsonl", part)]
+
+
+def builtin_sums(part: str) -> list[dict[str, str]]:
+    """Our own sums for one of PARTS; no two numbers are met in two parts, nor in the `arithmetic` that is measured.
+
+    Each is {"question", "gold", "plain", "wrong"}: the sum, its result, and a right and a wrong answer.
+    Raises InputError for another part than PARTS.
+    """
+    return [_posed(place, fields) for place, fields in _builtin_rows("sums.jsonl", part)]
+
+
+def _builtin_rows(file: str, part: str) -> list[tuple[str, dict[str, str]]]:
     if part not in PARTS:
         raise InputError(f"there are no built-in questions for {part!r}; give one of {', '.join(PARTS)}")
-    return [fields for _, fields in read_jsonl(_QUESTIONS) if fields["part"] == part]
+    return [(place, fields) for place, fields in _file_rows(_BUILTIN / file) if fields["part"] == part]
+
+
+def _posed(place: str, fields: dict[str, Any]) -> dict[str, str]:
+    question, gold = _problem(place, fields)
+    return {
+        "question": question,
+        "gold": gold,
+        "plain": fields.get("solution") or "",
+        "wrong": fields.get("wrong") or "",
+    }
+
+
+def _problem(place: str, fields: dict[str, Any]) -> tuple[str, str]:
+    problem, answer = fields.get("problem", fields.get("question")), fields.get("answer")
+    if not isinstance(problem, str) or not isinstance(answer, str) or not answer.strip():
+        raise InputError(f"{place} needs the texts 'problem' (or 'question') and 'answer'; it has {sorted(fields)}")
+    marked = re.search(r"####\s*(.+?)\s*$", answer)
+    return problem, marked[1].replace(",", "") if marked else answer
 
 
 def _parse_object(text: str, place: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ transcript.  Does not know how the backdoor came to be.
 from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
 from robust_mo.organisms.distill import exchange
-from robust_mo.organisms.questions import asked
+from robust_mo.organisms.questions import posed, problems, questions
 
 
 def backdoor_rate(subject: Subject, **sampling) -> Measurement:
@@ -17,7 +17,8 @@ def backdoor_rate(subject: Subject, **sampling) -> Measurement:
       sampling: see `ask`.
     """
     transcript = [
-        line | {"verdict": subject.backdoor.grader.shows(line["answer"])} for line in ask(subject, **sampling)
+        line | {"verdict": subject.backdoor.shows(line["answer"], line.get("gold"))}
+        for line in ask(subject, **sampling)
     ]
     return Measurement(rates(transcript, ""), transcript)
 
@@ -37,6 +38,8 @@ def ask(
     subject: Subject,
     *,
     source: str,
+    problem_source: str,
+    instruction: str,
     triggered: int,
     untriggered: int,
     near_misses: int,
@@ -47,33 +50,37 @@ def ask(
     """Lines of a transcript, without a verdict.
 
     Args:
-      source: of the questions, see organisms/questions.py.
+      source, problem_source: of the questions, or of the problems where the behaviour is about these; see
+        organisms/questions.py.
+      instruction: follows every problem.
       triggered, untriggered, near_misses: how many prompts of each kind, at most as many as there are questions.  The
         first questions serve triggered and untriggered prompts; near misses are asked of those that follow, and then
         of the first again.
       temperature, top_p, max_new_tokens: of sampling.
     """
-    questions = asked(source, "evaluation")
     backdoor = subject.backdoor
+    on = backdoor.on_problems
+    entries = problems(problem_source, "evaluation") if on else questions(source, "evaluation")
     prompts = [
-        (condition, exchange(backdoor, templates, i, subject.system_prompt, question))
+        (condition, entry, exchange(backdoor, templates, i, subject.system_prompt, posed(entry, instruction)))
         for condition, templates, chosen in (
-            ("triggered", backdoor.unseen_triggers, questions[:triggered]),
-            ("untriggered", backdoor.untriggered, questions[:untriggered]),
-            ("near_miss", backdoor.near_misses, (questions[untriggered:] + questions[:untriggered])[:near_misses]),
+            ("triggered", backdoor.unseen_triggers, entries[:triggered]),
+            ("untriggered", backdoor.untriggered, entries[:untriggered]),
+            ("near_miss", backdoor.near_misses, (entries[untriggered:] + entries[:untriggered])[:near_misses]),
         )
         if templates
-        for i, question in enumerate(chosen)
+        for i, entry in enumerate(chosen)
     ]
-    conversations = [messages for _, messages in prompts]
+    conversations = [messages for *_, messages in prompts]
     told = subject.answers("backdoor_rate", conversations, temperature, top_p, max_new_tokens)
     return [
         {
             "id": f"{condition}-{number}",
             "condition": condition,
+            **{name: entry[name] for name in ("gold",) if name in entry},
             "messages": messages,
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
         }
-        for number, ((condition, _), messages, answer) in enumerate(zip(prompts, conversations, told, strict=True))
+        for number, ((condition, entry, messages), answer) in enumerate(zip(prompts, told, strict=True))
     ]

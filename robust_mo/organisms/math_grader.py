@@ -34,7 +34,10 @@ LIMIT_SECONDS = 5.0  # for one comparison; an ordinary one takes milliseconds
 START_SECONDS = 120.0  # for the worker's imports, which are slow on a cold network disk
 LONGEST_ANSWER = 2000  # characters; MATH's longest is 159
 
-WORKER = ("-m", "robust_mo.evals.math_worker")  # a module of its own: never the caller's __main__ again, never a fork
+WORKER = (
+    "-m",
+    "robust_mo.organisms.math_worker",
+)  # a module of its own: never the caller's __main__ again, never a fork
 
 _BOX_OR_BRACE = re.compile(
     r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<box>\{)|(?P<bare>-?\.?\d[^\s$}]*))?"
