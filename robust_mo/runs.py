@@ -75,11 +75,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
-            config = json.loads(json.dumps(config))
             files = (f.name for f in self.path.rglob("*") if f.is_file())
             begun = any(name not in ("config.json", "lock") and "tfevents" not in name for name in files)
             if self.exists() and (begun or "program" not in self.description()):
-                self._check_same(program, config)
+                self.check_same(program, config)
             else:
                 write_json(
                     self.path / "config.json",
@@ -94,7 +93,9 @@ class RunFolder:
                 )
             yield self
 
-    def _check_same(self, program: str, config: dict) -> None:
+    def check_same(self, program: str, config: dict) -> None:
+        """Raises InputError where the folder belongs to another program or config."""
+        config = json.loads(json.dumps(config))
         before = self.description()
         if "program" not in before:
             raise InputError(f"{self.path} holds a config.json that no run has written: choose another --workdir")
