@@ -6,7 +6,8 @@
 #   bash tests/slurm/one_machine.sh stop
 #
 # munged proves who is who, slurmctld keeps the queue, slurmd runs the jobs.  No systemd and no cgroups are used, so that
-# it works in a container.  Everything lies in /tmp/one_machine_slurm; an installed SLURM's own settings are left alone.
+# it works in a container, and the node says that it has eight CPUs however many there are.  Everything lies in
+# /tmp/one_machine_slurm; an installed SLURM's own settings are left alone.
 set -euo pipefail
 
 folder=/tmp/one_machine_slurm
@@ -63,10 +64,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=60
 MinJobAge=3600
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF=$folder/slurm.conf
