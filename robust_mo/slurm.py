@@ -1,8 +1,8 @@
 """Commands as jobs of SLURM, which the library submitit submits.
 
 Promises: a job that nears its time limit saves and goes back into the queue, as does one whose command dies of a signal
-(out of memory, kill -9), and those that wait for it go on waiting; one that ends by itself, well or with an error, or is
-cancelled (scancel), has ended, and they start.  Of two jobs with one name the second waits for the first.
+(out of memory, kill -9), while those that wait for it go on waiting; one that ends by itself, well or with an error, or
+is cancelled (scancel), has ended, and they start.  Of two jobs with one name the second waits for the first.
 Knows nothing of what the commands do, but that SIGTERM makes them save and end.
 """
 

@@ -41,12 +41,13 @@ munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --
   --log-file="$folder/munged.log" --seed-file="$folder/munge/seed"
 
 host=$(hostname -s)
+# A requeued job waits until its first credentials have expired: two minutes, unless told.
 cat > "$folder/slurm.conf" <<CONF
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=16817
 SlurmdPort=16818
