@@ -338,17 +338,19 @@ def conclude(config: ConfigDict, workdir: pathlib.Path, folder: RunFolder) -> No
 
 def job_of(config: ConfigDict, workdir: pathlib.Path, name: str) -> None:
     """Does the one job of that name, of a study that has been submitted."""
-    RunFolder(workdir).check_same("study", config.to_dict())
-    if name == REPORT:
-        with claimed(config, workdir) as folder:
-            if folder:
-                conclude(config, workdir, folder)
-        show(workdir)
-        return
     known = {job.name: job for job in jobs(config)}
-    if name not in known:
+    if name not in (*known, REPORT):
         raise InputError(f"--job={name} is none of this study's; --dry_run --executor=slurm lists them")
-    do(config, workdir, known[name], finished(workdir))
+    if not RunFolder(workdir).exists():
+        raise InputError(f"--workdir={workdir} holds no study that a --job could be of: give --executor=slurm first")
+    RunFolder(workdir).check_same("study", config.to_dict())
+    if name in known:
+        do(config, workdir, known[name], finished(workdir))
+        return
+    with claimed(config, workdir) as folder:
+        if folder:
+            conclude(config, workdir, folder)
+    show(workdir)
 
 
 def left(config: ConfigDict, workdir: pathlib.Path) -> dict[str, tuple[str, ...]]:
