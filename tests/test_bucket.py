@@ -65,7 +65,7 @@ def parameters(folder: str, mesh):
 
 @pytest.mark.slow
 def test_run_in_a_bucket_is_stopped_goes_on_and_ends_as_on_a_disk(tiny, tmp_path, bucket):
-    small = [*SMALL[:3], "--config.evaluation.names=('held_out_loss',)", "--config.steps=16"]
+    small = [*SMALL[:3], "--config.evaluation.names=('held_out_loss',)", "--config.steps=8", "--config.log_every=2"]
     small += ["--config.evals.held_out_loss.examples=2", f"--config.model={tiny}"]
 
     def command(workdir):
@@ -95,12 +95,6 @@ def test_run_in_a_bucket_is_stopped_goes_on_and_ends_as_on_a_disk(tiny, tmp_path
         k: v for k, v in kept[1].items() if "speed" not in k[1]
     }
     assert sum(file.stat().length for file in epath.Path(workdir).glob("events*")) > 1000
-
-    evaluated = run_program("evaluate", f"--source={workdir}", "--evals=held_out_loss", f"--workdir={bucket}/measured")
-    assert evaluated.returncode == 0, evaluated.stderr
-    exported = run_program("export", f"--run={workdir}", f"--output={tmp_path / 'folder'}", "--format=merged")
-    assert exported.returncode == 0, exported.stderr
-    refused(run_program("train", *command(workdir)[3:], "--config.seed=1"), "another config", "seed is 0 there")
 
 
 @pytest.mark.slow
