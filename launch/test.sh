@@ -8,8 +8,12 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh --dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+pytest=(.venv/bin/python -m pytest)
+quick=("${pytest[@]}" -n 2 --dist loadfile)  # two at a time: one leaves half of two cores idle
 case "${1:-}" in
-  --slow) shift; exec .venv/bin/python -m pytest -m "not longest" "$@" ;;
-  --all) shift; exec .venv/bin/python -m pytest -m "" "$@" ;;
-  *) exec .venv/bin/python -m pytest "$@" ;;
+  --slow) slow="slow and not longest"; shift ;;
+  --all) slow="slow or longest"; shift ;;
+  *) exec "${quick[@]}" "$@" ;;
 esac
+"${quick[@]}" "$@" || [ $? -eq 5 ]  # 5: none of the tests asked for is a quick one
+exec "${pytest[@]}" -m "$slow" "$@"

@@ -20,7 +20,7 @@ def rows(B: int, T: int, H: int, G: int, K: int):
     return q, k, v, jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("H, G, K", [(4, 2, 64), (4, 4, 128)])
+@pytest.mark.parametrize("H, G, K", [(4, 2, 64), pytest.param(4, 4, 128, marks=pytest.mark.slow)])
 def test_kernel_gives_what_products_give_with_the_same_gradients(H, G, K):
     *qkv, segments = rows(2, 256, H, G, K)
     weights = jax.random.normal(jax.random.key(9), qkv[0].shape)

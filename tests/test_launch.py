@@ -135,6 +135,7 @@ def study(*arguments: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_bad_executors_are_told_in_a_line(tmp_path, monkeypatch):
     for argument, says in (
         ("--executor=pbs", "flag --executor=pbs: value should be one of <local|slurm>"),
