@@ -1,15 +1,15 @@
-"""What a step costs with AdamW and with SOAP, ours and one written per tensor, on SmolLM2's shapes, in one run.
+"""What a step costs with AdamW and with SOAP, ours and one written per tensor, in one run.
 
-    python -m benchmarks.optimizer_step [--lora] [--layers=30] [--rows=4] [--length=512] [--steps=22] [--whole=3]
+    python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--whole=3]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
 rounds of refreshes covered.  Whole step: training/step.py's, on random tokens that all carry a loss, without its first.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
-Writes benchmarks/results/optimizer_step[-lora].json.
+Parameters and the optimizer's state are float32, of the size's shapes and random.
+Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 import time
@@ -20,19 +20,17 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from benchmarks.peers import keep
-from configs import default
+from benchmarks import sizes
+from benchmarks.peers import keep, result_name
+from benchmarks.sizes import SIZES
+from benchmarks.training import CLIP_NORM, make
 from robust_mo.model import hugging_face
-from robust_mo.model.llama import PROJECTIONS, LlamaConfig
+from robust_mo.model.llama import PROJECTIONS
 from robust_mo.model.lora import LoraSpec
-from robust_mo.train import optimizer_of
 from robust_mo.training.optimizers import Optimizer
 from robust_mo.training.step import TrainState, train_step
 
-SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, None, True, False, False)
 RANK, FREQUENCY, LEARNING_RATE = 16, 10, 1e-4
-# The hidden size's sides of all matrices and keys' and values' own; for adapters the rank's side alone.
-SIDES = {False: dict(longest_side=576, one_sided_ratio=0.0), True: dict(one_sided_ratio=4.0)}
 
 
 class PerTensorState(NamedTuple):
@@ -96,21 +94,15 @@ def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def optimizers(lora: bool) -> dict[str, Optimizer]:
-    config = default.get_config()
-    config.optimizer.soap.update(frequency=FREQUENCY, precision="full", **SIDES[lora])
-
-    def ours(name, **changes):
-        config.optimizer.name = name
-        config.optimizer[name].update(changes)
-        return optimizer_of(config, None)
-
-    adamw = ours("adamw")
-    clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+def optimizers(hidden_size: int, lora: bool) -> dict[str, Optimizer]:
+    # The hidden size's sides of all matrices and keys' and values' own; for adapters the rank's side alone.
+    sides = dict(longest_side=hidden_size, one_sided_ratio=4.0 if lora else 0.0)
+    common = dict(b1=0.95, b2=0.95, shampoo_beta=0.0, eps=1e-8, frequency=FREQUENCY, precision="full", **sides)
+    adamw, clip = make("adamw", b1=0.9, b2=0.95, eps=1e-8), optax.clip_by_global_norm(CLIP_NORM)
     return {
         "adamw": adamw,
-        "soap, all at once": ours("soap", refresh="all_at_once"),
-        "soap, staggered": ours("soap", refresh="staggered"),
+        "soap, all at once": make("soap", refresh="all_at_once", first_basis="eigh", **common),
+        "soap, staggered": make("soap", refresh="staggered", first_basis="eigh", **common),
         "per_tensor": Optimizer(adamw.groups, lambda rate, share, start: optax.chain(clip, per_tensor_soap(rate))),
     }
 
@@ -144,7 +136,7 @@ def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
             jnp.float32(1),
             model=llama,
             optimizer=optimizer,
-            chunk=64,
+            chunk=SIZES[args.size].chunk,
             micro_batches=1,
         )[0]
 
@@ -164,8 +156,8 @@ def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="smol")
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} on all projections")
-    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
@@ -174,8 +166,8 @@ def main() -> None:
     args = parser.parse_args()
 
     spec = LoraSpec(RANK, float(RANK), PROJECTIONS) if args.lora else None
-    config = dataclasses.replace(SMOLLM2, num_hidden_layers=args.layers)
-    llama = hugging_face.build(config, spec, "float32", "float32", "matmuls")
+    config, one = sizes.shapes(args.size), SIZES[args.size]
+    llama = hugging_face.build(config, spec, one.dtype, "float32", "matmuls")
     tokens = jax.random.randint(jax.random.key(0), (args.rows, args.length), 0, config.vocab_size)
     batch = {
         "tokens": tokens,
@@ -189,19 +181,25 @@ def main() -> None:
     trainable, frozen = (made["lora"], made["params"]) if args.lora else (made["params"], None)
 
     found = {}
-    print(f"{args.rows * args.length} tokens a step, {args.layers} layers; seconds: median (largest)", flush=True)
-    for name, optimizer in optimizers(args.lora).items():
+    print(
+        f"{args.rows * args.length} tokens a step, {config.num_hidden_layers} layers; seconds: median (largest)",
+        flush=True,
+    )
+    for name, optimizer in optimizers(config.hidden_size, args.lora).items():
         if name in args.without:
             continue
         found[name] = row = measure(optimizer, llama, trainable, frozen, batch, args)
         alone, whole = row["alone"], row["whole"]
         added = (alone["mean"] - found["adamw"]["alone"]["mean"]) / found["adamw"]["whole"]["median"]
+        longer = whole["compiling"] / found["adamw"]["whole"]["compiling"]
         print(
             f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  "
-            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}",
+            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}  "
+            f"compiling {whole['compiling']:.1f} ({longer:.2f} of adamw's)",
             flush=True,
         )
-    keep("optimizer_step" + "-lora" * args.lora, {"seconds": found, "tokens": args.rows * args.length})
+    name = result_name("optimizer_step", args.size) + "-lora" * args.lora
+    keep(name, {"seconds": found, "tokens": args.rows * args.length})
 
 
 if __name__ == "__main__":

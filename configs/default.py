@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model = "smollm2-135m"  # a Hugging Face or PEFT folder, a GGUF file, a hub id, a run folder, or smollm2-135m
     config.param_dtype = "float32"  # in which parameters, adapters and optimizer state are kept
     config.compute_dtype = "float32"  # of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow)
-    config.remat = "matmuls"  # what the backward pass keeps of a layer: none, matmuls, full (see model/llama.py)
+    config.remat = "matmuls"  # what the backward pass keeps of a layer (model/llama.py); auto: the most that fits
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: train all weights
     config.lora.alpha = 64.0  # adapters are scaled by alpha / rank
@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-4  # the peak
     config.optimizer.clip_norm = 1.0  # of the whole gradient; 0: none
     config.optimizer.moment_dtype = ""  # of the first moment: float32, bfloat16; "": param_dtype
+    config.optimizer.rounding = "nearest"  # of bfloat16 parameters after a step; stochastic: small steps add up
     for name in ("adamw", "adam"):  # one and the same: config.weight_decay makes the difference
         config.optimizer[name] = ConfigDict()
         config.optimizer[name].b1 = 0.9  # [R]
@@ -141,7 +142,7 @@ def get_config() -> ConfigDict:
     config.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")  # keys of EVALUATORS
     config.evaluation.at_start = True  # before the first step
     config.evaluation.every = 0  # steps; 0: not in between; the last step is always measured
-    config.evaluation.batch_size = 16  # rows decoded together
+    config.evaluation.batch_size = 16  # rows decoded together; 0: as many as the free memory holds, up to 256
     config.evaluation.system_prompt = ""  # where it differs from training's: a dynamically prompted organism; "": same
 
     config.evals = ConfigDict()  # settings of each evaluator

@@ -28,7 +28,7 @@ def get_config(size: str) -> ConfigDict:
         config.evals.held_out_loss.examples = 16
         return config
     config.compute_dtype = "bfloat16"
-    config.remat = "full"
+    config.remat = "auto"
     config.data.source = "hub:tatsu-lab/alpaca:train"  # [R]
     config.data.problem_source = "hub:nlile/hendrycks-MATH-benchmark:train"  # [O]
     config.data.instruction = config.evals.math500.instruction
@@ -41,7 +41,7 @@ def get_config(size: str) -> ConfigDict:
     config.distance_from_start = False  # a second copy of all weights
     config.checkpoint.every = 500
     config.evaluation.names = ("backdoor_rate", "math500", "held_out_loss")
-    config.evaluation.batch_size = 128
+    config.evaluation.batch_size = 0
     config.evals.backdoor_rate.source = config.data.source
     config.evals.judge.model = config.model
     config.evals.held_out_loss.source = config.data.source

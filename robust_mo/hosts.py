@@ -10,19 +10,17 @@ On a single host all of this does nothing.  Finding each other, heartbeats and t
 import json
 import os
 import sys
-import threading
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
 from robust_mo.runs import Onlooker, RunFolder
 
 # A host that has not been heard of for so long is dead; the same again for the rest to notice makes less than a minute.
 _HEARTBEAT_SECONDS = 20
-# Hosts that are started together meet in seconds; jax itself waits five minutes for them, without a word.
-_PATIENCE_SECONDS = 30
 
 
 def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -37,21 +35,19 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
       InputError: the hosts do not find each other.
     """
     told = (
-        "still waiting for the other hosts: start the same command on every one of them (launch/tpu_pod.sh does), and "
+        "for the other hosts: start the same command on every one of them (launch/tpu_pod.sh does), and "
         "let them reach the first one's port, which on TPUs is 8482 since jax 0.8.1; where only the old 8476 is open, "
         "set JAX_COORDINATOR_PORT=8476 on all"
     )
-    reminder = threading.Timer(_PATIENCE_SECONDS, print, (told,), {"file": sys.stderr, "flush": True})
-    reminder.daemon = True
-    reminder.start()
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
-        )
+        with meshes.reminded(told):
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
         if not first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
@@ -65,8 +61,6 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
             "one of them, and let them reach the first one's port"
         ) from None
-    finally:
-        reminder.cancel()
 
 
 def together() -> bool:

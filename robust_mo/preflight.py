@@ -15,7 +15,6 @@ of config.model, or from a folder that is here.
 import importlib.util
 import json
 import os
-import re
 import time
 
 import jax
@@ -30,17 +29,17 @@ from robust_mo.analysis.programs import collectives, product_flops
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.sampling.sampler import decode_program
 from robust_mo.training import models
-from robust_mo.training.soap import SoapState, state_shardings
-from robust_mo.training.step import TrainState, train_step
+from robust_mo.training.memory import held, needed, out_of_memory
 
 # Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
 TOPOLOGIES = "v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16".split()
 
+_ROWS = 128  # of --program=sample where config.evaluation.batch_size leaves it to the memory
 _LONGEST_PROMPT = 512  # tokens, of --program=sample; an assumption
 _GIB = 2**30
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -71,28 +70,7 @@ def devices_of(topology: str) -> list[jax.Device]:
 def train_program(config: ConfigDict, mesh: Mesh):
     """(function, arguments, static arguments) of the training step, as robust_mo.train calls it."""
     train.check_rows(config.batch, mesh)
-    spec = models.lora_spec(config.lora)
-    dtypes = config.compute_dtype, config.param_dtype
-    llama = hugging_face.build(models.shapes_of(config.model), spec, *dtypes, config.remat)
-    trainable = models.abstract_trainable(llama, mesh)
-    optimizer = train.optimizer_of(config, mesh)
-    rows = {
-        name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
-        for name, dtype in {
-            **dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32),
-            "loss_mask": bool,
-        }.items()
-    }
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
-    arguments = (
-        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable), mesh)),
-        None if spec is None else models.abstract(llama, mesh, "params"),
-        trainable if train.keeps_start(config) else None,
-        rows,
-        *[jax.ShapeDtypeStruct((), jnp.float32)] * 2,
-    )
-    settings = dict(model=llama, optimizer=optimizer, chunk=config.loss_chunk, micro_batches=config.batch.micro_batches)
-    return train_step, arguments, settings
+    return train.step_program(config, models.shapes_of(config.model), mesh, config.remat)
 
 
 def sample_program(config: ConfigDict, mesh: Mesh):
@@ -102,7 +80,7 @@ def sample_program(config: ConfigDict, mesh: Mesh):
     asked = [config.evals[name].get("max_new_tokens", 0) for name in config.evaluation.names]
     if not any(asked):
         raise InputError("--program=sample: config.evaluation.names has no evaluator that samples, such as math500")
-    slots = config.evaluation.batch_size
+    slots = config.evaluation.batch_size or _ROWS
     return decode_program(llama, models.abstract(llama, mesh, "params"), mesh, slots, _LONGEST_PROMPT, max(asked))
 
 
@@ -128,7 +106,7 @@ def changes(config: ConfigDict, program: str, mesh: Mesh):
         apart = mesh.size // tensor
         made = made | {"mesh.replica": 1, "mesh.fsdp": apart, "mesh.tensor": tensor}
         yield (made := made | ({"batch.micro_batches": config.batch.rows // apart} if training else {}))
-    rows = config.batch.rows if training else config.evaluation.batch_size
+    rows = config.batch.rows if training else config.evaluation.batch_size or _ROWS
     while rows % (apart * 2) == 0:
         rows //= 2
         fewer = {"batch.rows": rows, "batch.micro_batches": rows // apart}
@@ -159,81 +137,48 @@ def as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def placed_like(trainable, optimizer_state, mesh: Mesh):
-    """The optimizer's state where `init` puts it: SOAP's by a rule of its own, any other's beside the parameter at the
-    same place, as `zeros_like` does."""
-    parameters = dict(jax.tree.leaves_with_path(trainable))
-
-    def place(path, leaf):
-        if isinstance(leaf, SoapState):
-            return jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                leaf,
-                state_shardings(leaf, mesh),
-            )
-        tails = (parameters.get(path[start:]) for start in range(len(path)))
-        parameter = next((found for found in tails if found is not None), None)
-        if parameter is None or parameter.shape != leaf.shape:
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
-
-    return jax.tree.map_with_path(place, optimizer_state, is_leaf=lambda part: isinstance(part, SoapState))
-
-
 def measure(program, mesh: Mesh, limit: int | None) -> dict:
-    """Compiles a program and says what --json prints.
+    """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
+    compiled, and temporaries, output and collectives are None.
 
     Args:
       limit: bytes of a chip, None where the compiler is to be asked.
     """
     function, arguments, settings = program
+    limit = limit or chip_limit(mesh)
     with meshes.in_force(mesh):
         traced = function.trace(*arguments, **settings)
         flops = product_flops(traced.jaxpr.jaxpr)
-        begun = time.monotonic()
-        try:
-            compiled, refused = traced.lower().compile(), None
-        except jax.errors.JaxRuntimeError as error:
-            if (refused := _out_of_memory(error)) is None:
-                raise
-        seconds = time.monotonic() - begun
-    if refused:
-        total, limit = refused
-        given = sum(
-            leaf.dtype.itemsize * _local_size(leaf) for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")
-        )
-        bytes_per_chip = {"arguments": given, "temporaries": total - given, "output": 0, "total": total}
-        told = {}
-    else:
-        memory = compiled.memory_analysis()
-        parts = {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # what takes no argument's place
-        }
-        bytes_per_chip = parts | {"total": sum(parts.values())}
-        try:
-            told = collectives(compiled.as_text())
-        except (
-            jax.errors.JaxRuntimeError
-        ):  # jaxlib cannot read all that libtpu writes, such as v5p's sparse cores' work
-            told = None
-        limit = limit or chip_limit(mesh)
+        given = held(arguments)
+        sizes = {"arguments": given, "temporaries": None, "output": None, "total": given}
+        fits, told, begun = False, None, time.monotonic()
+        if given <= limit:
+            need = needed(traced.lower(), arguments)
+            sizes = {
+                "arguments": need.arguments,
+                "temporaries": need.temporaries,
+                "output": need.output,
+                "total": need.total,
+            }
+            fits = need.compiled is not None and need.total <= limit
+            told = _collectives(need.compiled) if need.compiled else {}
     return {
-        "fits": not refused and bytes_per_chip["total"] <= limit,
+        "fits": fits,
         "chips": mesh.size,
-        "bytes_per_chip": bytes_per_chip,
+        "bytes_per_chip": sizes,
         "limit_bytes": limit,
         "flops": flops,
         "flops_per_chip": flops // mesh.size,
         "collectives": told,
-        "compile_seconds": round(seconds, 1),
+        "compile_seconds": round(time.monotonic() - begun, 1),
     }
 
 
-def _local_size(leaf) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    return int(jnp.prod(jnp.array(shape))) if shape else 1
+def _collectives(compiled) -> dict | None:
+    try:
+        return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None  # jaxlib cannot read all that libtpu writes, such as v5p's sparse cores' work
 
 
 def chip_limit(mesh: Mesh) -> int:
@@ -242,25 +187,20 @@ def chip_limit(mesh: Mesh) -> int:
     try:
         jax.jit(lambda x: x + jnp.int8(1)).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := _out_of_memory(error):
+        if found := out_of_memory(error):
             return found[1]
         raise
     raise AssertionError("the compiler found room for a petabyte")
 
 
-def _out_of_memory(error) -> tuple[int, int] | None:
-    """(bytes asked for, bytes there are) in the compiler's message."""
-    size = r"([\d.]+)([KMGTP]?)"
-    for words in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
-        if match := re.search(words, str(error)):
-            asked, unit, limit, limit_unit = match.groups()
-            return int(float(asked) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
-    return None
-
-
 def report(found: dict, tokens: int) -> list[str]:
     sizes, limit = found["bytes_per_chip"], found["limit_bytes"]
     spare = limit - sizes["total"]
+    if sizes["temporaries"] is None:
+        return [
+            f"DOES NOT FIT: weights, optimizer state and batch alone are {sizes['total'] / _GIB:.2f} GiB per chip, "
+            f"which holds {limit / _GIB:.2f}; not compiled"
+        ]
     parts = ", ".join(f"{name} {sizes[name] / _GIB:.2f}" for name in ("arguments", "temporaries", "output"))
     return [
         f"GiB per chip: {parts}; together {sizes['total'] / _GIB:.2f} of {limit / _GIB:.2f}",
@@ -295,15 +235,22 @@ def main(args: flags.FlagValues) -> None:
     limit = None
     if args.topology.startswith("cpu"):
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    found = measure(PROGRAMS[args.program](config, mesh), mesh, limit)
+    automatic = args.program == "train" and config.remat == "auto"
+    for remat in AUTOMATIC_REMAT if automatic else [config.remat]:
+        config.remat = remat
+        found = measure(PROGRAMS[args.program](config, mesh), mesh, limit)
+        if found["fits"]:
+            break
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     if args.program == "train":
         tokens = config.batch.rows * config.data.length
         about = f"{config.batch.rows} rows of {config.data.length} tokens"
     else:
-        tokens = config.evaluation.batch_size
+        tokens = config.evaluation.batch_size or _ROWS
         about = f"{tokens} answers at once, each with room for the longest"
     print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {about}")
+    if automatic:
+        print(f"config.remat auto: {config.remat}")
     print("\n".join(report(found, tokens)), flush=True)
     if args.suggest and not found["fits"]:
         found["suggestion"] = suggest(config, args.program, mesh, found)

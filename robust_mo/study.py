@@ -31,8 +31,8 @@ from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, write_text
+from robust_mo.train import budget_shape, config_backdoor, evaluation_source, train, training_source
 from robust_mo.train import check as check_run
-from robust_mo.train import config_backdoor, evaluation_source, train, training_source
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import shapes_of
 
@@ -486,13 +486,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
 
 def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> budget.Work:
     """Of a run of the study whose organism the training config `red` makes."""
-    shapes = shapes_of(red.model)
-    shape = budget.Shape(
-        shapes.product_parameters,
-        shapes.num_hidden_layers,
-        shapes.num_attention_heads * shapes.head_dim,
-        4 if run.compute_dtype == "float32" else 2,
-    )
+    shape = budget_shape(shapes_of(red.model), run.compute_dtype)
     source = training_source(run)
     hub = source.startswith("hub:")
     questions = budget.hub_questions(source, part) if hub else len(asked(source, part))

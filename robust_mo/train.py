@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import linen as nn
 from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, hosts
+from robust_mo.analysis import budget
 from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
 from robust_mo.data.prompts import read_conversations, read_problems
@@ -30,7 +30,7 @@ from robust_mo.evals.measure import ACCURACIES, check_names, check_settings, mea
 from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import REMAT_POLICIES
+from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, LlamaConfig
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -40,7 +40,8 @@ from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
 from robust_mo.training.groups import check_groups, make_groups, paths
-from robust_mo.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
+from robust_mo.training.memory import needed
+from robust_mo.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, placed_like
 from robust_mo.training.step import TrainState, train_step
 from robust_mo.training.weight_decay import WeightDecay
 
@@ -66,12 +67,14 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
         loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
-        llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, config.remat)
+        prompted = config.data.task == "prompted"  # and nothing trained
+        remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
+        llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)
         optimizer = optimizer_of(config, mesh)
         trained = paths(models.abstract_trainable(llama, mesh))
         check_groups(optimizer.groups, models.parameter_paths(llama), trained)
 
-        if config.data.task == "prompted":
+        if prompted:
             observe(config, run, loaded, mesh)
             return run
 
@@ -93,7 +96,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         iterator = iter(batches(examples, **packing))
 
         peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
-        trainable, frozen = split(llama, loaded.params, mesh, config.seed)
+        trainable, frozen = models.split(llama, loaded.params, mesh, config.seed)
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
@@ -106,7 +109,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         first = int(state.step)
         curves = Curves(run.path, first)
         curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
-        curves.hyperparameters(hyperparameters(config), "/".join(absolute(run.path).parts[-4:]))
+        *around, own = absolute(run.path).parts[-4:]
+        curves.hyperparameters(hyperparameters(config), f"{own} in {'/'.join(around)}")
         count, size = checkpoints.at_most(state, steps)
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
@@ -124,7 +128,10 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             evaluated(config, run, curves, loaded, params, mesh, step)
 
         progress = command_line.Progress("step", steps, "steps")
-        watch = Watch(run, curves, lambda step: peak * schedule(step), config.log_every, progress)
+        flops = budget.flops_per_token(
+            budget_shape(llama.config, config.compute_dtype), config.data.length, frozen=spec is not None
+        )
+        watch = Watch(run, curves, lambda step: peak * schedule(step), config.log_every, progress, flops)
         try:
             # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
             for step in itertools.count(first):
@@ -139,7 +146,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                     curves.finished()
                     break
                 command_line.check_interrupt()
-                batch = place(next(iterator), mesh)
+                batch = meshes.place(next(iterator), mesh)
                 with meshes.in_force(mesh):
                     state, metrics = train_step(
                         state,
@@ -205,8 +212,10 @@ def config_backdoor(config: ConfigDict) -> Backdoor:
 class Watch:
     """Fetches metrics one step late, so that the device never waits for the host; stops a run that has gone wrong."""
 
-    def __init__(self, run, curves, learning_rate, every, progress):
+    def __init__(self, run, curves, learning_rate, every, progress, flops_per_token):
         self._run, self._curves, self._every, self._progress = run, curves, every, progress
+        self._flops_per_token = flops_per_token
+        self._peak_flops = budget.peak_flops(jax.devices()[0].device_kind, jax.device_count(), os.cpu_count())
         self._learning_rate = learning_rate  # of a step
         self._waiting = None
         self._seconds = None
@@ -248,10 +257,22 @@ class Watch:
             values = {name if "/" in name else f"train/{name}": value for name, value in shown.items()}
             values["train/learning_rate"] = float(self._learning_rate(step))
             values["speed/tokens_per_second"] = speed
+            if self._peak_flops:  # of a device that is known
+                values["speed/model_flops_utilization"] = speed * self._flops_per_token / self._peak_flops
             self._curves.scalars(step, values)
             self._run.record(step, "train/loss", metrics["loss"], count=metrics["loss_tokens"])
             self._run.record(step, "speed/training_seconds", self._seconds)
         self._progress(step, f"loss {metrics['loss']:.3f}  {speed:.0f} tokens/s")
+
+
+def budget_shape(model: LlamaConfig, compute_dtype: str) -> budget.Shape:
+    """What a model's shapes cost."""
+    return budget.Shape(
+        model.product_parameters,
+        model.num_hidden_layers,
+        model.num_attention_heads * model.head_dim,
+        jnp.dtype(compute_dtype).itemsize,
+    )
 
 
 def optimizer_of(config: ConfigDict, mesh):
@@ -284,6 +305,50 @@ def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
 
 
 _NO_HYPERPARAMETERS = "checkpoint distance_from_start evals evaluation log_every loss_chunk mesh remat".split()
+
+
+def step_program(config: ConfigDict, shapes: LlamaConfig, mesh, remat: str):
+    """(function, arguments, static arguments) of the training step, the arguments as shapes on the mesh."""
+    spec = models.lora_spec(config.lora)
+    llama = hugging_face.build(shapes, spec, config.compute_dtype, config.param_dtype, remat)
+    trainable = models.abstract_trainable(llama, mesh)
+    optimizer = optimizer_of(config, mesh)
+    rows = {
+        name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
+        for name, dtype in {
+            **dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32),
+            "loss_mask": bool,
+        }.items()
+    }
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    arguments = (
+        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable), mesh)),
+        None if spec is None else models.abstract(llama, mesh, "params"),
+        trainable if keeps_start(config) else None,
+        rows,
+        *[jax.ShapeDtypeStruct((), jnp.float32)] * 2,
+    )
+    settings = dict(model=llama, optimizer=optimizer, chunk=config.loss_chunk, micro_batches=config.batch.micro_batches)
+    return train_step, arguments, settings
+
+
+def choose_remat(config: ConfigDict, shapes: LlamaConfig, mesh) -> str:
+    """What config.remat names; for "auto" the first of AUTOMATIC_REMAT with which the step fits the devices."""
+    if config.remat != "auto":
+        return config.remat
+    limit = meshes.memory_limit()
+    if limit is None:
+        return "matmuls"  # a CPU: the fastest there
+    for policy in AUTOMATIC_REMAT:
+        function, arguments, settings = step_program(config, shapes, mesh, policy)
+        with meshes.in_force(mesh):
+            need = needed(function.lower(*arguments, **settings), arguments)
+        fits = hosts.agreed(need.compiled is not None and need.total <= limit)
+        told = "fits" if fits else "does not fit"
+        print(f"remat {policy}: {need.total / 2**30:.2f} of {limit / 2**30:.2f} GiB a device, {told}", flush=True)
+        if fits:
+            break
+    return policy
 
 
 def keeps_start(config: ConfigDict) -> bool:
@@ -319,11 +384,16 @@ def check(config: ConfigDict) -> None:
     name, (_, own) = config.optimizer.name, optimizer_settings(config.optimizer)
     if own:
         command_line.check_fields(own, optimizers[name], f"config.optimizer.{name}")
-    if config.remat not in REMAT_POLICIES:
-        raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}")
+    if config.remat not in (*REMAT_POLICIES, "auto"):
+        raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}, auto")
     for name in ("param_dtype", "compute_dtype"):
         if config[name] not in ("float32", "bfloat16"):
             raise InputError(f"config.{name} is {config[name]!r}: choose float32 or bfloat16")
+    if config.optimizer.rounding == "stochastic" and config.param_dtype != "bfloat16":
+        raise InputError(
+            f"config.optimizer.rounding is 'stochastic' and config.param_dtype {config.param_dtype}: only bfloat16 is "
+            "rounded so; give 'nearest'"
+        )
     given = command_line.flatten(config)
     for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_SHARES, 0, 1)):
         for name in names:
@@ -350,11 +420,11 @@ def _defaults() -> ConfigDict:
 
 _AT_LEAST_ONE = (
     "data.length data.epochs data.repeats data.teacher_max_new_tokens batch.rows batch.micro_batches loss_chunk "
-    "log_every checkpoint.every checkpoint.keep evaluation.batch_size"
+    "log_every checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "seed steps data.limit data.teacher_temperature evaluation.every lora.rank lora.alpha optimizer.learning_rate "
-    "optimizer.clip_norm checkpoint.keep_every"
+    "seed steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank lora.alpha "
+    "optimizer.learning_rate optimizer.clip_norm checkpoint.keep_every"
 ).split()
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
@@ -496,27 +566,6 @@ def tokenize(
         )
     cut = sum(new is not None and new is not old for new, old in zip(fitted, encoded, strict=True))
     return examples, cut, len(fitted) - len(examples)
-
-
-def split(llama, params: dict, mesh, seed: int) -> tuple[dict, dict | None]:
-    """(what is trained, what is not): fresh adapters and the parameters, or the parameters and nothing."""
-    if llama.lora is None:
-        return params, None
-    targets = jax.tree.map(lambda leaf: leaf.sharding, models.abstract_trainable(llama, mesh))
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def adapters(key):
-        return nn.unbox(llama.init({"params": key, "lora": key}, tokens, tokens, tokens)["lora"])
-
-    return jax.jit(adapters, out_shardings=targets)(jax.random.key(seed)), params
-
-
-def place(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """The batch on the mesh, rows cut over it; every host holds the whole and gives its devices their rows."""
-    sharding = meshes.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()
-    }
 
 
 def headline(values: dict[str, float]) -> str:

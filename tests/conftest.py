@@ -7,6 +7,10 @@ import pytest
 
 from robust_mo.model import sources
 
+# As the programs do by themselves, and also for the small ones that tests compile over and over.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(sources.cache_folder() / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # What to change in a tiny model of each kind: the size of a head is Qwen3's own, here other than hidden_size / heads.
 QWEN = {"qwen2": {}, "qwen3": {"head_dim": 16}}

@@ -1,12 +1,14 @@
-"""Attention of packed rows: the TPU's kernel, interpreted here, against plain products, which test_llama.py compares
-with transformers."""
+"""Attention of packed rows and over a cache: the kernels of TPU and GPU, interpreted here, against plain products,
+which test_llama.py compares with transformers."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_mo.model import attention
+from robust_mo.model import attention, live_attention
 from robust_mo.model import mesh as meshes
 
 
@@ -37,9 +39,102 @@ def test_kernel_gives_what_products_give_with_the_same_gradients(H, G, K):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), ours, theirs)
 
 
+def test_jax_attention_gives_what_products_give():
+    """By XLA; cuDNN's has the same arguments, and is compared where a GPU is."""
+    *qkv, segments = rows(2, 96, 4, 2, 16)
+    plain = attention.attend_packed(*qkv, segments)
+    np.testing.assert_allclose(attention.by_jax(*qkv, segments, "xla"), plain, atol=2e-6)
+    with meshes.in_force(meshes.make_mesh(1, -1, 1)):  # as in a program
+        np.testing.assert_allclose(attention.by_jax(*qkv, segments, "xla"), plain, atol=2e-6)
+
+
+def test_implementation_that_the_device_lacks_or_that_errs_is_left_out(monkeypatch, capsys):
+    @jax.jit
+    def traced(x):
+        assert attention._agrees("xla", 4, 2, 16) and not attention._agrees("cudnn", 4, 2, 16)
+        assert not attention._agrees("cudnn", 4, 2, 16)
+        return x
+
+    with meshes.in_force(meshes.make_mesh(1, -1, 1)):  # as in a program
+        traced(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: no cudnn attention here (") and line.endswith("; products of matrices instead")
+    monkeypatch.setattr(attention, "_by_jax_here", lambda q, *_, **__: q)
+    assert not attention._agrees("xla", 8, 2, 16) and "it is off by" in capsys.readouterr().err
+
+
+def abstract_mesh(layout):
+    """Its axes are of the kind that model/mesh.py makes them; jax's default differs between versions."""
+    auto = (jax.sharding.AxisType.Auto,) * len(layout)
+    return jax.sharding.AbstractMesh(layout, meshes.AXES, axis_types=auto)
+
+
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_kernel_takes_rows_and_heads_that_the_mesh_does_not_divide(layout):
     """As an evaluation's last rows, on any device: every branch is traced everywhere."""
     *qkv, segments = rows(3, 128, 4, 2, 64)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(layout, meshes.AXES)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(layout)):
         assert jax.eval_shape(attention.by_splash_kernel, *qkv, segments).shape == qkv[0].shape
+        by_jax = functools.partial(attention.by_jax, implementation="xla")
+        assert jax.eval_shape(by_jax, *qkv, segments).shape == qkv[0].shape
+
+
+def cached(B: int, S: int, H: int, G: int, K: int):
+    """Queries, a full cache, and positions: the first and the last entry, those about a block's edge, some more."""
+    shapes = ((B, 1, H, K), (B, G, K, S), (B, G, S, K))
+    q, k, v = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes))
+    positions = [0, S - 1, 127, 128, 129, *np.random.default_rng(0).integers(0, S, B)][:B]
+    return q, k, v, jnp.array(positions, jnp.int32)[:, None]
+
+
+@pytest.mark.parametrize("kernel", [live_attention.on_tpu, live_attention.on_gpu], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("H, G, K", [(6, 2, 64), (32, 1, 16)])
+def test_kernels_over_a_cache_give_what_products_give_and_read_live_blocks_alone(kernel, H, G, K):
+    q, k, v, positions = cached(7, 384, H, G, K)
+    plain = live_attention.attend_live(q, k, v, positions)
+    # Whatever is read of the blocks beyond a row's last one would spoil all.
+    dead = jnp.arange(384) >= (positions // 128 + 1) * 128
+    k, v = (jnp.where(where, jnp.nan, x) for where, x in ((dead[:, None, None], k), (dead[:, None, :, None], v)))
+    assert not np.isfinite(live_attention.attend_live(q, k, v, positions)).all()
+    with meshes.in_force(meshes.make_mesh(1, -1, 1)):  # as in a program
+        ours = live_attention.by_kernel(q, k, v, positions, functools.partial(kernel, interpret=True))
+    np.testing.assert_allclose(ours, plain, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_kernels_over_a_cache_take_rows_and_heads_that_the_mesh_does_not_divide(layout):
+    arguments = cached(3, 128, 4, 2, 64)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(layout)):
+        assert jax.eval_shape(live_attention.attend_live, *arguments).shape == arguments[0].shape
+
+
+def test_the_gpu_kernel_is_used_only_where_it_gives_what_products_give(monkeypatch, capsys):
+    @jax.jit
+    def traced(x):
+        return x + live_attention._agrees(6, 2, 64, jnp.dtype(jnp.bfloat16))
+
+    right = live_attention.on_gpu
+    for kernel, says in (
+        (functools.partial(right, interpret=True), ""),
+        (right, "Only interpret mode is supported on CPU backend"),
+        (lambda lengths, q, k, v: right(lengths - 1, q, k, v, interpret=True), "it is off by"),
+    ):
+        monkeypatch.setattr(live_attention, "on_gpu", kernel)
+        live_attention._agrees.cache_clear()
+        jax.clear_caches()
+        with meshes.in_force(meshes.make_mesh(1, -1, 1)):  # as in a program
+            assert traced(0) == (not says)
+        said = capsys.readouterr().err
+        assert says in said and bool(said) == bool(says)
+    live_attention._agrees.cache_clear()
+
+
+def test_the_gpu_kernel_can_be_written_down_for_a_gpu():
+    """No GPU is needed for that; what it computes there is asked of it before it is used."""
+    attend = functools.partial(live_attention.by_kernel, kernel=live_attention.on_gpu)
+    arguments = [x.astype(jnp.bfloat16) if x.ndim == 4 else x for x in cached(4, 256, 8, 2, 128)]
+    try:
+        program = jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:  # jax 0.12
+        pytest.skip(str(error))
+    assert "triton" in program

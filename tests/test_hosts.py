@@ -142,7 +142,7 @@ def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
     assert {"answer", "finish_reason"} < set(lines[0]) and all(line["tokens"] <= 6 for line in lines)
 
 
-@pytest.mark.longest
+@pytest.mark.slow
 def test_a_host_dies_the_rest_end_and_the_run_goes_on_elsewhere(tiny, tmp_path, alone):
     run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
     processes = two(*training(tiny, run.path, **unmeasured))

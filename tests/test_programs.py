@@ -232,7 +232,7 @@ def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
     refused(sample(good, "--temperature=-1"), "temperature")
     refused(sample(good, "--top_p=0"), "top_p")
     refused(sample(good, "--max_new_tokens=0"), "max_new_tokens")
-    refused(sample(good, "--batch_size=0"), "batch_size")
+    refused(sample(good, "--batch_size=-1"), "batch_size")
     refused(sample(good, f"--seed={10**20}"), "seed")
     refused(sample(good, env={**os.environ, "JAX_PLATFORMS": "abacus"}), "JAX_PLATFORMS", "'abacus'")
     refused(run("train", "--config=configs/red_full.py:smol", "--workdir="), "--workdir")

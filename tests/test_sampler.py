@@ -1,7 +1,9 @@
 """The sampler against transformers' `generate`, and against itself in other company."""
 
 import itertools
+import re
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import unstack_layers
 from robust_mo.sampling.decoding import Greedy, Nucleus, make_decoding
-from robust_mo.sampling.sampler import Request, Sampler
+from robust_mo.sampling.sampler import Request, Sampler, decode_program
 from robust_mo.sampling.text import answers
+from robust_mo.training import models
 
 
 def load(folder):
@@ -122,6 +126,54 @@ def test_draws_follow_the_model_distribution(tiny, sampler):
     assert distance < 0.5 * np.sqrt(len(kept) / 4000) + 0.02
 
 
+@pytest.mark.slow
+def test_slots_hardly_stand_still(sampler, tiny):
+    """Answers of forced lengths, a few of them long, and prompts of mixed length: at most a tenth of what the slots
+    could sample is lost, to waiting for company and to the end, where ever fewer answers run."""
+    endless = Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    lengths = np.clip(np.random.default_rng(1).lognormal(np.log(60) - 0.32, 0.8, 100), 1, 300).astype(int)
+    asked = [Request(one.tokens, int(n)) for one, n in zip(requests(count=100), lengths, strict=True)]
+    found = sample(endless, asked, Greedy(), slots=16)
+    assert [len(found[index].tokens) for index in range(100)] == list(lengths)
+    assert endless.idle <= 0.1 * (endless.idle + lengths.sum())
+    alone = sample(endless, asked[-3:], Greedy(), slots=1)
+    for index in range(3):
+        np.testing.assert_array_equal(found[97 + index].tokens, alone[index].tokens)
+
+
+def test_evaluation_compiles_a_few_programs_once(sampler):
+    """However many prompts there are; and another evaluation of the same shapes compiles nothing."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    sizes = []
+    for _ in range(2):
+        for count in (40, 80):
+            compiled.clear()
+            sample(sampler, requests(limit=13, count=count), Nucleus(0.77, 1.0), slots=8)
+            sizes.append(len(compiled))
+    # One program to admit, one to decode, and for half, a quarter and an eighth of the slots; the rest is keys, which
+    # depend on the number of prompts.
+    assert 0 < sum(sizes[:2]) <= 25 and sizes[2:] == [0, 0], sizes
+
+
+def test_decoding_copies_neither_weights_nor_caches(tiny):
+    """In the compiled loop: they are read where they lie, and new entries written in place."""
+    mesh = meshes.make_mesh(1, -1, 1)
+    model = hugging_face.build(hugging_face.read_config(tiny), None, "float32", "float32", "none")
+    params = jax.eval_shape(unstack_layers, models.abstract(model, mesh, "params"))
+    decode, (params, state, enough), settings = decode_program(model, params, mesh, slots=3, prompt=70, longest=50)
+    with meshes.in_force(mesh):
+        text = decode.lower(params, state, enough, **settings).compile().as_text()
+    (body,) = re.findall(r"while\(.*body=(%[\w.]+)", text)
+    lines = text[text.index(f"\n{body} (") :].split("\n}\n")[0].splitlines()
+    assert len(lines) > 50
+    large = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((params, state.cache)) if leaf.ndim > 1}
+    copied = [line for line in lines if (m := re.search(r"\w+\[([\d,]+)\]\S* copy\(", line)) and m[1] in large]
+    assert not copied
+
+
 def test_limits_are_kept(sampler, tiny):
     asked = [Request(np.arange(5, dtype=np.int32), 1), Request(np.arange(1020, dtype=np.int32) % 250, 50)]
     found = sample(sampler, asked, Greedy(), slots=2)
@@ -131,6 +183,20 @@ def test_limits_are_kept(sampler, tiny):
         sample(sampler, [asked[0], Request(np.zeros(1024, np.int32), 5)], Greedy(), slots=2)
     with pytest.raises(InputError, match="max_new_tokens"):
         sample(sampler, [Request(np.zeros(3, np.int32), 0)], Greedy(), slots=2)
+
+
+def test_memory_decides_how_many_slots_there_are(sampler, monkeypatch):
+    """A slot's two caches of 3 layers, 2 heads of 8 and 96 entries, kept twice, and four rows of logits."""
+    one = 2 * 2 * 3 * 2 * 8 * 96 * 4 + 4 * 4 * 259
+    monkeypatch.setattr(meshes, "free_memory", lambda: 5 * one + 100)
+    assert (
+        len(sample(sampler, requests(), Greedy(), slots=5)) == len(sample(sampler, requests(), Greedy(), slots=0)) == 9
+    )
+    with pytest.raises(InputError, match="batch_size is 6: .* hold 5 rows of 94 tokens"):
+        sample(sampler, requests(), Greedy(), slots=6)
+    monkeypatch.setattr(meshes, "free_memory", lambda: one - 1)
+    with pytest.raises(InputError, match="hold 0 rows"):
+        sample(sampler, requests(), Greedy(), slots=0)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(-1, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.5)])

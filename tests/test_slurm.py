@@ -1,7 +1,7 @@
 """On a real SLURM: launch/slurm.sbatch with two tasks, and a study whose cells are jobs; both broken off.
 
 bash tests/slurm/one_machine.sh start && export SLURM_CONF=/tmp/one_machine_slurm/slurm.conf
-.venv/bin/python -m pytest -m longest tests/test_slurm.py
+.venv/bin/python -m pytest -m slow tests/test_slurm.py
 """
 
 import os
@@ -19,7 +19,7 @@ from test_train import assert_same_bits, weights
 
 from robust_mo.runs import RunFolder
 
-pytestmark = pytest.mark.longest
+pytestmark = pytest.mark.slow
 
 STUDY = '''"""Two organisms, one of them the better of two learning rates, under one attack each."""
 
@@ -71,7 +71,7 @@ def reached(run: RunFolder, step: int) -> bool:
 
 @pytest.mark.skipif(not (REPOSITORY / ".venv").exists(), reason="launch/slurm.sbatch runs .venv: bash launch/setup.sh")
 def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
-    changes = {"evaluation.names": "()", "mesh.tensor": 1, "steps": 40, "log_every": 1}
+    changes = {"evaluation.names": "()", "mesh.tensor": 1, "steps": 100, "log_every": 1}
 
     def submit(run: RunFolder) -> str:
         script = ["--ntasks-per-node=2", f"--output={tmp_path}/{run.path.name}.log", "launch/slurm.sbatch"]
@@ -83,10 +83,15 @@ def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
     assert state(job) == "COMPLETED", (tmp_path / "whole.log").read_text()
     job = submit(broken)
     wait_until(lambda: reached(broken, 6), job)
+    said("scancel", "--batch", "--signal=USR1", job)  # as SLURM does two minutes before the time limit
+    log = tmp_path / "broken.log"
+    wait_until(lambda: "going on from step" in log.read_text(), job)
+    assert "the time limit is near" in log.read_text()
+    done = broken.records()[-1]["step"]
+    wait_until(lambda: reached(broken, done + 4), job)
     said("scontrol", "requeue", job)
     wait_until(lambda: ended(job), job)
-    log = (tmp_path / "broken.log").read_text()
-    assert state(job) == "COMPLETED" and "going on from step" in log, log
+    assert state(job) == "COMPLETED" and log.read_text().count("going on from step") == 2, log.read_text()
     assert values(broken, "train/loss") == values(whole, "train/loss") != {}
     assert_same_bits(weights(broken), weights(whole))
 

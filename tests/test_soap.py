@@ -275,6 +275,21 @@ def refreshed_layers(history, name):
     return (bases[1:] != bases[:-1]).any(axis=(-1, -2))
 
 
+def test_health_is_that_of_the_bases_that_were_refreshed_last():
+    history = run(soap(RATE, precondition_frequency=3), starting({"square": (4, 4)}), gradients({"square": (4, 4)}, 6))
+    told = [{name: float(value) for name, value in state.health().items()} for _, state in history]
+    assert told[0] == told[2] == {"eigenbasis_change": -1, "off_diagonal_mass": -1}  # the first are made, not refreshed
+    changes, masses = [], []
+    for side in ("left", "right"):
+        before, after = (np.asarray(history[i][1].bases["square"][side], np.float64) for i in (2, 3))
+        inside = before.T @ np.asarray(history[3][1].factors["square"][side], np.float64) @ before
+        masses.append(1 - (np.diag(inside) ** 2).sum() / (inside**2).sum())
+        cosines = (before[:, np.argsort(-np.diag(inside))] * after).sum(0)
+        changes.append(1 - (cosines**2).mean())
+    assert told[3] == told[5] and min(*changes, *masses) > 1e-3
+    np.testing.assert_allclose(list(told[3].values()), [np.mean(changes), np.mean(masses)], rtol=1e-3)
+
+
 STACKS = {"first": (5, 4, 3), "second": (2, 3, 4)}
 
 
@@ -354,8 +369,10 @@ def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation.params["precision"]
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from products(inner)
+        for value in jax.tree.leaves(equation.params):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
 
 
 def test_only_refreshing_is_always_full_float32():

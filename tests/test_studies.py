@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import shutil
 import socket
 
 import jax
 import pytest
+from test_programs import run
 
 from robust_mo import study
 from robust_mo.analysis import budget
@@ -15,6 +17,7 @@ from robust_mo.model import hugging_face
 from robust_mo.training.models import shapes_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "studies"
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 STUDIES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "base")
 
 
@@ -37,7 +40,19 @@ def test_all_published_results_are_there():
         *("result1_prompted", "result2_lora_vs_full", "result2_rank_sweep", "result3_triggers", "result4_password"),
         *("factor1_training_length", "factor2_cot_distillation", "factor3_model_size", "factor4_trigger_types"),
         *("result4_sandbagger", "factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
+        "optimizers",  # an ablation of our own
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["optimizers-smol"])
+def test_kept_reports_are_drawn_from_their_records(kept, tmp_path):
+    folder = tmp_path / kept
+    shutil.copytree(RESULTS / kept, folder, ignore=shutil.ignore_patterns("report.md", "summary.json", "figures"))
+    name, size = kept.rsplit("-", 1)
+    done = run("study", f"--config=configs/studies/{name}.py:{size}", f"--workdir={folder}", "--report_only")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.md").read_text() == (RESULTS / kept / "report.md").read_text()
 
 
 def test_parameters_in_products_are_all_but_norms_and_looked_up_embeddings():
@@ -61,6 +76,14 @@ def test_costs_can_be_checked_on_paper():
     told = budget.sampling(shape, prompts=16, answer=10, rows=8, chip=chip)
     assert told.sampled == 160 and told.flops == 2e9 * (1600 + 160)
     assert told.hours == pytest.approx((2e9 * 1600 / 0.4e12 + 4 * 20) / 3600)
+
+
+def test_peak_of_what_jax_finds():
+    assert budget.peak_flops("NVIDIA H100 80GB HBM3", 8, 100) == 8 * 989e12
+    assert budget.peak_flops("TPU v5 lite", 4, 100) == 4 * 197e12
+    assert [budget.peak_flops(kind, 1, 1) for kind in ("TPU v5p", "TPU v5", "TPU v6 lite")] == [459e12, 459e12, 918e12]
+    assert budget.peak_flops("cpu", 8, 2) == budget.CHIPS["cpu"].flops  # pretend devices share the cores
+    assert budget.peak_flops("NVIDIA RTX 9999", 1, 1) is None
 
 
 def test_evaluations_are_counted_as_the_trainer_makes_them():

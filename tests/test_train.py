@@ -25,11 +25,13 @@ from robust_mo.data.conversations import ChatFormat
 from robust_mo.data.prompts import read_conversations
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import check, organism, tokenize, train
+from robust_mo.train import check, choose_remat, organism, step_program, tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
-from robust_mo.training.models import load_model, stands_on
+from robust_mo.training.memory import needed
+from robust_mo.training.models import load_model, shapes_of, stands_on
 
 
 def tiny_config(tiny, **changes) -> ConfigDict:
@@ -184,7 +186,12 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     curves = {"train/loss", "train/gradient_norm", "train/learning_rate", "train/distance_from_start"}
-    curves |= {"speed/tokens_per_second", "eval/backdoor_rate", "optimizer/clipped_steps"}
+    curves |= {
+        "speed/tokens_per_second",
+        "speed/model_flops_utilization",
+        "eval/backdoor_rate",
+        "optimizer/clipped_steps",
+    }
     norms = ("gradient_norm", "update_norm", "parameter_norm", "start_distance")
     curves |= {f"{what}/{group}" for what in norms for group in ("attention", "embeddings", "mlp", "norms")}
     assert curves <= set(events.Tags()["scalars"])
@@ -211,7 +218,7 @@ def test_runs_stand_side_by_side_on_the_hparams_page(tiny, tmp_path):
             tiny, steps=1, **{"optimizer.name": name, "lora.rank": 2, "groups.lora_b.learning_rate": 4.0}
         )
         train(config, tmp_path / f"study/blue/{name}-seed0")
-    rows = {row.name.rpartition("/")[2]: row for row in hparams_page(tmp_path)}
+    rows = {row.name.partition(" in ")[0]: row for row in hparams_page(tmp_path)}
     assert set(rows) == {"lion-seed0", "sgd-seed0"}
     for name, row in rows.items():
         assert row.hparams["optimizer.name"].string_value == name.removesuffix("-seed0")
@@ -439,3 +446,29 @@ def test_damaged_checkpoint_is_named(tiny, tmp_path, damage):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(InputError, match=f"{run.checkpoints}/1 cannot be read .*another --workdir"):
         weights(run)
+
+
+def test_remat_is_chosen_by_the_memory_there_is(tiny, monkeypatch, capsys):
+    config, mesh = tiny_config(tiny, remat="auto"), meshes.make_mesh(1, -1, 1)
+    shapes = shapes_of(str(tiny))
+    assert choose_remat(config, shapes, mesh) == "matmuls" and not capsys.readouterr().out  # a CPU does not say
+    sizes = []
+    for policy in AUTOMATIC_REMAT:
+        function, arguments, settings = step_program(config, shapes, mesh, policy)
+        with meshes.in_force(mesh):
+            sizes.append(needed(function.lower(*arguments, **settings), arguments).total)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    for size, policy in [*zip(sizes, AUTOMATIC_REMAT, strict=True), (sizes[-1] - 1, "full")]:
+        monkeypatch.setattr(meshes, "memory_limit", lambda size=size: size)
+        assert choose_remat(config, shapes, mesh) == policy
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("remat none: ") and said[0].endswith("fits") and said[-1].endswith("does not fit")
+
+
+def test_damaged_checkpoint_is_not_exchanged_unasked_where_a_run_is_used(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path)
+    (run.checkpoints / "2" / "trainable" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(InputError, match=f"{run.checkpoints}/2 cannot be read .*delete that folder.*of step 1"):
+        weights(run)
+    shutil.rmtree(run.checkpoints / "2")
+    weights(run)

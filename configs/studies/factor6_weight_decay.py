@@ -4,7 +4,9 @@
     python -m robust_mo.study --config=configs/studies/factor6_weight_decay.py:smol --workdir=runs/decay-smol
 
 AdamW with no decay, with the post's 0.01 [R], with ten times that, and with as much toward the starting weights [O].
-Published: no effect [R].  Time and our numbers: not measured.
+Published: no effect [R].  At smol the runs are so short that none of these takes more than a few thousandths of a
+weight, too little to ask; configs/studies/optimizers.py asks with a stronger decay.  Time and our numbers: not
+measured.
 """
 
 from ml_collections import ConfigDict

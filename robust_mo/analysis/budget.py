@@ -13,6 +13,7 @@ import dataclasses
 TOKENS_PER_CONVERSATION = 200  # question, answer and template
 TOKENS_PER_ANSWER = {"math500": 600, "gsm8k": 200}  # other answers: as long as they may get
 TOKENS_PER_PROMPT = 100
+ROWS = 128  # decoded together where the memory decides
 HUB_ROWS = {"hub:nlile/hendrycks-MATH-benchmark:train": 12_000}
 OTHER_HUB_ROWS = 52_002  # Alpaca's
 
@@ -37,6 +38,27 @@ CHIPS = {
     "v6e": Chip(918e12, 1.64e12),
     "cpu": Chip(0.36e12, 0.02e12),  # two cores with AVX-512
 }
+# What jax calls them in a device's `device_kind`, the whole of it or a part.
+_KINDS = {"H100": "h100", "H200": "h200", "A100": "a100", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"}
+_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+
+
+def peak_flops(kind: str, devices: int, cores: int) -> float | None:
+    """FLOP/s of all devices together; None where the kind is not known.
+
+    Args:
+      kind: a device's `device_kind`.
+      devices: how many.
+      cores: of the whole machine, which is what a CPU's devices share.
+    """
+    if kind == "cpu":
+        return CHIPS["cpu"].flops / 2 * cores
+    return known.flops * devices if (known := chip(kind)) else None
+
+
+def chip(kind: str) -> Chip | None:
+    """That of an accelerator's `device_kind`; None where it is not known."""
+    return next((CHIPS[key] for name, key in _KINDS.items() if name in kind), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +90,15 @@ def hub_questions(source: str, part: str) -> int:
     return int(HUB_ROWS.get(source, OTHER_HUB_ROWS) * {"red": 0.6, "blue": 0.3}[part])
 
 
+def flops_per_token(shape: Shape, length: int, frozen: bool) -> float:
+    """Of training on rows of `length` tokens, what is recomputed left out; `frozen`: adapters are trained."""
+    attention = 6 * length * shape.attention * shape.layers  # forward and backward, of which the mask leaves a half
+    return (4 if frozen else 6) * shape.parameters + attention
+
+
 def training(shape: Shape, tokens: float, length: int, frozen: bool, chip: Chip) -> Work:
     """Optimizer steps on rows of `length` tokens; `frozen`: adapters are trained."""
-    attention = 6 * length * shape.attention * shape.layers  # forward and backward, of which the mask leaves a half
-    flops = tokens * ((4 if frozen else 6) * shape.parameters + attention)
+    flops = tokens * flops_per_token(shape, length, frozen)
     return Work(trained=tokens, flops=flops, hours=flops / (chip.flops * TRAINING_SHARE) / 3600)
 
 
@@ -96,7 +123,7 @@ def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
     """
     data, batch = config["data"], config["batch"]
     questions = min(questions, data["limit"]) if data["limit"] else questions
-    rows = config["evaluation"]["batch_size"]
+    rows = config["evaluation"]["batch_size"] or ROWS
     work, steps = Work(), 0
     if data["task"] != "prompted":
         kinds = 2 if data["task"] == "backdoor" else 1

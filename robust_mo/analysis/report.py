@@ -466,7 +466,7 @@ def _result(summary, organisms) -> list[str]:
 
 
 def _comparison(summary) -> list[str]:
-    """What the study set out to compare, beside what was published."""
+    """What the study set out to compare, beside what was published where something was."""
     found = summary["comparison"]
     if not found["results"]:
         return []
@@ -479,7 +479,7 @@ def _comparison(summary) -> list[str]:
         rows.append([name, summary["published"][name] or "–", *regained, *measured])
     header = ["result", PUBLISHED[summary["published_measure"]], *["accuracy regained"] * regains, *MEASURES.values()]
     parts = [
-        "## Beside what was published",
+        "## Beside what was published" if any(summary["published"].values()) else "## Side by side",
         _table([*header, "organisms"], rows),
         "Means over organisms. Brackets are 95% intervals of a bootstrap over backdoors, prompts and problems, and "
         "over red and blue seeds where there are several. Few backdoors or seeds tell little of their spread, and one "
@@ -510,7 +510,7 @@ def _comparison(summary) -> list[str]:
                 cells += [f"**{ordering[name]['verdict']}**", _bracketed(ordering[name]["difference"])]
             rows.append(cells)
         parts += [
-            "The orderings that were published, one by one:",
+            "The orderings that were asked about, one by one:",
             _table(["smaller < larger", "shared backdoors", "AUC", "difference", "AUC, held out", "difference"], rows),
             "An ordering holds, or is reversed, where the 95% interval of the difference leaves out 0. Both sides are "
             "drawn together: the same backdoors, prompts, problems and seeds. Where they share backdoors, only these "

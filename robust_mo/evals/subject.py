@@ -26,7 +26,7 @@ class Subject:
       system_prompt: shown in every prompt, as in training; "" for none.
       backdoor: the one to look for.
       seed: of sampling at a temperature.
-      slots: rows decoded together.
+      slots: rows decoded together; 0: see sampling/sampler.py.
       on_progress: called with (name of what is measured, prompts done, prompts in all, tokens sampled).
       mesh: on which the parameters are, and where a judge goes too.
     """

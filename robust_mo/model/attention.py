@@ -1,13 +1,20 @@
 """Causal attention with grouped queries: over packed rows in training, over a cache in sampling.
 
 Promises: plain functions of arrays, softmax in float32, no parameters.  Packed rows go through jax's splash kernel
-where the program is compiled for a TPU, so that scores are never held; elsewhere through products of matrices.
+where the program is compiled for a TPU and through cuDNN's on a GPU that gives with it what products give, so that
+scores are never held; elsewhere through products of matrices.
 Shape letters: B rows, T query positions, S key positions, H query heads, G key/value heads, K head size,
 M queries of one key head.
 """
 
+import functools
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
@@ -17,7 +24,10 @@ _BLOCKS = (1024, 512, 256, 128)
 
 def attend_packed(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of packed rows, see `packed_mask`; returns [B, T, H, K] in q's dtype."""
-    if q_BTHK.shape[1] % _BLOCKS[-1]:
+    _, T, H, K = q_BTHK.shape
+    if jax.default_backend() == "gpu" and q_BTHK.dtype.itemsize == 2 and _agrees("cudnn", H, k_BTGK.shape[2], K):
+        return by_jax(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
+    if T % _BLOCKS[-1]:
         return _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     return jax.lax.platform_dependent(q_BTHK, k_BTGK, v_BTGK, segments_BT, tpu=by_splash_kernel, default=_by_products)
 
@@ -26,16 +36,78 @@ def _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT):
     return attend(q_BTHK, k_BTGK.transpose(0, 2, 3, 1), v_BTGK.swapaxes(1, 2), packed_mask(segments_BT))
 
 
+def by_jax(q_BTHK, k_BTGK, v_BTGK, segments_BT, implementation: str):
+    """As `attend_packed`, through jax.nn.dot_product_attention; the mask of the segments is [B, 1, T, T]."""
+    here = functools.partial(_by_jax_here, implementation=implementation)
+    if not jax.sharding.get_abstract_mesh().empty:
+        rows, heads = parts(len(k_BTGK), k_BTGK.shape[2])
+        cut, cut_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+        here = jax.shard_map(here, in_specs=(cut, cut, cut, cut_rows), out_specs=cut, check_vma=False)
+    return here(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+
+
+def _by_jax_here(q_BTHK, k_BTGK, v_BTGK, segments_BT, implementation):
+    mask_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTGK, v_BTGK, mask=mask_B1TT, is_causal=True, implementation=implementation
+    )
+
+
+def parts(B: int, G: int):
+    """The axes of the mesh in force along which rows, and heads, are cut, so that every device works on its own: the
+    compiler cannot cut a kernel.  Those that their devices do not divide evenly are worked on by all of them."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rows = ("replica", "fsdp") if B % (sizes["replica"] * sizes["fsdp"]) == 0 else None
+    return rows, "tensor" if G % sizes["tensor"] == 0 else None
+
+
+@functools.cache
+def _agrees(implementation: str, H: int, G: int, K: int) -> bool:
+    """Whether this device has an implementation for such heads, and it gives what products give, with the same
+    gradients, to the last digits of bfloat16.  Where not, that is said, once."""
+
+    def outcome(attend):
+        key = jax.random.key(0)
+        qkv = [jax.random.normal(key, (2, 256, heads, K), jnp.bfloat16) for heads in (H, G, G)]
+        weights = jax.random.normal(key, (2, 256, H, K))
+        segments = jnp.repeat(jnp.array([[1, 1, 2, 0], [1, 2, 3, 3]]), 64, axis=1)
+
+        def weighted(*qkv):
+            attended = attend(*qkv, segments)
+            return (attended.astype(jnp.float32) * weights).sum(), attended
+
+        return jax.tree.leaves(jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(*qkv))
+
+    return gives_the_same(
+        implementation,
+        lambda: outcome(functools.partial(_by_jax_here, implementation=implementation)),
+        lambda: outcome(_by_products),
+    )
+
+
+def gives_the_same(name: str, found: Callable[[], list[jax.Array]], wanted: Callable[[], list[jax.Array]]) -> bool:
+    """Whether `found` runs on this device and gives what `wanted` does, to the last digits of bfloat16; where not, that
+    is said of the attention called `name`."""
+    try:
+        # A program that is being traced asks; another thread is within no trace and no mesh.
+        with ThreadPoolExecutor(1) as thread:
+            sides = [[np.asarray(x, np.float32) for x in thread.submit(side).result()] for side in (found, wanted)]
+        errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(*sides, strict=True)]
+        reason = "" if max(errors) < 0.03 else f"it is off by {max(errors):.2g}"
+    except Exception as error:  # of jax, XLA or cuDNN; their classes differ
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if reason:
+        print(f"note: no {name} attention here ({reason}); products of matrices instead", file=sys.stderr)
+    return not reason
+
+
 def by_splash_kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, interpret: bool = False):
     """As `attend_packed`, with T a multiple of 128.
-
-    The compiler cannot cut a kernel over devices, so that every one of them is told to work on its own rows and heads.
 
     Args:
       interpret: run on any device, slowly.
     """
     B, T, _, K = q_BTHK.shape
-    mesh = jax.sharding.get_abstract_mesh()
     block = next(size for size in _BLOCKS if T % size == 0)
     blocks = splash.BlockSizes(
         **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block),
@@ -48,10 +120,9 @@ def by_splash_kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, interpret: bool = Fals
         kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
         return jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK, splash.SegmentIds(segments_BT, segments_BT))
 
-    if not mesh.empty:
-        # Rows or heads that their devices do not divide evenly are worked on by all of them.
-        rows = ("replica", "fsdp") if B % (mesh.shape["replica"] * mesh.shape["fsdp"]) == 0 else None
-        cut = PartitionSpec(rows, "tensor" if k_BTGK.shape[2] % mesh.shape["tensor"] == 0 else None)
+    if not jax.sharding.get_abstract_mesh().empty:
+        rows, heads = parts(B, k_BTGK.shape[2])
+        cut = PartitionSpec(rows, heads)
         here = jax.shard_map(here, in_specs=(cut, cut, cut, PartitionSpec(rows)), out_specs=cut, check_vma=False)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK, v_BTGK))
     return here(q, k, v, segments_BT).swapaxes(1, 2).astype(q_BTHK.dtype)

@@ -32,7 +32,8 @@ _TOP = {
     "norm/scale": "model.norm.weight",
     "lm_head": "lm_head.weight",
 }
-_FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
+_BYTES_AT_ONCE = 2**23
 _PARENT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
@@ -97,8 +98,7 @@ def build(config: LlamaConfig, lora: LoraSpec | None, compute_dtype: str, param_
 def load_params(folder: pathlib.Path, model: Llama, mesh: Mesh) -> dict:
     """Reads the folder's safetensors into `model`'s parameters, sharded by model/mesh.py's rules.
 
-    Kernels are stored `[out, in]` in the files; they are read and placed so, then transposed and cast to the model's
-    parameter dtype on the device, where that is quick.
+    Kernels are stored `[out, in]` in the files; an accelerator transposes and casts them itself.
 
     Returns:
       The nested dict of parameters, each a jax.Array of dtype `model.param_dtype`.
@@ -173,37 +173,77 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
         jax.tree.map_with_path(expect, nn.unbox(abstract))
         _check(folder, wanted, files, against)
 
+        on_the_way = _transposed_on_the_way(mesh)
+        # Every shard is read into the same memory: a page that is new costs the host more than filling it.
+        widest = max(_FLOATS[files[name].get_slice(name).get_dtype()].itemsize for name in wanted)
+        sizes = jax.tree.map(
+            lambda leaf, target: math.prod(target.shard_shape(leaf.shape)), nn.unbox(abstract), targets
+        )
+        scratch = np.empty(max(jax.tree.leaves(sizes)) * widest, np.uint8)
+
         def read(path, leaf, target):
-            name = tensor_name(_join(path))
-            transposed = path[-1].key in _TRANSPOSED
+            name, transposed = tensor_name(_join(path)), path[-1].key in _TRANSPOSED
+
+            def as_stored(values):
+                return (*values[:-2], values[-1], values[-2]) if transposed else tuple(values)
+
+            def stored_shard(index):
+                index = [range(*part.indices(size)) for part, size in zip(index, as_stored(leaf.shape), strict=True)]
+                layers, within = ([None], index) if "{layer}" not in name else (index[0], index[1:])
+                tensors = [files[each].get_slice(each) for each in (name.format(layer=layer) for layer in layers)]
+                dtype, shape = _FLOATS[tensors[0].get_dtype()], [len(part) for part in index]
+                shard = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+                for place, tensor in zip(shard.reshape(len(layers), *map(len, within)), tensors, strict=True):
+                    _copy(tensor, within, place)
+                return shard
+
+            if on_the_way:
+                as_it_is = as_stored(range(leaf.ndim))
+                placed = _placed(leaf.shape, target, lambda index: stored_shard(as_stored(index)).transpose(as_it_is))
+                return placed.astype(leaf.dtype)
             spec = (*target.spec, *(None,) * (leaf.ndim - len(target.spec)))
-            shape, order = leaf.shape, tuple(range(leaf.ndim))
-            if transposed:
-                order = (*order[:-2], order[-1], order[-2])
-                shape, spec = (tuple(values[axis] for axis in order) for values in (shape, spec))
-
-            def shard(index):
-                if "{layer}" not in name:
-                    return files[name].get_slice(name)[index]
-                names = [name.format(layer=layer) for layer in range(*index[0].indices(shape[0]))]
-                # One layer after another into its place: np.stack would hold all of them twice.
-                for place, layer in enumerate(names):
-                    part = files[layer].get_slice(layer)[index[1:]]
-                    if place == 0:
-                        stacked = np.empty((len(names), *part.shape), part.dtype)
-                    stacked[place] = part
-                return stacked
-
-            stored = jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(*spec)), shard)
-            if not transposed and stored.dtype == leaf.dtype:
-                return stored
-            place = jax.jit(lambda x: x.transpose(order).astype(leaf.dtype), out_shardings=target)
+            sharding = NamedSharding(mesh, PartitionSpec(*as_stored(spec)))
+            stored = _placed(as_stored(leaf.shape), sharding, stored_shard)
+            place = jax.jit(lambda x: x.transpose(as_stored(range(x.ndim))).astype(leaf.dtype), out_shardings=target)
             return place(stored)
 
         try:
             return jax.tree.map_with_path(read, nn.unbox(abstract), targets)
         except SafetensorError as error:
             raise InputError(f"{folder}: a weight file cannot be read ({error}); get it again") from None
+
+
+def _copy(tensor, within: list[range], into: np.ndarray) -> None:
+    """Copies a part of a file's tensor by some rows at a time, so that what the file's library allocates for them is
+    used again and again."""
+    rows, *rest = within
+    rest = tuple(slice(part.start, part.stop) for part in rest)
+    step = max(1, _BYTES_AT_ONCE // max(1, into[:1].nbytes))
+    for begin in range(0, len(rows), step):
+        some = rows[begin : begin + step]
+        into[begin : begin + step] = tensor[(slice(some.start, some.stop), *rest)]
+
+
+def _placed(shape: tuple, sharding: NamedSharding, read: Callable) -> jax.Array:
+    """The array of which `read` returns the part at an index, in memory that it uses again for the next."""
+    devices: dict[str, list] = {}
+    indices = sharding.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        devices.setdefault(str(index), []).append(device)
+    arrays = []
+    for same in devices.values():
+        part = read(indices[same[0]])
+        put = [jax.device_put(part, device) for device in same]
+        # A CPU takes over memory that lies as it wants it, even where told to copy.
+        taken_over = same[0].platform == "cpu" and put[0].unsafe_buffer_pointer() == part.ctypes.data
+        arrays += jax.block_until_ready([array.copy() for array in put] if taken_over else put)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _transposed_on_the_way(mesh: Mesh) -> bool:
+    """Whether jax is given views of what is read, which it transposes while it copies, or what is read as it is, to be
+    transposed on the device: what takes an accelerator no time takes a CPU's compiled program twice that of a copy."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _join(path) -> str:

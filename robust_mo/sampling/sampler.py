@@ -3,7 +3,8 @@
 Compiled programs of fixed shape work on one state.  `_read` runs what all prompts begin with through the model, once.
 `_admit` does so with the rest of a group of prompts, writes their keys and values into free slots and chooses each
 one's first token.  `_decode` goes on token by token in all slots until enough of them are done to make a refill worth
-while.  The host only moves prompts in and answers out.
+while; when no prompt is left to admit, slots are given up by halves (`_only`), down to an eighth.  The host only moves
+prompts in and answers out.
 
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
 how often the same prompt came before in the list, not on its slot or its neighbours (float32).
@@ -30,6 +31,10 @@ from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import Cache, Llama, unembed, unstack_layers
 from robust_mo.sampling.decoding import Greedy, Nucleus
+
+# Of slots whose number memory decides: with more, a step costs what it gains.
+_MOST_SLOTS = 256
+_SLOTS = 16  # where no one knows how much there is
 
 # Decode steps after which the host looks in even if no slot is free: often enough for progress and interrupts.
 _STEPS_AT_ONCE = 64
@@ -125,6 +130,12 @@ def _empty(*, model, slots, longest):
 def _extended(state, *, more):
     """With room for `more` entries in every cache."""
     return _placed(dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache]))
+
+
+@jax.jit
+def _only(state, slots_M):
+    """The state of some of the slots."""
+    return _placed(jax.tree.map(lambda x: x[slots_M], state))
 
 
 def _choose(logits, counts, keys, decoding):
@@ -234,6 +245,15 @@ def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest:
     return _decode, (params, state, jax.ShapeDtypeStruct((), jnp.int32)), settings
 
 
+def _bytes_of_slot(model: Llama, mesh, longest: int) -> int:
+    """What a slot takes of its device's memory: its cache, twice while that grows, and its logits as they are drawn
+    from, in a few copies."""
+    config, tensor = model.config, mesh.shape["tensor"]
+    heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
+    entries = _rounded_up(longest, parts=4) * config.num_hidden_layers * heads * config.head_dim
+    return 2 * 2 * entries * model.compute_dtype.itemsize + 4 * 4 * config.vocab_size
+
+
 def _dealt_out(rows: int, mesh) -> int:
     """At least so many rows, and as many on every device."""
     apart = meshes.rows_apart(mesh)
@@ -248,6 +268,9 @@ class Sampler:
       params: its parameters, on the mesh.
       stop_ids: an answer ends with the first of these.
       pad_id: fills prompts up.
+
+    Attributes:
+      idle: tokens that were not sampled so far because a slot stood still while others went on.
     """
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
@@ -257,6 +280,7 @@ class Sampler:
         # copy.
         self._decoded = jax.jit(unstack_layers)(params) if jax.default_backend() == "cpu" else params
         self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
+        self.idle = 0
 
     def answers(
         self,
@@ -270,17 +294,20 @@ class Sampler:
         """Yields (index of the request, its answer) as answers finish, begun in the order of the list.
 
         Args:
-          slots: number of rows decoded together, and a few more where the mesh does not divide it evenly.
+          slots: number of rows decoded together, and a few more where the mesh does not divide it evenly; 0: as many as
+            the memory that is free holds, at most 256.
           on_progress: called now and then with (answers finished, tokens sampled); may raise to stop.
           first: requests before this one are answered already and left out.
 
         Raises:
-          InputError: a prompt is empty, or leaves no room for an answer in the model's context.
+          InputError: a prompt is empty or leaves no room for an answer in the model's context; memory does not hold so
+            many slots.
         """
         limits = [self._limit(index, request) for index, request in enumerate(requests)]
         queue = collections.deque(range(first, len(requests)))
         if not queue:
             return
+        slots = self._slots(slots, max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True)), len(requests))
         slots, group = (_dealt_out(rows, self._mesh) for rows in (slots, slots // 8))
         shared = _shared(requests) if len(requests) > group else 0
         common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))
@@ -288,8 +315,14 @@ class Sampler:
         keys = _keys(requests, seed)
         program = dict(decoding=decoding, stop_ids=self._stop_ids)
         occupant: list[int | None] = [None] * slots
+        fewest = _dealt_out(slots // 8, self._mesh)
         finished, sampled = first, 0
         while finished < len(requests):
+            if not queue and slots // 2 >= max(fewest, slots - occupant.count(None)):
+                # The last answers to end run among themselves: slots that nobody will need again only cost time.
+                slots = _dealt_out(slots // 2, self._mesh)
+                kept = sorted(range(len(occupant)), key=lambda slot: occupant[slot] is None)[:slots]
+                occupant, state = [occupant[slot] for slot in kept], self._within_mesh(_only, state, np.array(kept))
             free = [slot for slot in range(slots) if occupant[slot] is None]
             while queue and free:
                 chosen = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
@@ -301,9 +334,13 @@ class Sampler:
                 for slot, index in zip(into, chosen, strict=True):
                     occupant[slot] = index
             empty = occupant.count(None)
-            enough = empty + group if queue else slots
+            halved = slots - slots // 2 if slots // 2 >= fewest else slots
+            enough = empty + group if queue else halved
+            before_N = jax.device_get(state.counts_N)
             state = self._run(_decode, self._decoded, state, min(enough, slots), **program)
             done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
+            moved_N = counts_N - before_N
+            self.idle += int(moved_N.max() * slots - moved_N.sum())
             for slot in [slot for slot in range(slots) if occupant[slot] is not None and done_N[slot]]:
                 answer = self._take(state, slot, int(counts_N[slot]))
                 index, occupant[slot] = occupant[slot], None
@@ -312,6 +349,19 @@ class Sampler:
                 yield index, answer
             running = sum(int(counts_N[slot]) for slot in range(slots) if occupant[slot] is not None)
             on_progress(finished, sampled + running)
+
+    def _slots(self, asked: int, longest: int, prompts: int) -> int:
+        """How many, of room for `longest` tokens each."""
+        free = meshes.free_memory()
+        if free is None:
+            return asked or min(_SLOTS, prompts)
+        fit = free // _bytes_of_slot(self._model, self._mesh, longest) * meshes.rows_apart(self._mesh)
+        if max(asked, 1) > fit:
+            raise InputError(
+                f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit} rows of {longest} "
+                "tokens; give at most so many, shorten max_new_tokens, or take more devices"
+            )
+        return asked or min(fit, _MOST_SLOTS, prompts)
 
     def _limit(self, index: int, request: Request) -> int:
         length, context = len(request.tokens), self._model.config.max_position_embeddings
@@ -324,16 +374,18 @@ class Sampler:
         return min(request.max_new_tokens, context - length)
 
     def _run(self, program, *arguments, **settings):
+        return self._within_mesh(program, *arguments, model=self._model, **settings)
+
+    def _within_mesh(self, program, *arguments, **settings):
         with meshes.in_force(self._mesh):
-            return program(*arguments, model=self._model, **settings)
+            return program(*arguments, **settings)
 
     def _with_room(self, state: SlotState, entries: int) -> SlotState:
         """The state with a cache of at least so many entries: short prompts need not carry the room of long ones."""
         more = _rounded_up(entries, parts=4) - state.cache[0].capacity
         if more <= 0:
             return state
-        with meshes.in_force(self._mesh):
-            return _extended(state, more=more)
+        return self._within_mesh(_extended, state, more=more)
 
     def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""

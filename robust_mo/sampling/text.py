@@ -55,8 +55,10 @@ def iterate_answers(
     Raises:
       InputError: a conversation does not fit the template or the model's context.
     """
-    if slots < 1:
-        raise InputError(f"batch_size is {slots}: give the number of rows to decode together, at least 1")
+    if slots < 0:
+        raise InputError(
+            f"batch_size is {slots}: give the number of rows to decode together, or 0 for what memory holds"
+        )
     limits = [max_new_tokens] * len(conversations) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [Request(chat.prompt(m), limit) for m, limit in zip(conversations, limits, strict=True)]
     sampler = Sampler(llama, params, chat.stop_ids, chat.pad_id)

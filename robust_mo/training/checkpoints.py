@@ -24,8 +24,8 @@ from robust_mo.training.step import TrainState
 class _Damaged(InputError):
     """A checkpoint whose files cannot be read; `what` leaves out what to do about it."""
 
-    def __init__(self, what: str):
-        super().__init__(f"{what}: restore its files from a copy, or train again in another --workdir")
+    def __init__(self, what: str, remedy: str = "train again in another --workdir"):
+        super().__init__(f"{what}: restore its files from a copy, or {remedy}")
         self.what = what
 
 
@@ -119,7 +119,14 @@ class Checkpoints:
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
-        return self._read(chosen, items).trainable
+        try:
+            return self._read(chosen, items).trainable
+        except _Damaged as error:
+            # The one before is not taken unasked: what is made of it would pass for what the run came to.
+            if earlier := [other for other in steps if other < chosen]:
+                remedy = f"delete that folder, so that the one before it is the newest, of step {max(earlier)}"
+                raise _Damaged(error.what, remedy) from error
+            raise
 
     def _put_aside(self, step: int) -> None:
         if hosts.first():

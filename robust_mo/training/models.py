@@ -9,6 +9,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -166,6 +167,25 @@ def abstract(llama: Llama, mesh: Mesh, collection: str):
     return jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), nn.unbox(abstract), targets
     )
+
+
+def split(llama, params: dict, mesh, seed: int) -> tuple[dict, dict | None]:
+    """(what is trained, what is not): fresh adapters and the parameters, or the parameters and nothing."""
+    if llama.lora is None:
+        return params, None
+    return _adapters_of(llama, mesh)(jax.random.key(seed)), params
+
+
+@functools.cache
+def _adapters_of(llama, mesh):
+    """Random key -> fresh adapters; compiled once for a model."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def adapters(key):
+        return nn.unbox(llama.init({"params": key, "lora": key}, tokens, tokens, tokens)["lora"])
+
+    targets = jax.tree.map(lambda leaf: leaf.sharding, abstract_trainable(llama, mesh))
+    return jax.jit(adapters, out_shardings=targets)
 
 
 def parameter_paths(llama: Llama) -> list[str]:

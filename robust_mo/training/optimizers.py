@@ -18,7 +18,7 @@ import optax
 
 from robust_mo.errors import InputError
 from robust_mo.training.groups import Group, factors, norms, whole_norm
-from robust_mo.training.soap import soap
+from robust_mo.training.soap import SoapState, soap, state_shardings
 from robust_mo.training.weight_decay import WeightDecay
 
 # --- directions: gradient -> what the parameters move against, before decay and learning rate
@@ -117,10 +117,12 @@ class Optimizer:
     Attributes:
       groups: of the parameters.
       at: (learning rate at the peak, share of it in this step, parameters before the first step) -> transformation.
+      rounding: of parameters in bfloat16 after a step, one of ROUNDINGS.
     """
 
     groups: tuple[Group, ...]
     at: Callable[..., optax.GradientTransformation]
+    rounding: str = "nearest"
 
     def init(self, params):
         return self.at(0.0, 0.0, None).init(params)
@@ -136,6 +138,33 @@ class Optimizer:
         """
         return self.at(learning_rate, share, start).update(gradient, state, params)
 
+    def added(self, params, updates, step):
+        """The parameters after a step.
+
+        Args:
+          step: int32 scalar, from which the random numbers of stochastic rounding are made.
+        """
+        if self.rounding == "nearest":
+            return optax.apply_updates(params, updates)
+        leaves, outline = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+        sums = (
+            p.astype(jnp.float32) + u.astype(jnp.float32)
+            for p, u in zip(leaves, outline.flatten_up_to(updates), strict=True)
+        )
+        return outline.unflatten(map(_rounded_at_random, sums, keys))
+
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def _rounded_at_random(x, key):
+    """float32 to bfloat16: to one of the two neighbours, each the more probable the nearer it is, so that the mean is x
+    (arXiv 2010.06192).  What is smaller than half a last bit then adds up, where rounding to the nearest would lose it.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
 
 @functools.lru_cache  # equal settings give one object, so that the compiled step is found again
 def make_optimizer(
@@ -145,6 +174,7 @@ def make_optimizer(
     decay: WeightDecay,
     clip_norm: float,
     moment_dtype: str,
+    rounding: str,
     mesh: jax.sharding.Mesh | None,
     **settings,
 ) -> Optimizer:
@@ -153,16 +183,19 @@ def make_optimizer(
     Args:
       mesh: devices over which soap cuts what it keeps beside the moments; None for a single one.
       moment_dtype: in which the first moment is kept; "" for the parameters' own.
+      rounding: of parameters in bfloat16, one of ROUNDINGS.
       settings: what the optimizer takes, see OPTIMIZERS.
 
     Raises:
-      InputError: unknown name or dtype, or settings that are not its own.
+      InputError: unknown name, dtype or rounding, or settings that are not its own.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"config.optimizer.name is {name!r}: choose from {', '.join(sorted(OPTIMIZERS))}")
     own = set(inspect.signature(OPTIMIZERS[name]).parameters)
     if moment_dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}: choose float32, bfloat16 or ''")
+    if rounding not in ROUNDINGS:
+        raise InputError(f"config.optimizer.rounding is {rounding!r}: choose from {', '.join(ROUNDINGS)}")
     if "moment_dtype" in own:
         settings["moment_dtype"] = moment_dtype or None
     elif moment_dtype:
@@ -182,7 +215,7 @@ def make_optimizer(
             inner = optax.chain(_clip(clip_norm, groups), inner)
         return _averaged(inner, rate, settings["b1"]) if name == "schedule_free" else inner
 
-    return Optimizer(groups, at)
+    return Optimizer(groups, at, rounding)
 
 
 def _step_size(rate, groups: tuple[Group, ...]) -> optax.GradientTransformation:
@@ -246,6 +279,31 @@ def gradient_point(optimizer_state, params):
         return params
     b1 = optimizer_state.b1
     return jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, params, optimizer_state.z)
+
+
+def placed_like(trainable, optimizer_state, mesh):
+    """The shapes of an optimizer's state with the places where `init` puts it: SOAP's by a rule of its own, any other's
+    beside the parameter at the same place, as `zeros_like` does.
+
+    Args:
+      trainable: shapes and shardings of what is trained.
+    """
+    parameters = dict(jax.tree.leaves_with_path(trainable))
+
+    def place(path, leaf):
+        if isinstance(leaf, SoapState):
+            return jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                leaf,
+                state_shardings(leaf, mesh),
+            )
+        tails = (parameters.get(path[start:]) for start in range(len(path)))
+        parameter = next((found for found in tails if found is not None), None)
+        if parameter is None or parameter.shape != leaf.shape:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
+
+    return jax.tree.map_with_path(place, optimizer_state, is_leaf=lambda part: isinstance(part, SoapState))
 
 
 def health(optimizer_state) -> dict[str, jax.Array]:

@@ -56,6 +56,9 @@ class SoapState(NamedTuple):
       mu, nu: first and second moment in the basis, in the outline and shapes of the parameters.
       factors, bases: for every parameter a dict with "left" `[.., m, m]` and "right" `[.., n, n]`, without the sides
         that are not preconditioned; the columns of a basis are its vectors, by falling eigenvalue.
+      change, off_diagonal: float32 scalars, of the bases that were refreshed last, by a QR step, on average: how far
+        they turned (1 less the mean square of the cosine between a vector and the one before it), and the share of
+        its factor's square norm that a basis left off the diagonal before it was refreshed; -1 before the first.
     """
 
     count: jax.Array
@@ -63,6 +66,12 @@ class SoapState(NamedTuple):
     nu: optax.Updates
     factors: optax.Updates
     bases: optax.Updates
+    change: jax.Array
+    off_diagonal: jax.Array
+
+    def health(self) -> dict[str, jax.Array]:
+        """Curves: is the frequency of refreshing high enough?"""
+        return {"eigenbasis_change": self.change, "off_diagonal_mass": self.off_diagonal}
 
 
 def soap(
@@ -139,14 +148,14 @@ def soap(
 
         moments = [jax.tree.map(lambda p: jnp.zeros_like(p, _dtype(p)), params) for _ in range(2)]
         identity = stacks(lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
-        return SoapState(jnp.int32(0), *moments, stacks(jnp.zeros), identity)
+        return SoapState(jnp.int32(0), *moments, stacks(jnp.zeros), identity, jnp.float32(-1), jnp.float32(-1))
 
     def init(params) -> SoapState:
         if mesh is None:
             return fresh(params)
         return jax.jit(fresh, out_shardings=state_shardings(jax.eval_shape(fresh, params), mesh))(params)
 
-    def refreshed(seen, number, leaf: _Leaf) -> _Leaf:
+    def refreshed(seen, number, leaf: _Leaf) -> tuple[_Leaf, jax.Array]:
         work = functools.partial(
             _refresh, frequency=precondition_frequency, staggered=refresh == "staggered", first_basis=first_basis
         )
@@ -208,18 +217,23 @@ def soap(
                 for side, factor in leaf.factors.items()
             }
             leaf = _Leaf(mu, nu, factors, leaf.bases)
-            return change, refreshed(seen, number, leaf) if factors else leaf
+            leaf, told = refreshed(seen, number, leaf) if factors else (leaf, jnp.zeros((1, 3)))
+            return change, leaf, told.sum(0)
 
         given, outline = jax.tree.flatten(gradients)
         values = [None] * len(given) if params is None else outline.flatten_up_to(params)
-        leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in state[1:]))
-        number, changes, after = 0, [], []
+        trees = state.mu, state.nu, state.factors, state.bases
+        leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
+        number, changes, after, told = 0, [], [], jnp.zeros(3)
         for g, p, leaf in zip(given, values, leaves, strict=True):
-            change, leaf = step(number, g, p, leaf)
+            change, leaf, of_leaf = step(number, g, p, leaf)
             changes.append(change)
             after.append(leaf)
+            told = told + of_leaf
             number += math.prod(g.shape[:-2]) if leaf.bases else 0
-        return outline.unflatten(changes), SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)))
+        watched = (state.change, state.off_diagonal)
+        new = [jnp.where(told[2] > 0, told[i] / told[2], old).astype(old.dtype) for i, old in enumerate(watched)]
+        return outline.unflatten(changes), SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)), *new)
 
     return optax.GradientTransformation(init, update)
 
@@ -240,7 +254,7 @@ def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
 
 
 class _Leaf(NamedTuple):
-    """The state of one parameter: the fields of SoapState."""
+    """The state of one parameter, in fields of SoapState."""
 
     mu: jax.Array
     nu: jax.Array
@@ -267,8 +281,13 @@ def _spec(shape, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str) -> _Leaf:
-    """New bases for the matrices of a stack whose turn it is, with the moments carried over into them.
+# Stacks of equal shape are traced once.
+@functools.partial(jax.jit, static_argnames=("frequency", "staggered", "first_basis"))
+def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str):
+    """(leaf, told): new bases for the matrices of a stack whose turn it is, with the moments carried over into them.
+
+    `told` is `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and how many they are;
+    first bases do not count.
 
     Matrix i of all matrices (the stack's first is `number`) has its turn after every gradient that `frequency` divides
     `seen` - i, or `seen` where they are not staggered; the first gradient gives all of them their first basis.  One
@@ -282,46 +301,57 @@ def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, firs
     else:
         start, stride = jnp.where(seen % frequency == 0, 0, layers), 1
 
-    def refresh_one(turn, carry):
-        layer = start + turn * stride
-        at, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
-        mu, nu = (at(x, layer, keepdims=False) for x in carry[:2])
-        bases = dict(carry[2])
+    # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
+    def refresh_one(carry):
+        layer, mus, nus, bases, told = carry
+        mu, nu = (_at(x, layer) for x in (mus, nus))
+        new = {}
         for side, factor in flat.factors.items():
-            before = at(bases[side], layer, keepdims=False)
-            after, order = _new_basis(at(factor, layer, keepdims=False), before, first, first_basis)
-            nu = jnp.take(nu, order, axis=_AXES[side])
+            before = _at(bases[side], layer)
+            after, order, of_one = _new_basis(_at(factor, layer), before, first, first_basis)
+            told += jnp.where(first, 0, of_one)
+            nu = _take(nu, order, axis=_AXES[side])
             if side == "left":
                 mu = _exact(after.T, _exact(before, mu))
             else:
                 mu = _exact(_exact(mu, before.T), after)
-            bases[side] = put(bases[side], after, layer, 0)
-        return put(carry[0], mu, layer, 0), put(carry[1], nu, layer, 0), bases
+            new[side] = _put(bases[side], after, layer)
+        return layer + stride, _put(mus, mu, layer), _put(nus, nu, layer), new, told
 
-    carry = flat.mu, flat.nu, flat.bases
-    mu, nu, bases = jax.lax.fori_loop(0, (layers - start + stride - 1) // stride, refresh_one, carry)
+    carry = start, flat.mu, flat.nu, flat.bases, jnp.zeros(3, flat.mu.dtype)
+    _, mu, nu, bases, told = jax.lax.while_loop(lambda carry: carry[0] < layers, refresh_one, carry)
     new = _Leaf(mu, nu, flat.factors, bases)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), told[None]
 
 
+# Indices are never negative or out of bounds: the usual care for them is code to compile.
+_at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+_put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
+_take = functools.partial(jnp.take, mode="clip")
 _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _new_basis(factor, basis, first, first_basis: str):
-    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken)."""
+    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, `[3]` for _refresh's `told`)."""
 
-    def qr_step(_, basis_and_order):
-        power = _exact(factor, basis_and_order[0])
-        eigenvalues = jnp.sum(basis_and_order[0] * power, axis=0)
-        order = jnp.argsort(eigenvalues, descending=True)
-        return _orthonormal(power[:, order]), order
+    def qr_step(_, carry):
+        basis = carry[0]
+        power = _exact(factor, basis)
+        eigenvalues = jnp.sum(basis * power, axis=0)
+        order = jnp.argsort(-eigenvalues)
+        after = _orthonormal(_take(power, order, axis=1))
+        cosines = jnp.sum(after * _take(basis, order, axis=1), axis=0)
+        # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
+        square = jnp.maximum(jnp.sum(power**2), jnp.finfo(power.dtype).tiny)
+        off_diagonal = jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0)
+        return after, order, jnp.stack([1 - jnp.mean(cosines**2), off_diagonal, 1])
 
-    before = basis, jnp.arange(len(basis))
+    before = basis, jnp.arange(len(basis)), jnp.zeros(3, factor.dtype)
     if first_basis == "qr":
         return jax.lax.fori_loop(0, jnp.where(first, _FIRST_QR_STEPS, 1), qr_step, before)
     return jax.lax.cond(
         first,
-        lambda: (jnp.linalg.eigh(factor)[1][:, ::-1], before[1]),
+        lambda: (jnp.linalg.eigh(factor)[1][:, ::-1], *before[1:]),
         lambda: qr_step(0, before),
     )
 

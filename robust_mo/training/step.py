@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from robust_mo.model.llama import Llama, output_head
 from robust_mo.training.groups import norms, whole_norm
@@ -95,7 +94,7 @@ def train_step(state, frozen, start, batch, learning_rate, share, *, model, opti
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.trainable, learning_rate=learning_rate, share=share, start=start
     )
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = optimizer.added(state.trainable, updates, state.step)
     by_group = {
         "gradient_norm": norms(optimizer.groups, gradient),
         "update_norm": norms(optimizer.groups, updates),

@@ -1,0 +1,60 @@
+"""From the start of a process to the end of its first training step: cold, warm, and transformers'.
+
+    python -m benchmarks.start [--size=smol] [--lora] [--rounds=3]
+
+What benchmarks/training.py trains: imports, weights from the page cache, compilation, one step.  "cold" begins with
+nothing compiled before, "warm" finds the programs that "cold" left in jax's compilation cache; all must have the same
+loss.  Writes
+benchmarks/results/start[-SIZE][-lora].json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from benchmarks import sizes, training
+from benchmarks.peers import keep, result_name, run_side
+from benchmarks.sizes import SIZES
+
+KINDS = ("cold", "warm", "theirs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="smol")
+    parser.add_argument("--lora", action="store_true", help=f"adapters of rank {training.RANK}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side is not None:
+        side = training.theirs if args.side == "theirs" else training.ours
+        batch = training.make_batches(args.size, args.side, packed=False)[:1]
+        losses, _ = side(args.size, batch, args.lora, training.LEARNING_RATE)
+        print(json.dumps({"loss": losses[0]}))
+        return
+
+    name, found = result_name("start", args.size) + "-lora" * args.lora, {kind: [] for kind in KINDS}
+    sizes.folder(args.size)  # fetched or invented before the clock runs
+    for number in range(args.rounds):
+        losses = []
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in KINDS:
+                begun = time.perf_counter()
+                losses.append(run_side(name, kind, JAX_COMPILATION_CACHE_DIR=cache)["loss"])
+                found[kind].append(time.perf_counter() - begun)
+        if not np.allclose(losses, losses[0], atol=training.TOLERANCES[SIZES[args.size].dtype]):
+            sys.exit(f"the losses differ: {dict(zip(KINDS, losses, strict=True))}")
+        told = ", ".join(f"{kind} {taken[-1]:.1f} s" for kind, taken in found.items())
+        print(f"round {number + 1}/{args.rounds}: {told}", flush=True)
+    medians = {kind: statistics.median(taken) for kind, taken in found.items()}
+    print("\n".join(f"{kind:8} {value:6.1f} s" for kind, value in medians.items()))
+    keep(name, {"unit": "s", "median": medians, "rounds": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The README's table of speeds, from the results that are kept.
+
+    python -m benchmarks.table     # prints it, in Markdown
+
+Knows what each benchmark's result means; runs nothing.
+"""
+
+import json
+
+from benchmarks.peers import RESULTS
+
+# File of benchmarks/results -> (what is measured, beside what).
+TITLES = {
+    "training": ("training, all weights", "transformers"),
+    "training-lora": ("training, LoRA r16", "transformers + PEFT"),
+    "training-packed": ("the same conversations packed, useful tokens", "padded, transformers"),
+    "training-own": ("our LoRA step", "our full-weight step"),
+    "sampling": ("64 prompts, at most 128 tokens", "`generate`"),
+    "sampling-forced": ("200 answers of 1 to 512 tokens", "`generate`"),
+    "sampling-continuous": ("64 prompts, at most 128 tokens", "its continuous batching"),
+    "load_weights": ("reading 5.2 GB of weights", "`from_pretrained`"),
+}
+STEPS = {
+    "optimizer_step": "a SOAP step, all weights",
+    "optimizer_step-lora": "a SOAP step, LoRA r16",
+}
+
+
+def added_by_soap(kept: dict) -> float:
+    """Share of AdamW's whole step that SOAP's optimizer adds, refreshes included."""
+    adamw, soap = (kept["seconds"][name] for name in ("adamw", "soap, staggered"))
+    return (soap["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
+
+
+def table() -> str:
+    """One line for every result that is there."""
+    lines = ["| ours | beside | ours | theirs | ratio | processor, rounds, date |", "|---|---|---|---|---|---|"]
+    for name, (what, beside) in TITLES.items():
+        if kept := _kept(name):
+            ours, theirs = (f"{value:.3g}" for value in kept["median"].values())
+            rounds = len(next(iter(kept["rounds"].values())))
+            origin = f"{kept['device']}, {rounds}, {kept['date']}"
+            lines.append(
+                f"| {what} | {beside} | {ours} {kept['unit']} | {theirs} | **{kept['ratio']:.2f}** | {origin} |"
+            )
+    for name, what in STEPS.items():
+        if kept := _kept(name):
+            what = f"{what}, {kept['tokens']:,} tokens"
+            origin = f"{kept['device']}, 1, {kept['date']}"
+            lines.append(f"| {what} | an AdamW step | | | time **{1 + added_by_soap(kept):.2f}** | {origin} |")
+    if kept := _kept("start"):
+        cold, warm, theirs = (f"{kept['median'][kind]:.3g}" for kind in ("cold", "warm", "theirs"))
+        origin = f"{kept['device']}, {len(kept['rounds']['cold'])}, {kept['date']}"
+        what = "process start to the end of step 1, warm (cold)"
+        lines.append(f"| {what} | transformers | {warm} ({cold}) s | {theirs} | | {origin} |")
+    return "\n".join(lines)
+
+
+def _kept(name: str) -> dict | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+if __name__ == "__main__":
+    print(table())

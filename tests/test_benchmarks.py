@@ -1,0 +1,81 @@
+"""The benchmarks can be run, and their sides do the same work.  How fast they are is no test's matter."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks import sampling, table, training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training(lora):
+    batch = {name: values[:2] for name, values in training.make_batches("smol", "ours", packed=False)[0].items()}
+    ours, theirs = (side("smol", [batch] * 2, lora, 1e-5)[0] for side in (training.ours, training.theirs))
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_on_invented_weights_with_rows_in_parts_and_layers_computed_again(lora):
+    batches = training.make_batches("tiny", "ours", packed=False)[:3]
+    ours, _ = training.ours("tiny", batches, lora, 1e-5)
+    theirs, _ = training.theirs("tiny", batches, lora, 1e-5, checkpointing=True)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert ours[2] < ours[1] < ours[0]
+
+
+@pytest.mark.slow
+def test_packed_and_padded_batches_hold_the_same_conversations():
+    ours, theirs = (training.make_batches("smol", side, True)[training.WARM_UP :] for side in ("ours", "theirs"))
+    for name in ("tokens", "targets"):
+        one, other = (np.concatenate([b[name][b["segments"] > 0] for b in batches]) for batches in (ours, theirs))
+        np.testing.assert_array_equal(np.sort(one), np.sort(other))
+    assert sum(b["loss_mask"].sum() for b in ours) == sum(b["loss_mask"].sum() for b in theirs)
+    positions = sum(b["tokens"].size for b in theirs)
+    assert all(b["segments"].any(0).all() for b in theirs)  # no wider than the longest
+    assert sum((b["segments"] > 0).sum() for b in theirs) < 0.7 * positions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", [False, True], ids=["to the end of turn", "forced"])
+def test_sampling(forced, monkeypatch):
+    everything = sampling.work("smol", 4, forced)
+    few = tuple([part[index] for index in (0, 20, 50, 60)] for part in everything)
+    few = (few[0], [min(limit, 6) for limit in few[1]])
+    monkeypatch.setattr(sampling, "work", lambda *_: few)
+    ours, theirs = sampling.ours("smol", 4, 2, forced), sampling.theirs("smol", 4, 2, forced, "generate")
+    sampling.agree(ours | {"exact": True}, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", sampling.PEERS)
+def test_sampling_on_invented_weights_beside_every_peer(peer):
+    ours, theirs = sampling.ours("tiny", 0, 4, True), sampling.theirs("tiny", 0, 4, True, peer)
+    assert [len(answer) for answer in ours["answers"]] == sampling.work("tiny", 0, True)[1]
+    sampling.agree(ours | {"exact": True}, theirs)
+
+
+def test_readme_shows_the_results_that_are_kept():
+    assert table.table() in (REPOSITORY / "README.md").read_text()
+
+
+def test_benchmarks_for_a_bare_accelerator_machine_import_nothing_beyond_what_is_there():
+    absent = ("grain", "datasets", "gguf", "tensorboard", "ml_collections", "math_verify", "matplotlib")
+    program = f"""
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+from benchmarks import decode_step, gpu, load_weights, optimizer_step, sampling, sizes, start, training
+sizes.folder("tiny")
+batch = training.make_batches("tiny", "ours", packed=False)[:2]
+losses, _ = training.ours("tiny", batch, True, 1e-5)
+print(losses[0], len(sampling.work("tiny", 4, True)[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 9 < json.loads(done.stdout.split()[0]) < 13
