@@ -14,6 +14,7 @@ TITLES = {
     "training": ("training, all weights", "transformers"),
     "training-lora": ("training, LoRA r16", "transformers + PEFT"),
     "training-packed": ("the same conversations packed, useful tokens", "padded, transformers"),
+    "training-8b-lora": ("training of 8B in bfloat16, LoRA r16", "transformers + PEFT, checkpointing"),
     "training-own": ("our LoRA step", "our full-weight step"),
     "sampling": ("64 prompts, at most 128 tokens", "`generate`"),
     "sampling-forced": ("200 answers of 1 to 512 tokens", "`generate`"),
@@ -37,7 +38,7 @@ def table() -> str:
     lines = ["| ours | beside | ours | theirs | ratio | processor, rounds, date |", "|---|---|---|---|---|---|"]
     for name, (what, beside) in TITLES.items():
         if kept := _kept(name):
-            ours, theirs = (f"{value:.3g}" for value in kept["median"].values())
+            ours, theirs = (f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in kept["median"].values())
             rounds = len(next(iter(kept["rounds"].values())))
             origin = f"{kept['device']}, {rounds}, {kept['date']}"
             lines.append(

@@ -110,7 +110,9 @@ def make(name: str, **settings):
     )
 
 
-def ours(size: str, batches: list[dict], lora: bool, learning_rate: float) -> tuple[list[float], list[float]]:
+def ours(
+    size: str, batches: list[dict], lora: bool, learning_rate: float, remat: str = ""
+) -> tuple[list[float], list[float]]:
     """(loss, seconds) of every step."""
     import jax
     import jax.numpy as jnp
@@ -123,7 +125,7 @@ def ours(size: str, batches: list[dict], lora: bool, learning_rate: float) -> tu
     from robust_mo.training.step import TrainState, train_step
 
     folder, mesh, one = sizes.folder(size), meshes.make_mesh(1, -1, 1), SIZES[size]
-    spec, remat = (LoraSpec(RANK, RANK, PROJECTIONS) if lora else None), "matmuls" if lora else one.remat
+    spec, remat = (LoraSpec(RANK, RANK, PROJECTIONS) if lora else None), remat or ("matmuls" if lora else one.remat)
     model = hugging_face.build(hugging_face.read_config(folder), spec, one.dtype, one.dtype, remat)
     trainable, frozen = models.split(model, hugging_face.load_params(folder, model, mesh), mesh, 0)
     optimizer = make("adamw", b1=0.9, b2=0.95, eps=1e-8)
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="conversations of many lengths")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--own", action="store_true", help="our LoRA step beside our full-weight step")
+    parser.add_argument("--remat", default="", help="our policy, by default as the size has it")
     parser.add_argument("--checkpointing", action="store_true", help="the peer keeps layers' inputs alone")
     parser.add_argument("--compiled", action="store_true", help="the peer goes through torch.compile")
     parser.add_argument("--side", choices=(*SIDES, *OWN), help=argparse.SUPPRESS)
@@ -262,7 +265,7 @@ def main() -> None:
     if args.side == "theirs":
         losses, seconds = theirs(*work, args.checkpointing, args.compiled)
     else:
-        losses, seconds = ours(*work)
+        losses, seconds = ours(*work, args.remat)
     tokens = sum(int((batch["segments"] > 0).sum()) for batch in made[WARM_UP:])
     if args.packed:
         learnt = [int(batch["loss_mask"].sum()) for batch in made[WARM_UP:]]

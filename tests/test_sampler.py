@@ -1,5 +1,6 @@
 """The sampler against transformers' `generate`, and against itself in other company."""
 
+import dataclasses
 import itertools
 import re
 
@@ -76,6 +77,17 @@ def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
         assert ours[index].finish_reason == ("stop" if tokens[-1] in stop_ids else "length")
         stopped += ours[index].finish_reason == "stop"
     assert 0 < stopped < len(ours), "the test needs both kinds of ending"
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_layers_lie_together_or_apart_as_the_device_likes(sampler, tiny, backend, monkeypatch):
+    """What is arranged otherwise on other devices gives the same; their kernels have tests of their own."""
+    asked = [dataclasses.replace(r, tokens=np.r_[np.arange(40, dtype=np.int32), r.tokens]) for r in requests(limit=6)]
+    here = sample(sampler, asked, Greedy(), slots=8)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    there = sample(Sampler(*load(tiny), stop_ids=(7, 258), pad_id=256), asked, Greedy(), slots=8)
+    for index, answer in here.items():
+        np.testing.assert_array_equal(answer.tokens, there[index].tokens)
 
 
 @pytest.mark.slow

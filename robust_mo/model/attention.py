@@ -53,6 +53,12 @@ def _by_jax_here(q_BTHK, k_BTGK, v_BTGK, segments_BT, implementation):
     )
 
 
+def cudnn_saveable(primitive, *_, **__) -> bool:
+    """A policy of jax.checkpoint that keeps what cuDNN's attention gave, its statistics with it, which the backward
+    pass asks for: a name for the output would still have all of it computed again."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def parts(B: int, G: int):
     """The axes of the mesh in force along which rows, and heads, are cut, so that every device works on its own: the
     compiler cannot cut a kernel.  Those that their devices do not divide evenly are worked on by all of them."""

@@ -33,10 +33,15 @@ _NAMED = ("queries", "keys", "values", "attended", "between")  # of a layer's va
 # to memory: 13.2 s against 15.4 s of a step's backward pass, SmolLM2, 1,024 tokens).  "gate_up" recomputes the two
 # widest products too, of the feed-forward part: a third of the memory for an eighth more FLOPs.  "offload" keeps the
 # same in the host's memory.  "full" keeps nothing (about a third more work).
+# Both of these keep what cuDNN's attention gave, too.
 REMAT_POLICIES = {
     "none": None,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "gate_up": jax.checkpoint_policies.save_only_these_names(*_NAMED),
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.cudnn_saveable
+    ),
+    "gate_up": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(*_NAMED), attention.cudnn_saveable
+    ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=_NAMED,
@@ -266,6 +271,11 @@ class Cache:
             self.k.at[(*here, rows, all_of, all_of, positions_BT)].set(k_BTGK),
             self.v.at[(*here, rows, all_of, positions_BT)].set(v_BTGK),
         )
+
+    @classmethod
+    def stacked(cls, layers: "list[Cache]") -> "Cache":
+        """The cache of all layers, from those of single ones."""
+        return jax.tree.map(lambda *c: jnp.stack(c), *layers)
 
     def unstacked(self) -> "list[Cache]":
         """The caches of the single layers."""

@@ -133,9 +133,10 @@ def _extended(state, *, more):
 
 
 @jax.jit
-def _only(state, slots_M):
-    """The state of some of the slots."""
-    return _placed(jax.tree.map(lambda x: x[slots_M], state))
+def _only(part, slots_M):
+    """Some of the slots of a state without its caches, or of one cache."""
+    chosen = jax.tree.map(lambda x: x[slots_M], part)
+    return chosen.placed() if isinstance(chosen, Cache) else _placed(chosen)
 
 
 def _choose(logits, counts, keys, decoding):
@@ -146,28 +147,36 @@ def _choose(logits, counts, keys, decoding):
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def _through(model, params, tokens_RT, positions_RT, caches):
+    """(hidden, caches) of prompts, with a cache for each layer whether the model's layers are stacked or not."""
+    if not model.scan_layers:
+        return model.apply({"params": params}, tokens_RT, positions_RT, cache=caches)
+    hidden, cache = model.apply({"params": params}, tokens_RT, positions_RT, cache=Cache.stacked(caches))
+    return hidden, cache.unstacked()
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def _read(params, tokens_RC, *, model):
-    """The cache after these tokens, the same in every row."""
+    """The caches after these tokens, the same in every row."""
     rows, length = tokens_RC.shape
-    cache = Cache.zeros(model.config, rows, length, model.compute_dtype)
+    caches = Cache.zeros(model.config, rows, length, model.compute_dtype).unstacked()
     if length:
         positions_RC = jnp.broadcast_to(jnp.arange(length), tokens_RC.shape)
-        _, cache = model.apply({"params": params}, tokens_RC, positions_RC, cache=cache)
-    return cache.placed()
+        _, caches = _through(model, params, tokens_RC, positions_RC, caches)
+    return [cache.placed() for cache in caches]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding", "stop_ids"), donate_argnames=("state",))
 def _admit(params, state, common, tokens_RP, lengths_R, slots_R, limits_R, keys_R, *, model, decoding, stop_ids):
     """Puts R prompts into the slots `slots_R`; a slot number of N means that the row is filling and goes nowhere.
 
-    `common` is the cache after the tokens that all prompts begin with; the rest of a prompt is `tokens_RP`, of length
+    `common` are the caches after the tokens that all prompts begin with; the rest of a prompt is `tokens_RP`, of length
     `lengths_R`.
     """
     rows, width = tokens_RP.shape
-    begun, cache = common.capacity, common.rows(rows).extended(width)
+    begun, caches = common[0].capacity, [cache.rows(rows).extended(width) for cache in common]
     positions_RP = jnp.broadcast_to(begun + jnp.arange(width), tokens_RP.shape)
-    hidden, cache = model.apply({"params": params}, tokens_RP, positions_RP, cache=cache)
+    hidden, caches = _through(model, params, tokens_RP, positions_RP, caches)
     last_hidden = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
     zeros_R = jnp.zeros(rows, jnp.int32)
     first_R, logprobs_R = _choose(unembed(params, last_hidden), zeros_R, keys_R, decoding)
@@ -176,7 +185,7 @@ def _admit(params, state, common, tokens_RP, lengths_R, slots_R, limits_R, keys_
         return all_slots.at[slots_R].set(values, mode="drop")
 
     admitted = SlotState(
-        cache=[old.with_rows(slots_R, new) for old, new in zip(state.cache, cache.unstacked(), strict=True)],
+        cache=[old.with_rows(slots_R, new) for old, new in zip(state.cache, caches, strict=True)],
         last_N=put(state.last_N, first_R),
         positions_N=put(state.positions_N, begun + lengths_R),
         counts_N=put(state.counts_N, zeros_R + 1),
@@ -245,13 +254,19 @@ def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest:
     return _decode, (params, state, jax.ShapeDtypeStruct((), jnp.int32)), settings
 
 
+def _grows() -> bool:
+    """Whether caches begin small: products go over all the room there is, kernels over live entries alone, and for
+    those each size would only be one more program to compile."""
+    return jax.default_backend() == "cpu"
+
+
 def _bytes_of_slot(model: Llama, mesh, longest: int) -> int:
-    """What a slot takes of its device's memory: its cache, twice while that grows, and its logits as they are drawn
+    """What a slot takes of its device's memory: its cache, twice where that grows, and its logits as they are drawn
     from, in a few copies."""
     config, tensor = model.config, mesh.shape["tensor"]
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
     entries = _rounded_up(longest, parts=4) * config.num_hidden_layers * heads * config.head_dim
-    return 2 * 2 * entries * model.compute_dtype.itemsize + 4 * 4 * config.vocab_size
+    return (2 if _grows() else 1) * 2 * entries * model.compute_dtype.itemsize + 4 * 4 * config.vocab_size
 
 
 def _dealt_out(rows: int, mesh) -> int:
@@ -275,10 +290,13 @@ class Sampler:
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
         self._model, self._params, self._mesh = model, params, meshes.of(params)
-        # A loop over stacked layers has a CPU copy each layer's kernels before it reads them, which makes a step of
-        # SmolLM2 a fifth longer (122 ms against 100).  There decoding gets the layers apart, at the price of a second
-        # copy.
-        self._decoded = jax.jit(unstack_layers)(params) if jax.default_backend() == "cpu" else params
+        # Of stacked layers a CPU and a GPU copy each layer's kernels before they read them: a fifth of a step of
+        # SmolLM2 on a CPU (122 ms against 100), 9.5 of the 20.7 ms of an 8B step of 128 rows on an H100.  There
+        # decoding gets the layers apart.  On a GPU all programs do, so that no second copy takes the caches' memory.
+        backend = jax.default_backend()
+        self._decoded = params if backend == "tpu" else jax.jit(unstack_layers)(params)
+        if backend == "gpu":
+            self._model, self._params = model.clone(scan_layers=False), self._decoded
         self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
         self.idle = 0
 
@@ -322,13 +340,14 @@ class Sampler:
                 # The last answers to end run among themselves: slots that nobody will need again only cost time.
                 slots = _dealt_out(slots // 2, self._mesh)
                 kept = sorted(range(len(occupant)), key=lambda slot: occupant[slot] is None)[:slots]
-                occupant, state = [occupant[slot] for slot in kept], self._within_mesh(_only, state, np.array(kept))
+                occupant, state = [occupant[slot] for slot in kept], self._fewer(state, np.array(kept))
             free = [slot for slot in range(slots) if occupant[slot] is None]
             while queue and free:
                 chosen = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
                 into = [free.pop() for _ in chosen]
                 padded = self._padded(requests, shared, limits, chosen, into, group, slots, keys)
-                ends = [len(requests[index].tokens) + limits[index] for index in chosen]
+                seen = chosen if _grows() else range(len(requests))
+                ends = [len(requests[index].tokens) + limits[index] for index in seen]
                 state = self._with_room(state, max(shared + padded[0].shape[1], *ends))
                 state = self._run(_admit, self._params, state, common, *padded, **program)
                 for slot, index in zip(into, chosen, strict=True):
@@ -386,6 +405,15 @@ class Sampler:
         if more <= 0:
             return state
         return self._within_mesh(_extended, state, more=more)
+
+    def _fewer(self, state: SlotState, slots_M: np.ndarray) -> SlotState:
+        """The state of some of its slots; `state` is given up, layer by layer, each old cache as soon as it is read:
+        memory that is full of caches has no room for half as many more."""
+        caches, state.cache = state.cache[::-1], []
+        fewer = self._within_mesh(_only, state, slots_M)
+        while caches:
+            fewer.cache.append(self._within_mesh(_only, caches.pop(), slots_M))
+        return fewer
 
     def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
