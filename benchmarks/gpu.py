@@ -60,9 +60,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS))
     args = parser.parse_args()
     # What one part has compiled another need not.
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir(), "robust_mo-benchmarks-jax"))
-    )
+    compiled = pathlib.Path(tempfile.gettempdir()) / "robust_mo-benchmarks-compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     end, outcome = time.monotonic() + 60 * args.minutes, {}
     sizes.folder(args.size)
     for part in args.only:
