@@ -4,7 +4,7 @@
     python -m robust_mo.study --config=configs/studies/result2_rank_sweep.py:smol --workdir=runs/ranks-smol
 
 Adapters are merged before the attack.  Published AUCs under pirate SFT, ranks 1, 16, 64, 256, 1024 and full weights
-[R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685.  smol leaves out ranks beyond SmolLM2's width.  Time and our numbers:
+[R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685.  smol: ranks 1, 16 and 64, of a model that is 576 wide.  Time and our numbers:
 not measured.
 """
 
@@ -21,7 +21,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     study = config.study
     names = []
     for rank, auc in PUBLISHED.items():
-        if size == "smol" and rank > 256:
+        if size == "smol" and rank > 64:
             continue
         names.append(f"rank{rank}")
         study.arms[names[-1]] = arm({"lora": {"rank": rank}}, {}, base.lora_rates(size))
