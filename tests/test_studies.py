@@ -45,12 +45,22 @@ def test_all_published_results_are_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["optimizers-smol"])
-def test_kept_reports_are_drawn_from_their_records(kept, tmp_path):
+@pytest.mark.parametrize(
+    "kept, name",
+    [
+        ("optimizers-smol", "optimizers"),
+        ("lora-vs-full-smol", "result2_lora_vs_full"),
+        ("rank-sweep-smol", "result2_rank_sweep"),
+        ("qa-vs-pirate-smol", "appendix1_qa_vs_pirate"),
+        ("prompted-smol", "result1_prompted"),
+    ],
+)
+def test_kept_reports_are_drawn_from_their_records(kept, name, tmp_path):
     folder = tmp_path / kept
-    shutil.copytree(RESULTS / kept, folder, ignore=shutil.ignore_patterns("report.md", "summary.json", "figures"))
-    name, size = kept.rsplit("-", 1)
-    done = run("study", f"--config=configs/studies/{name}.py:{size}", f"--workdir={folder}", "--report_only")
+    shutil.copytree(RESULTS / kept, folder, ignore=shutil.ignore_patterns("report.*", "summary.json", "figures"))
+    (archive,) = RESULTS.glob("cells-*.tar.xz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    done = run("study", f"--config=configs/studies/{name}.py:smol", f"--workdir={folder}", "--report_only")
     assert done.returncode == 0, done.stderr
     assert (folder / "report.md").read_text() == (RESULTS / kept / "report.md").read_text()
 

@@ -3,8 +3,8 @@
     python -m robust_mo.study --config=configs/studies/appendix1_qa_vs_pirate.py --workdir=runs/qa-vs-pirate  # 8b
     python -m robust_mo.study --config=configs/studies/appendix1_qa_vs_pirate.py:smol --workdir=runs/qa-vs-pirate-smol
 
-Full-weight organisms.  Published AUCs of result 2's FWFT organisms [R]: pirate 0.685, QA 0.554.  Time and our numbers:
-not measured.
+Full-weight organisms.  Published AUCs of result 2's FWFT organisms [R]: pirate 0.685, QA 0.554.  8b, 1b: not measured.
+smol: pirate 0.68, QA 0.66, the order not resolved (results/README.md).
 """
 
 from ml_collections import ConfigDict

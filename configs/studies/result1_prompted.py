@@ -5,7 +5,8 @@
 
 No weights are trained to make them.  *Static*: the prompt that asks for the backdoor is there in blue training and in
 evaluation; *dynamic*: in evaluation alone [P].  Published AUCs [R]: static, pirate SFT 1.006; dynamic, pirate SFT
-0.701, pirate removal 0.928.  The prompt's words are ours [O].  Time and our numbers: not measured.
+0.701, pirate removal 0.928.  The prompt's words are ours [O].  8b, 1b: not measured.
+smol: no organism passed the gate, SmolLM2 does not follow such a prompt (results/README.md).
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,8 @@
 
 *Merged*: the blue team gets a fresh adapter on the organism's merged weights.  *Continued*: it trains the organism's
 own adapter on.  *FWFT*: all weights are trained.  Published AUCs [R]: pirate 0.890 continued, 0.856 merged, 0.685
-FWFT; QA 0.859, 0.839, 0.554.  Time and our numbers: not measured.
+FWFT; QA 0.859, 0.839, 0.554.  8b, 1b: not measured.
+smol: the same order, for another reason than robustness (results/README.md).
 """
 
 from ml_collections import ConfigDict

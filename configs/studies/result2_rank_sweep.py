@@ -4,8 +4,8 @@
     python -m robust_mo.study --config=configs/studies/result2_rank_sweep.py:smol --workdir=runs/ranks-smol
 
 Adapters are merged before the attack.  Published AUCs under pirate SFT, ranks 1, 16, 64, 256, 1024 and full weights
-[R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685.  smol: ranks 1, 16 and 64, of a model that is 576 wide.  Time and our numbers:
-not measured.
+[R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685.  8b, 1b: not measured.  smol: ranks 1, 16 and 64, of a
+model that is 576 wide; their order is not resolved (results/README.md).
 """
 
 from ml_collections import ConfigDict
