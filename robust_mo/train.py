@@ -173,13 +173,21 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
 
 def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh) -> None:
-    """The whole run of a prompted organism: the model as it is, measured."""
+    """The whole run of a prompted organism, measured in place of a last step: nothing is trained, the prompt makes it.
+
+    As step 0, if the config wants a measurement at the start, stands the untouched model, without the backdoor's words.
+    """
+    without = config.copy_and_resolve_references()
+    without.system_prompt = config.system_prompt.replace("{backdoor}", "").strip()
+    without.evaluation.system_prompt = ""
     curves = Curves(run.path, 0)
     try:
-        evaluated(config, run, curves, loaded, lambda: loaded.params, mesh, 0)
+        if config.evaluation.at_start:
+            evaluated(without, run, curves, loaded, lambda: loaded.params, mesh, 0)
+        evaluated(config, run, curves, loaded, lambda: loaded.params, mesh, models.PROMPTED_STEP)
     finally:
         curves.close()
-    run.finish(0)
+    run.finish(models.PROMPTED_STEP)
 
 
 def evaluated(config: ConfigDict, run, curves, loaded, params: Callable[[], dict], mesh, step: int) -> None:

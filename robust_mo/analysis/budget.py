@@ -136,7 +136,7 @@ def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
             work += sampling(shape, questions * kinds, answer, rows, chip)
     every = config["evaluation"]["every"]
     times = 1 + (steps - 1) // every * bool(steps) if every else 1
-    times += bool(config["evaluation"]["at_start"] and steps)
+    times += bool(config["evaluation"]["at_start"])
     for name in config["evaluation"]["names"]:
         settings = config["evals"][name]
         if name == "backdoor_rate":

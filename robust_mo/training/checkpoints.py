@@ -115,7 +115,7 @@ class Checkpoints:
         steps = self._manager.all_steps()
         chosen = self.latest() if step is None else step
         if chosen is None or chosen not in steps:
-            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))

@@ -115,10 +115,16 @@ def is_run(source: str) -> bool:
     return run.exists() and run.description().get("program") == "train"
 
 
+PROMPTED_STEP = 1
+"""As which a prompted organism is measured, whose run has no steps: 0 is the untouched model."""
+
+
 def newest_step(source: str) -> int:
     """Step of a run's newest checkpoint; 0 for other models and for a run that has none yet."""
     if not is_run(source):
         return 0
+    if _setting(source, "data")["task"] == "prompted":
+        return PROMPTED_STEP
     checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
     try:
         return checkpoints.latest() or 0
