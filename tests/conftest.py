@@ -83,3 +83,19 @@ def make_tiny_model(folder: pathlib.Path, seed: int = 0, kind: str = "llama", **
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> pathlib.Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def compiled():
+    """Names of the programs that are compiled while the test runs, such as "jit(_decode)"."""
+    import jax
+
+    names = []
+
+    def listen(event, _, **told):
+        if event.endswith("backend_compile_duration"):
+            names.append(told["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

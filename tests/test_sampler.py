@@ -153,12 +153,17 @@ def test_slots_hardly_stand_still(sampler, tiny):
         np.testing.assert_array_equal(found[97 + index].tokens, alone[index].tokens)
 
 
-def test_evaluation_compiles_a_few_programs_once(sampler):
+def test_off_a_cpu_prompts_and_answers_of_any_length_share_their_programs(tiny, compiled, monkeypatch):
+    """Where a program takes long to compile; on a CPU shapes fit closely instead."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    sampler = Sampler(*load(tiny), stop_ids=(7, 258), pad_id=256)
+    for limit, count in ((24, 31), (30, 40), (9, 16)):  # more prompts than slots, and the last ones to end alone
+        assert len(sample(sampler, requests(limit, count), Greedy(), slots=16)) == count
+    assert [compiled.count(f"jit({name})") for name in ("_admit", "_decode", "_only")] == [1, 1, 0]
+
+
+def test_evaluation_compiles_a_few_programs_once(sampler, compiled):
     """However many prompts there are; and another evaluation of the same shapes compiles nothing."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
-    )
     sizes = []
     for _ in range(2):
         for count in (40, 80):

@@ -9,7 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import jax
 import pytest
 from conftest import REPOSITORY
 from ml_collections import ConfigDict
@@ -271,12 +270,8 @@ def test_study_killed_at_random_moments_ends_like_an_unbroken_one(tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_cells_of_one_shape_compile_nothing_more(tiny, tmp_path):
+def test_cells_of_one_shape_compile_nothing_more(tiny, compiled, tmp_path):
     """Another learning rate, another seed: the programs are those of the first cell."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **told: compiled.append(told) if name.endswith("backend_compile_duration") else None
-    )
     config, counts = tiny_study(tiny, gate=0.0), []
     (organism,) = organisms(config.study)
     for part in ("red", "blue"):

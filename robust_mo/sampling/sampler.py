@@ -3,8 +3,8 @@
 Compiled programs of fixed shape work on one state.  `_read` runs what all prompts begin with through the model, once.
 `_admit` does so with the rest of a group of prompts, writes their keys and values into free slots and chooses each
 one's first token.  `_decode` goes on token by token in all slots until enough of them are done to make a refill worth
-while; when no prompt is left to admit, slots are given up by halves (`_only`), down to an eighth.  The host only moves
-prompts in and answers out.
+while; when no prompt is left to admit, slots are given up by halves (`_only`), down to an eighth, where that saves more
+than another program costs.  The host only moves prompts in and answers out.
 
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
 how often the same prompt came before in the list, not on its slot or its neighbours (float32).
@@ -236,7 +236,7 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
 def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest: int):
     """(function, arguments, static arguments) of greedy decoding, as shapes, where it needs most: every slot has room
     for a prompt of so many tokens and for the longest answer.  `params`: shapes on the mesh."""
-    capacity = _rounded_up(min(prompt + longest, model.config.max_position_embeddings), parts=4)
+    capacity = _room(min(prompt + longest, model.config.max_position_embeddings))
     with meshes.in_force(mesh):
         empty = functools.partial(_empty, model=model, slots=_dealt_out(slots, mesh), longest=longest)
         state = jax.eval_shape(functools.partial(_extended, more=capacity), jax.eval_shape(empty))
@@ -254,10 +254,24 @@ def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest:
     return _decode, (params, state, jax.ShapeDtypeStruct((), jnp.int32)), settings
 
 
-def _grows() -> bool:
-    """Whether caches begin small: products go over all the room there is, kernels over live entries alone, and for
-    those each size would only be one more program to compile."""
+def _fits_closely() -> bool:
+    """Whether the shapes of programs follow what is asked for, or are few.
+
+    On a CPU a step takes as long as its rows and the room in its caches make it, and a program compiles in a second.
+    Elsewhere reading the weights is most of a step and kernels read live entries alone, while a program compiles for
+    several seconds: with the shapes of a CPU the first run of a study of SmolLM2 took an H200 142 s, the second 10 s.
+    """
     return jax.default_backend() == "cpu"
+
+
+def _room(entries: int) -> int:
+    """Of a cache that is to hold so many."""
+    return _rounded_up(entries if _fits_closely() else max(entries, 256), parts=4)
+
+
+def _width(length: int) -> int:
+    """Of prompts of at most so many tokens that are admitted together."""
+    return _rounded_up(length, parts=2) if _fits_closely() else max(128, 1 << (length - 1).bit_length())
 
 
 def _bytes_of_slot(model: Llama, mesh, longest: int) -> int:
@@ -265,8 +279,8 @@ def _bytes_of_slot(model: Llama, mesh, longest: int) -> int:
     from, in a few copies."""
     config, tensor = model.config, mesh.shape["tensor"]
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
-    entries = _rounded_up(longest, parts=4) * config.num_hidden_layers * heads * config.head_dim
-    return (2 if _grows() else 1) * 2 * entries * model.compute_dtype.itemsize + 4 * 4 * config.vocab_size
+    entries = _room(longest) * config.num_hidden_layers * heads * config.head_dim
+    return (2 if _fits_closely() else 1) * 2 * entries * model.compute_dtype.itemsize + 4 * 4 * config.vocab_size
 
 
 def _dealt_out(rows: int, mesh) -> int:
@@ -333,7 +347,7 @@ class Sampler:
         keys = _keys(requests, seed)
         program = dict(decoding=decoding, stop_ids=self._stop_ids)
         occupant: list[int | None] = [None] * slots
-        fewest = _dealt_out(slots // 8, self._mesh)
+        fewest = _dealt_out(slots // 8, self._mesh) if _fits_closely() else slots
         finished, sampled = first, 0
         while finished < len(requests):
             if not queue and slots // 2 >= max(fewest, slots - occupant.count(None)):
@@ -346,7 +360,7 @@ class Sampler:
                 chosen = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
                 into = [free.pop() for _ in chosen]
                 padded = self._padded(requests, shared, limits, chosen, into, group, slots, keys)
-                seen = chosen if _grows() else range(len(requests))
+                seen = chosen if _fits_closely() else range(len(requests))
                 ends = [len(requests[index].tokens) + limits[index] for index in seen]
                 state = self._with_room(state, max(shared + padded[0].shape[1], *ends))
                 state = self._run(_admit, self._params, state, common, *padded, **program)
@@ -401,7 +415,7 @@ class Sampler:
 
     def _with_room(self, state: SlotState, entries: int) -> SlotState:
         """The state with a cache of at least so many entries: short prompts need not carry the room of long ones."""
-        more = _rounded_up(entries, parts=4) - state.cache[0].capacity
+        more = _room(entries) - state.cache[0].capacity
         if more <= 0:
             return state
         return self._within_mesh(_extended, state, more=more)
@@ -418,7 +432,7 @@ class Sampler:
     def _padded(self, requests, shared, limits, chosen, into, group, slots, keys):
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
         rests = [requests[index].tokens[shared:] for index in chosen]
-        width = _rounded_up(max(map(len, rests)), parts=2)
+        width = _width(max(map(len, rests)))
         tokens_RP = np.full((group, width), self._pad_id, np.int32)
         lengths_R, limits_R = np.ones(group, np.int32), np.ones(group, np.int32)
         slots_R = np.full(group, slots, np.int32)
