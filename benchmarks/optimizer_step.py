@@ -25,6 +25,7 @@ from benchmarks.peers import keep, result_name
 from benchmarks.sizes import SIZES
 from benchmarks.training import CLIP_NORM, make
 from robust_mo.model import hugging_face
+from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS
 from robust_mo.model.lora import LoraSpec
 from robust_mo.training.optimizers import Optimizer
@@ -164,6 +165,9 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=3)
     parser.add_argument("--without", nargs="*", default=(), help="optimizers to leave out")
     args = parser.parse_args()
+    if args.steps < 3:
+        parser.error("--steps: give at least 3, since the first two are left out: they compile")
+    meshes.leave_out_absent_tpus()
 
     spec = LoraSpec(RANK, float(RANK), PROJECTIONS) if args.lora else None
     config, one = sizes.shapes(args.size), SIZES[args.size]

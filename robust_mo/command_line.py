@@ -81,7 +81,9 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         _keep_compiled_programs()
-        _leave_out_tpus_that_are_not_here()
+        from robust_mo.model import mesh as meshes
+
+        meshes.leave_out_absent_tpus()
         if "coordinator_address" in flags.FLAGS:
             hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
         main(flags.FLAGS)
@@ -98,20 +100,6 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(2, f"error: {where}{error.strerror or error}")
-
-
-def _leave_out_tpus_that_are_not_here() -> None:
-    # Where libtpu is installed, for the preflight, jax looks for a TPU at every start and libtpu complains at length.
-    import jax
-
-    vendors = (file.read_text().strip() for file in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"))
-    installed = [name for name in ("libtpu", *_OTHER_PLUGINS) if importlib.util.find_spec(name)]
-    if installed == ["libtpu"] and _GOOGLE not in vendors and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")
-
-
-_OTHER_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
 def _print_unraisable(found) -> None:

@@ -7,6 +7,7 @@ Mesh axes: `replica` holds copies of the parameters, `fsdp` cuts parameters and 
 """
 
 import contextlib
+import importlib.util
 import math
 import os
 import pathlib
@@ -55,6 +56,19 @@ def reminded(told: str):
         reminder.cancel()
 
 
+def leave_out_absent_tpus() -> None:
+    """Before jax first looks for devices.  Where libtpu is installed, for the preflight, it looks for a TPU at every
+    start, and libtpu complains at length of there being none."""
+    vendors = (file.read_text().strip() for file in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"))
+    installed = [name for name in ("libtpu", *_OTHER_PLUGINS) if importlib.util.find_spec(name)]
+    if installed == ["libtpu"] and _GOOGLE not in vendors and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+
+
+_OTHER_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+_GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
+
+
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
 
@@ -66,6 +80,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
         "study, export and chat use one host, so give them a slice of one"
     )
     try:
+        leave_out_absent_tpus()
         with reminded(told):
             devices = jax.devices() if devices is None else devices
     except Exception as error:  # of the driver or plugin; their classes differ
