@@ -8,6 +8,7 @@ stopped; no finished cell runs twice, nor one that a study beside it in the same
 is kept in the report and does not stop the others.
 --report_only draws the report again from what has been recorded; --dry_run tells what the study would cost, by arm.
 --executor=slurm submits the cells as jobs and ends; with --dry_run it lists them.
+--at_once=N makes and attacks N organisms beside one another, where one small model leaves much of a GPU idle.
 """
 
 import collections
@@ -18,11 +19,12 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from robust_mo import command_line, slurm
+from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
 from robust_mo.errors import InputError
@@ -309,8 +311,11 @@ def claimed(config: ConfigDict, workdir: pathlib.Path):
         yield folder
 
 
-def study(config: ConfigDict, workdir: pathlib.Path) -> None:
+def study(config: ConfigDict, workdir: pathlib.Path, at_once: int = 1) -> None:
     """Does every job that is not done, then draws the report.
+
+    Args:
+      at_once: with more than 1, so many processes do them.
 
     Raises:
       InputError: cells failed; the others are done and the report is drawn.
@@ -318,14 +323,52 @@ def study(config: ConfigDict, workdir: pathlib.Path) -> None:
     check(config)
     with claimed(config, workdir) as folder:
         if folder:
-            done = finished(workdir)
-            for job in jobs(config):
-                try:
-                    do(config, workdir, job, done)
-                except InputError as error:
-                    print(f"FAILED: {error}", flush=True)
+            if at_once > 1:
+                side_by_side(config, workdir, at_once)
+            else:
+                do_all(config, workdir, jobs(config))
             conclude(config, workdir, folder)
     show(workdir)
+
+
+def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[InputError]:
+    """Does these jobs; returns why some of them failed."""
+    done, failures = finished(workdir), []
+    for job in some:
+        try:
+            do(config, workdir, job, done)
+        except InputError as error:
+            failures.append(error)
+            print(f"FAILED: {error}", flush=True)
+    return failures
+
+
+def side_by_side(config: ConfigDict, workdir: pathlib.Path, at_once: int) -> None:
+    """Does what is left in so many processes: one makes an organism, at all of its learning rates, and attacks it."""
+    undone = left(config, workdir)
+    parts: dict[str, list[Job]] = {}  # by the organism, whichever learning rate turns out to be its best
+    for job in jobs(config):
+        if job.name in undone:
+            parts.setdefault(dataclasses.replace(job.rivals[0], learning_rate=None).name, []).append(job)
+    part_of = {job.name: part for part, together in parts.items() for job in together}
+    commands = {}
+    for part, together in parts.items():
+        names = ",".join(job.name for job in together)
+        after = {part_of[name] for job in together for name in undone[job.name]} - {part}
+        commands[part] = [sys.executable, "-m", "robust_mo.study", *sys.argv[1:], f"--job={names}"], tuple(after)
+    printed, ended, start = workdir / "jobs", [], time.monotonic()
+
+    def on_change(name: str, status: int | None) -> None:
+        if status is None:
+            print(f"== {name} and its attacks: {printed / name}.txt says how far they are", flush=True)
+            return
+        ended.append(name)
+        seconds = time.monotonic() - start
+        to_come = command_line.clock(seconds / len(ended) * (len(commands) - len(ended)))
+        told = "done" if status == 0 else f"ended with status {status}"
+        print(f"{name} {told}, {len(ended)} of {len(commands)}, {to_come} left", flush=True)
+
+    processes.run(commands, at_once, printed, command_line.check_interrupt, on_change)
 
 
 def conclude(config: ConfigDict, workdir: pathlib.Path, folder: RunFolder) -> None:
@@ -362,21 +405,26 @@ def assert_apart(config: ConfigDict) -> None:
     )
 
 
-def job_of(config: ConfigDict, workdir: pathlib.Path, name: str) -> None:
-    """Does the one job of that name, of a study that has been submitted."""
+def do_named(config: ConfigDict, workdir: pathlib.Path, names: list[str]) -> None:
+    """Does some jobs of a study that has been begun: cells, or its report.
+
+    Raises:
+      InputError: there is no such job or no such study, or one of the jobs failed, after the others were done.
+    """
     known = {job.name: job for job in jobs(config)}
-    if name not in (*known, REPORT):
-        raise InputError(f"--job={name} is none of this study's; --dry_run --executor=slurm lists them")
+    for name in names:
+        if name not in (*known, REPORT):
+            raise InputError(f"--job={name} is none of this study's; --dry_run --executor=slurm lists them")
     if not RunFolder(workdir).exists():
         raise InputError(f"--workdir={workdir} holds no study that a --job could be of: give --executor=slurm first")
     RunFolder(workdir).check_same("study", config.to_dict())
-    if name in known:
-        do(config, workdir, known[name], finished(workdir))
-        return
-    with claimed(config, workdir) as folder:
-        if folder:
-            conclude(config, workdir, folder)
-    show(workdir)
+    if failures := do_all(config, workdir, [known[name] for name in names if name in known]):
+        raise failures[0]
+    if REPORT in names:
+        with claimed(config, workdir) as folder:
+            if folder:
+                conclude(config, workdir, folder)
+        show(workdir)
 
 
 def left(config: ConfigDict, workdir: pathlib.Path) -> dict[str, tuple[str, ...]]:
@@ -500,7 +548,10 @@ def define_flags() -> None:
     flags.DEFINE_string("hardware", "h100", f"of --dry_run: {', '.join(budget.CHIPS)}, and how many, as in h100:8")
     flags.DEFINE_bool("report_only", False, "only draw the report again")
     flags.DEFINE_enum("executor", "local", ["local", "slurm"], "slurm: every cell, and the report, is a job of SLURM")
-    flags.DEFINE_string("job", None, "of a study that was submitted, do only this one of its jobs")
+    flags.DEFINE_integer(
+        "at_once", 1, "local: organisms made and attacked beside one another, each in a process", lower_bound=1
+    )
+    flags.DEFINE_list("job", [], "of a study that was begun, do only these of its jobs")
     flags.DEFINE_string("slurm_partition", None, "of the jobs; default: the cluster's. SBATCH_ACCOUNT etc. count too")
     flags.DEFINE_integer("slurm_gpus", None, "of a job; default: none are asked for", lower_bound=1)
     flags.DEFINE_integer("slurm_cpus", 8, "of a job", lower_bound=1)
@@ -524,13 +575,13 @@ def main(args: flags.FlagValues) -> None:
         else:
             plan(config, workdir, args.hardware)
     elif args.job:
-        job_of(config, workdir, args.job)
+        do_named(config, workdir, args.job)
     elif args.executor == "slurm":
         submit(
             config, workdir, {name: args[f"slurm_{name}"].value for name in ("partition", "gpus", "cpus", "minutes")}
         )
     else:
-        study(config, workdir)
+        study(config, workdir, args.at_once)
 
 
 if __name__ == "__main__":

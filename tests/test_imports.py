@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "robust_mo"
 # From the ground up; a module may import from its own floor's folder and from floors below.
 FLOORS = [
     {"errors"},
-    {"runs", "model", "data", "analysis", "slurm"},
+    {"runs", "model", "data", "analysis", "processes", "slurm"},
     {"hosts"},
     {"training", "sampling"},
     {"command_line", "organisms"},
