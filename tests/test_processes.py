@@ -13,7 +13,7 @@ from test_hosts import values
 from robust_mo import processes
 from robust_mo.runs import RunFolder
 
-STUDY = '''"""Three ways to install a backdoor, of which the best of the first turns out to be the second; one attack."""
+STUDY = '''"""Three ways to install a backdoor, the first at two learning rates, and one attack."""
 
 from configs.study import arm
 from test_study import tiny_study
