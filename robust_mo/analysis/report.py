@@ -24,6 +24,7 @@ from robust_mo.analysis import cells, comparison, figures, gate, intervals, pare
 from robust_mo.errors import InputError
 
 COST = 0.1  # the headline is the rate that is left when a tenth of the performance may be lost
+DAMAGED = 0.75  # an organism that kept less of the untouched model's accuracy is pointed out [O]
 ALL = "all"  # name of the blue methods taken together
 FAILURE = "failure.txt"  # in the folder of a run that could not be trained: why
 
@@ -378,6 +379,7 @@ def _page(study, summary) -> str:
     for name, organism in organisms.items():
         if organism["not_measured"]:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
+    parts += _damaged(organisms)
     if summary["failures"]:
         lines = [f"> - `{path}`: {why}" for path, why in summary["failures"].items()]
         parts.append("> **Runs that failed:**\n>\n" + "\n".join(lines))
@@ -390,6 +392,24 @@ def _page(study, summary) -> str:
     parts += _what_was_run(study, summary, organisms)
     parts += _provenance_section(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def _damaged(organisms) -> list[str]:
+    """A caution where attacks are measured against organisms that have lost much of what the model could do."""
+    told = []
+    for name, organism in organisms.items():
+        untouched, before = organism["untouched"]["accuracy"], organism["before"]["accuracy"]
+        if not organism["not_measured"] and untouched and untouched["value"]:
+            kept = before["value"] / untouched["value"]
+            told += [f"`{name}` {kept:.0%}"] * (kept < DAMAGED)
+    if not told:
+        return []
+    return [
+        "> **Of what the untouched model solves, some organisms kept little:** "
+        + ", ".join(told)
+        + ". Performance is relative to the organism: an attack that gives back what installing took seems to cost "
+        "nothing, and an area above 1 may be no more than that."
+    ]
 
 
 def _as_html(study, page: str) -> str:
