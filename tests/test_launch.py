@@ -140,6 +140,7 @@ def test_bad_executors_are_told_in_a_line(tmp_path, monkeypatch):
     for argument, says in (
         ("--executor=pbs", "flag --executor=pbs: value should be one of <local|slurm>"),
         ("--slurm_cpus=0", "flag --slurm_cpus=0"),
+        ("--at_once=0", "flag --at_once=0"),
         ("--job=red/ihx", "--job=red/ihx is none of this study's"),
         ("--job=report", "holds no study that a --job could be of"),
     ):
