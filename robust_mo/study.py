@@ -563,12 +563,12 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.workdir:
         raise InputError(f"--workdir={args.workdir}: a study needs a folder of this machine; mount the bucket")
-    if args.at_once > 1 and args.executor != "local":
-        raise InputError(f"--at_once={args.at_once} is for this machine: SLURM decides what runs beside what")
     config, workdir = args.config, pathlib.Path(args.workdir).absolute()
     if args.report_only:
         draw(workdir, {})
         show(workdir)
+    elif args.at_once > 1 and args.executor != "local":
+        raise InputError(f"--at_once={args.at_once} is for this machine: SLURM decides what runs beside what")
     elif args.dry_run:
         check(config)
         if args.executor == "slurm":
