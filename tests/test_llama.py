@@ -32,8 +32,8 @@ def load(folder, remat="none", compute_dtype="float32"):
     return model, hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
 
 
-def our_logits(model, params, tokens, positions, segments):
-    with jax.default_matmul_precision("highest"):
+def our_logits(model, params, tokens, positions, segments, precision="highest"):
+    with jax.default_matmul_precision(precision):
         hidden, _ = jax.jit(model.apply)({"params": params}, tokens, positions, segments)
         return np.asarray(unembed(params, hidden))
 
@@ -228,16 +228,17 @@ def test_bfloat16_compute_keeps_float32_parameters(tiny):
     ids=lambda text: text.split()[0],
 )
 def test_smollm2_logits_equal_transformers(smollm2, text):
-    """Its logits reach 40, where float32 alone can part two right models by 1e-4: how much depends on the processor,
-    whose products XLA and torch sum in orders of their own.  So both take products in float64, and the same holds
-    everywhere; that float32 as we use it loses no more than torch's is asked beside it."""
+    """In float32, ours with products summed exactly: logits reach 40, where the order in which a processor sums a
+    product in float32 can alone part two right models by 1e-4 (torch's lie that far from its own float64).  That
+    float32 sums as we use them lose no more than torch's is asked beside it."""
     tokens = np.array([transformers.AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]], np.int32)
     inputs = (tokens, np.arange(tokens.shape[1], dtype=np.int32)[None], np.ones_like(tokens))
     theirs = their_logits(smollm2, tokens)
     exact = their_logits(smollm2, tokens, dtype=torch.float64)
-    with jax.enable_x64(True):
-        ours = our_logits(*load(smollm2, compute_dtype="float64"), *inputs)
+    ours = our_logits(*load(smollm2), *inputs, precision="F64_F64_F64")
+    assert ours.dtype == np.float32
     assert np.abs(ours - exact).max() < TOLERANCE / 2
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=TOLERANCE)
 
     rounded = our_logits(*load(smollm2), *inputs)
     assert np.abs(rounded - exact).max() < 3 * np.abs(theirs - exact).max()
