@@ -39,10 +39,12 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     """How many answers are in `output` already; a last line that a kill cut short is taken off.
 
     Raises:
-      InputError: the file belongs to other prompts or other settings, or is none of ours.
+      InputError: the file belongs to other prompts or other settings, or is none of ours, or no file to come back to.
     """
     if not output.exists():
         return 0
+    if not output.is_file():  # a device may have no end to read to
+        raise InputError(f"{output} is no regular file: choose another --output")
     note = settings_file(output)
     if note.exists() and (before := runs.read_json(note).get("settings")) != settings:
         before = before if isinstance(before, dict) else {}

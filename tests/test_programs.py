@@ -18,7 +18,9 @@ import pytest
 from conftest import make_tiny_model
 from safetensors.numpy import load_file, save_file
 
+from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, locked
+from robust_mo.sample import written_lines
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SMALL = [
@@ -184,6 +186,11 @@ def test_damaged_models_are_named(tmp_path, tiny):
         result = run("sample", f"--model={folder}", f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}")
         refused(result, str(folder), *words)
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_sample_reads_no_device():
+    with pytest.raises(InputError, match="^/dev/null is no regular file: choose another --output$"):
+        written_lines(pathlib.Path("/dev/null"), [], {})
 
 
 @pytest.mark.slow
