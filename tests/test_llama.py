@@ -27,8 +27,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 TOLERANCE = 1e-4  # float32; the largest logits here are about 10
 
 
-def load(folder, remat="none", compute_dtype="float32"):
-    model = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, "float32", remat)
+def load(folder, remat="none"):
+    model = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", remat)
     return model, hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
 
 
@@ -229,8 +229,9 @@ def test_bfloat16_compute_keeps_float32_parameters(tiny):
 )
 def test_smollm2_logits_equal_transformers(smollm2, text):
     """In float32, ours with products summed exactly: logits reach 40, where the order in which a processor sums a
-    product in float32 can alone part two right models by 1e-4 (torch's lie that far from its own float64).  That
-    float32 sums as we use them lose no more than torch's is asked beside it."""
+    product in float32 can alone part two right models by 1e-4 (torch's lie that far from its own float64, which is
+    why nearness to torch's float32 is asked with a relative part).  That float32 sums as we use them lose less than
+    three times what torch's do is asked beside it."""
     tokens = np.array([transformers.AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]], np.int32)
     inputs = (tokens, np.arange(tokens.shape[1], dtype=np.int32)[None], np.ones_like(tokens))
     theirs = their_logits(smollm2, tokens)

@@ -1,10 +1,10 @@
 """The Llama-3.1 architecture in Flax Linen, and its near relatives: Qwen2.5 and Qwen3, the dense ones.
 
-Promises: given a Hugging Face config.json's numbers and its weights, the same float32 logits as `transformers` to 1e-4;
-where they reach 40 (SmolLM2), with products summed exactly.  Behaviour hangs on the fields of the config alone, never
-on a model's name.  Parameters are a plain nested dict: layers stacked,
-`params["layers"]["q_proj"]["kernel"]` is `[layers, in, out]`; embedding and output head are `[vocabulary, hidden]`, as
-in the files.  Does not know about files, tokenizers, losses or devices.
+Promises: given a Hugging Face config.json's numbers and its weights, the same float32 logits as `transformers` to 1e-4
+where they are about 10; where they reach 40 (SmolLM2), its float64 ones to 0.5e-4 if products are summed exactly.
+Behaviour hangs on the fields of the config alone, never on a model's name.  Parameters are a plain nested dict: layers
+stacked, `params["layers"]["q_proj"]["kernel"]` is `[layers, in, out]`; embedding and output head are `[vocabulary,
+hidden]`, as in the files.  Does not know about files, tokenizers, losses or devices.
 
 Shape letters: B rows, T positions, S cache entries, D hidden, H query heads, G key/value heads, K head size,
 F feed-forward, V vocabulary, L layers.
