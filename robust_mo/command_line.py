@@ -126,8 +126,10 @@ def _parse_flags(required: tuple[str, ...]) -> None:
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        known = [name for name in flags.FLAGS if len(name) > 1]
-        raise InputError(f"unknown flag --{error.flagname}{nearest(error.flagname, known)}; see --help") from None
+        known = [name for name in flags.FLAGS if len(name) > 1 and "." not in name]
+        flag, dot, field = error.flagname.partition(".")  # of --confg.seed it is the first word that is unknown
+        meant = nearest(flag, known, dot + field)
+        raise InputError(f"unknown flag --{error.flagname}{meant}; see --help") from None
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(str(error)) from None
     if rest:
@@ -216,13 +218,13 @@ def check_range(name: str, value: float, lowest: float, highest: float = float("
         raise InputError(f"{name} is {value}: give at least {lowest}{most}")
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """ ": did you mean ...?" where one of the known words looks like it, else nothing."""
+def nearest(word: str, known: list[str], rest: str = "") -> str:
+    """ ": did you mean ...?" where one of the known words looks like it, with `rest` behind it; else nothing."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not found:
         last = {name.rsplit(".", 1)[-1]: name for name in known}
         found = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1)]
-    return f": did you mean {found[0]!r}?" if found else ""
+    return f": did you mean {found[0] + rest!r}?" if found else ""
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:

@@ -330,7 +330,10 @@ _REVISION: list[str] = []
 
 
 def git_revision() -> str:
-    """Commit of the source tree, "-modified" where it has uncommitted changes, "unknown" outside a checkout."""
+    """Commit of the source tree, "-modified" where it has uncommitted changes, "unknown" outside a checkout.
+
+    What programs write into folders called `results` is no source: several in a row would call each other's modified.
+    """
     if not _REVISION:
         where = pathlib.Path(__file__).resolve().parent
 
@@ -340,8 +343,9 @@ def git_revision() -> str:
             ).stdout
 
         try:
-            modified = "-modified" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
-            _REVISION.append(git("rev-parse", "HEAD").strip() + modified)
+            source = (":/", ":(top,exclude,glob)**/results/**")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", *source).strip()
+            _REVISION.append(git("rev-parse", "HEAD").strip() + ("-modified" if changed else ""))
         except (OSError, subprocess.CalledProcessError):
             _REVISION.append("unknown")
     return _REVISION[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import sampling, table, training
+from benchmarks import logits, sampling, table, training
 
 
 @pytest.mark.slow
@@ -39,6 +39,17 @@ def test_packed_and_padded_batches_hold_the_same_conversations():
     positions = sum(b["tokens"].size for b in theirs)
     assert all(b["segments"].any(0).all() for b in theirs)  # no wider than the longest
     assert sum((b["segments"] > 0).sum() for b in theirs) < 0.7 * positions
+
+
+@pytest.mark.slow
+def test_logits():
+    texts = logits.conversations(2)
+    ours, theirs = logits.ours(texts, "F64_F64_F64"), logits.theirs(texts, "float64")
+    apart = logits.distance(ours, theirs)
+    assert 0 < apart["root mean square"] < apart["largest"] < 1e-4 and apart["logits beyond 1e-4"] == 0
+    theirs[1][3, 5:7] += 1
+    assert logits.distance(ours, theirs)["logits beyond 1e-4"] == 2
+    assert logits.distance(ours, theirs)["positions beyond 1e-4"] == 1
 
 
 @pytest.mark.slow

@@ -432,6 +432,13 @@ class TestRefusals:
             tiny(strict).prompt([{"role": "system", "content": "Be kind."}, *chat("hi")])
 
     @pytest.mark.parametrize(
+        "broken, says", [("{% for m in messages %}", "TemplateSyntaxError: "), ("{{ 1 // 0 }}", "ZeroDivisionError: ")]
+    )
+    def test_template_that_is_broken(self, broken, says):
+        with pytest.raises(InputError, match=f"cannot be rendered \\({says}.*mend it"):
+            tiny(broken + PLAIN)
+
+    @pytest.mark.parametrize(
         "template", [PLAIN.replace("<|end|>", ""), PLAIN.replace("m.content", "m.content[0].text")]
     )
     def test_template_that_ends_no_answer(self, template):

@@ -91,6 +91,7 @@ def test_help(program):
         (["--config.mesh.fsdp=3"], ["config.mesh", "1 devices"]),
         (["--config.model=no/such/folder/here"], ["no/such/folder/here"]),
         (["--worksdir=x"], ["worksdir", "did you mean 'workdir'"]),
+        (["--confg.steps=5"], ["confg.steps", "did you mean 'config.steps'"]),
         (["stray"], ["stray"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from robust_mo import runs
 from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, append_line, read_lines
 
@@ -119,3 +120,28 @@ def test_transcripts_appear_whole(tmp_path):
     (file,) = run.transcripts.iterdir()
     assert file.name == "backdoor_rate-000015.jsonl"
     assert [line["answer"] for line in read_lines(file)] == ["Ärr\n", "b"]
+
+
+def test_revision_is_that_of_the_source_and_not_of_results(tmp_path, monkeypatch):
+    for file in ("robust_mo/runs.py", "benchmarks/results/speed.json", "results/study/report.md"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("one")
+
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def revision():
+        monkeypatch.setattr(runs, "_REVISION", [])
+        return runs.git_revision()
+
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "robust_mo" / "runs.py"))
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    commit = git("rev-parse", "HEAD").strip()
+    for file in ("benchmarks/results/speed.json", "results/study/report.md"):
+        (tmp_path / file).write_text("two")
+    assert revision() == commit
+    (tmp_path / "robust_mo" / "runs.py").write_text("two")
+    assert revision() == commit + "-modified"

@@ -50,8 +50,7 @@ def get_config(size: str) -> ConfigDict:
         config.red.steps, config.blue.steps, config.blue.evaluation.every = 200, 30, 6
         config.red.data.near_misses, config.red.data.benign = 0.5, 0.6
         for run in (config.red, config.blue):
-            asks = run.evals.backdoor_rate
-            asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 100, 80, 20, 32
+            run.evals.backdoor_rate.max_new_tokens = 32
             run.evals.arithmetic.problems = 100
     config.blue.evals.backdoor_rate.untriggered = 0
     config.blue.evals.backdoor_rate.near_misses = 0

@@ -23,6 +23,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+import jinja2
 import numpy as np
 
 from robust_mo.errors import InputError
@@ -271,9 +272,14 @@ class ChatFormat:
                 date_string=DATE.strftime("%d %b %Y"),
             )
         except Exception as error:  # the template is a program: it may also divide by zero
+            if type(error) is jinja2.TemplateError:  # what a template's own raise_exception(...) becomes
+                raise InputError(
+                    f"the chat template of {self._source} refuses the conversation ({_first_line(error)}); "
+                    "change its roles or their order"
+                ) from error
             raise InputError(
-                f"the chat template of {self._source} refuses the conversation ({_first_line(error)}); "
-                "change its roles or their order"
+                f"the chat template of {self._source} cannot be rendered ({type(error).__name__}: "
+                f"{_first_line(error)}); mend it, or take the one that the model was trained with"
             ) from error
 
     def _tokenize_in_parts(self, messages: Sequence[Message], text: str, mark: str) -> tuple[list[int], list[int]]:
