@@ -105,7 +105,7 @@ def make(name: str, **settings):
         clip_norm=CLIP_NORM,
         moment_dtype="",
         rounding="nearest",
-        mesh=None,
+        places=None,
         **settings,
     )
 

@@ -17,13 +17,14 @@ command=(.venv/bin/python -m "robust_mo.$1" "${@:2}")
 if [ "$dry_run" ]; then printf '%s\n' "bash launch/setup.sh --gpu" "${command[*]}"; exit; fi
 
 bash launch/setup.sh --gpu
-trap 'kill -TERM "$program"' TERM INT
+asked=
+trap 'asked=yes; kill -TERM "$program"' TERM INT
 for start in $(seq 10); do
-  "${command[@]}" &
+  setsid "${command[@]}" &  # Ctrl-C reaches it once, by the trap: a second signal would stop it unsaved
   program=$! status=0
   wait "$program" || status=$?
   while kill -0 "$program" 2>/dev/null; do status=0; wait "$program" || status=$?; done  # it saves after a signal
-  [ "$status" -gt 128 ] || exit "$status"
+  [ "$status" -gt 128 ] && [ ! "$asked" ] || exit "$status"
   echo "gpu_host.sh: the program died of signal $((status - 128)) (start $start of 10); the same command goes on" >&2
   sleep 5
 done

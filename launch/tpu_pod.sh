@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
 # One program on a Cloud TPU slice, made if need be and made again when it is preempted:
 #
-#   bash launch/tpu_pod.sh --name=mo --zone=us-east5-b --type=v5litepod-16 --workdir=/mnt/bucket/runs/red [--spot] \
-#     [--version=v2-alpha-tpuv5-lite] [--dry_run] -- train --config=configs/red_lora.py:8b
+#   bash launch/tpu_pod.sh --name=mo --zone=us-east5-b --type=v5litepod-16 [--spot] [--version=v2-alpha-tpuv5-lite] \
+#     [--dry_run] -- train --config=configs/red_lora.py:8b --workdir=gs://BUCKET/red
 #
 # Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same command
-# on all of them (one alone would wait for the rest) and shows what they print.  --workdir must be a folder that all
-# workers see, such as a mounted bucket or Filestore: there the command goes on after a preemption.  The slice is kept
-# at the end: gcloud compute tpus tpu-vm delete NAME --zone=ZONE.
+# on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the arguments of
+# `python -m robust_mo`; --workdir and --output must be a bucket or a folder that all workers see, such as a mounted
+# Filestore: there the command goes on after a preemption.  Each worker starts it again, up to ten times, where it dies
+# of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm delete NAME --zone=ZONE.
 # The workers meet at a port of the first, opened between them by the network's firewall: jax's own is 8482 since 0.8.1
 # (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "tpu_pod.sh: $1" >&2; exit 2; }
+say() { echo "tpu_pod.sh: $*" >&2; }
 
-name='' zone='' type='' workdir='' version=tpu-ubuntu2204-base spot=() dry_run='' port=${JAX_COORDINATOR_PORT:-8482}
+name='' zone='' type='' version=tpu-ubuntu2204-base spot=() dry_run='' port=${JAX_COORDINATOR_PORT:-8482}
 while [ $# -gt 0 ]; do
   case "$1" in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
-    --workdir=*) workdir=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --spot) spot=(--spot) ;;
     --dry_run) dry_run=yes ;;
@@ -30,46 +31,73 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-for needed in name zone type workdir; do [ "${!needed}" ] || fail "--$needed must be given"; done
-case "$workdir" in /*) ;; *) fail "--workdir=$workdir is no path of all workers: mount the bucket and give /its/path" ;; esac
+for needed in name zone type; do [ "${!needed}" ] || fail "--$needed must be given"; done
 case "${1:-}" in
   train | evaluate | sample) ;;
   *) fail "after -- comes '${1:-}': give train, evaluate or sample, which run on several hosts" ;;
 esac
+where='' extras=''
+for argument in "${@:2}"; do
+  case "$argument" in
+    --workdir=gs://*) where=yes extras='; .venv/bin/python -m pip install --quiet gcsfs' ;;
+    --workdir=/* | --output=/*) where=yes ;;
+    --workdir=* | --output=*) fail "$argument is no path of all workers: give one that begins with /, or gs://BUCKET/... for a run" ;;
+  esac
+done
+[ "$where" ] || fail "there is no --workdir (of sample --output) after --: give one that all workers see"
 [[ "$port" =~ ^[0-9]+$ ]] || fail "JAX_COORDINATOR_PORT is '$port': give the number of a port"
 
 tpu() { run gcloud compute tpus tpu-vm "$1" "$name" --zone="$zone" "${@:2}"; }
 run() { if [ "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 state() { gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true; }
-# The archive unpacks over an earlier copy; the workers' own .venv stays.
-setup='mkdir -p robust_mo && tar -xzf robust_mo.tgz -C robust_mo && bash robust_mo/launch/setup.sh --tpu'
-program="cd robust_mo && JAX_COORDINATOR_PORT=$port .venv/bin/python -m robust_mo.$1 --workdir=$(printf '%q' "$workdir")"
-[ $# -lt 2 ] || program+=" $(printf '%q ' "${@:2}")"
+# The archive unpacks over an earlier copy; the workers' own .venv stays.  Ubuntu 22.04's own Python is 3.10.
+setup="set -e; mkdir -p robust_mo; tar -xzf robust_mo.tgz -C robust_mo; cd robust_mo
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -yqq python3.11 python3.11-venv; }
+  export PYTHON=python3.11
+fi
+bash launch/setup.sh --tpu$extras"
+# Above 128: a signal, also jax's end where another worker died; 75: told to stop, before maintenance for example.
+program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75
+for start in \$(seq 10); do
+  .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
+  [ \$status -gt 128 ] || [ \$status = 75 ] || exit \$status
+  sleep 10
+done; exit \$status"
 
 [ "$dry_run" ] || command -v gcloud >/dev/null || fail "there is no gcloud: install the Google Cloud CLI and log in"
 archive=$(mktemp --suffix=.tgz)
 trap 'rm -f "$archive"' EXIT
 run git archive --format=tgz --output="$archive" HEAD
 
+had=
 while true; do
   found=$([ "$dry_run" ] || state)
-  if [ "$found" ] && [ "$found" != READY ]; then
-    tpu delete --quiet
-    found=
-  fi
-  [ "$found" ] || tpu create --accelerator-type="$type" --version="$version" "${spot[@]}"
-  status=0
+  case "$found" in
+    '')
+      if ! tpu create --accelerator-type="$type" --version="$version" "${spot[@]}"; then
+        [ "$had" ] || exit 1
+        say "there is no slice to be had now: asking again in a minute"
+        sleep 60
+        continue
+      fi
+      ;;
+    READY) ;;
+    PREEMPTED | TERMINATED) tpu delete --quiet; continue ;;
+    CREATING | STARTING | RESTARTING | REPAIRING) say "the slice is $found"; sleep 20; continue ;;
+    *) fail "the slice $name is $found: start or delete it (gcloud compute tpus tpu-vm --help)" ;;
+  esac
+  had=yes status=0
   {
     run gcloud compute tpus tpu-vm scp "$archive" "$name:robust_mo.tgz" --zone="$zone" --worker=all \
       && tpu ssh --worker=all --command="$setup" && tpu ssh --worker=all --command="$program"
   } || status=$?
-  found=$([ "$dry_run" ] || state)
-  if [ "$status" = 0 ]; then exit; fi
-  [ "$found" != READY ] || {
-    echo "tpu_pod.sh: the program ended with status $status and the slice still stands: read above, the first error counts" \
-      "(workers that do not meet: open port $port between them, or set JAX_COORDINATOR_PORT); the same command goes on" >&2
+  [ "$status" != 0 ] || exit 0
+  found=$(state)
+  if [ "$found" = READY ]; then
+    say "the program ended with status $status and the slice still stands: read above, the first error counts" \
+      "(workers that do not meet: open port $port between them, or set JAX_COORDINATOR_PORT); the same command goes on"
     exit "$status"
-  }
-  echo "tpu_pod.sh: the slice is ${found:-gone}: it was preempted; making another, on which the run goes on" >&2
-  sleep 60
+  fi
+  say "the slice is ${found:-gone}: it was preempted; making another, on which the run goes on"
 done

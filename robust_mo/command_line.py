@@ -15,6 +15,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,11 @@ from robust_mo import hosts
 from robust_mo.errors import InputError
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_FOR_THE_OTHERS = 5.0
+
+STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
+"""The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
+programs again by their status has to tell a stop from the end."""
 
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
 
@@ -86,11 +92,15 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         meshes.leave_out_absent_tpus()
         if "coordinator_address" in flags.FLAGS:
             hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
+            if _requested and hosts.together():  # before there was anyone to tell
+                os.kill(os.getpid(), signal.SIGTERM)
         main(flags.FLAGS)
     except Interrupted:
         from robust_mo.runs import command_line
 
-        _end(0, f"stopped; the same command goes on: {command_line()}")
+        if hosts.first():
+            _say(f"stopped; the same command goes on: {command_line()}")
+        sys.exit(int(os.environ.get(STOPPED_STATUS, 0)))
     except InputError as error:
         _end(2, f"error: {error}")
     except BrokenPipeError:
@@ -109,9 +119,18 @@ def _print_unraisable(found) -> None:
         sys.__unraisablehook__(found)
 
 
+def _say(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
 def _end(status: int, line: str) -> None:
-    if status or hosts.first():  # what is wrong with one host only that one can tell
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    _say(line)
+    if hosts.together():
+        # jax waits for the other hosts here and aborts where they do not come: what is wrong with one alone has to end
+        # with this status all the same.
+        end = threading.Timer(_SECONDS_FOR_THE_OTHERS, os._exit, (status,))
+        end.daemon = True
+        end.start()
     sys.exit(status)
 
 

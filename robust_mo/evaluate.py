@@ -83,7 +83,7 @@ def measure_source(args: flags.FlagValues) -> None:
         "system_prompt": system_prompt,
         "evals": chosen,
     }
-    with run.claim("evaluate", described, config["seed"]):
+    with hosts.first_holds(lambda: run.claim("evaluate", described, config["seed"])):
 
         def subject() -> Subject:
             mesh = meshes.make_mesh(**config["mesh"])

@@ -1,15 +1,18 @@
 """Several hosts that run one program together: how they meet, agree, speak and stop.
 
 Promises: every host makes the same calls in the same order, as jax asks of them; what depends on files, which the first
-host writes and the others may see later, is read by the first and told to the others (`agreed`); the first alone prints
-and writes into run folders; when one dies, the others end within a minute.
+host writes and the others may see later, is read by the first and told to the others (`by_first`); the first alone
+prints and writes into run folders; when one dies, the others end within a minute.
 On a single host all of this does nothing.  Finding each other, heartbeats and the step at which all stop are jax's own
 (`jax.distributed`).
 """
 
+import contextlib
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -21,6 +24,8 @@ from robust_mo.runs import Onlooker, RunFolder
 
 # A host that has not been heard of for so long is dead; the same again for the rest to notice makes less than a minute.
 _HEARTBEAT_SECONDS = 20
+
+_met = False
 
 
 def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -34,11 +39,14 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     Raises:
       InputError: the hosts do not find each other.
     """
+    if coordinator_address and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise InputError(f"--coordinator_address={coordinator_address}: give host:port of the first host")
     told = (
         "for the other hosts: start the same command on every one of them (launch/tpu_pod.sh does), and "
         "let them reach the first one's port, which on TPUs is 8482 since jax 0.8.1; where only the old 8476 is open, "
         "set JAX_COORDINATOR_PORT=8476 on all"
     )
+    global _met
     try:
         with meshes.reminded(told):
             jax.distributed.initialize(
@@ -48,6 +56,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
             )
+        _met = True
         if not first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
@@ -64,8 +73,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
 
 
 def together() -> bool:
-    """Whether this process has met others."""
-    return jax.distributed.is_initialized()
+    """Whether this process has met others, and jax listens for SIGTERM."""
+    return _met
 
 
 def first() -> bool:
@@ -76,6 +85,40 @@ def first() -> bool:
 def run_folder(path) -> RunFolder:
     """The run folder as this host may use it."""
     return RunFolder(path) if first() else Onlooker(path)
+
+
+def by_first(work: Callable):
+    """What `work` returns on the first host, of JSON, on every host; what it finds wrong is raised on all of them.
+
+    Raises:
+      InputError: as `work` does, or for an OSError of it.
+    """
+    if not together():
+        return work()
+    found = wrong = None
+    if first():
+        try:
+            found = work()
+        except InputError as error:
+            wrong = str(error)
+        except OSError as error:
+            wrong = f"{error.filename}: {error.strerror}"
+    found, wrong = agreed((found, wrong))
+    if wrong is not None:
+        raise InputError(wrong)
+    return found
+
+
+@contextlib.contextmanager
+def first_holds(hold: Callable[[], contextlib.AbstractContextManager]):
+    """Within the block the first host is within `hold()`, such as a lock; what speaks against it is raised on all."""
+    with contextlib.ExitStack() as held:
+
+        def enter() -> None:
+            held.enter_context(hold())
+
+        by_first(enter)
+        yield
 
 
 def agreed(value):

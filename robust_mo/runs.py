@@ -183,11 +183,7 @@ _WHERE = "mesh."
 
 
 class Onlooker(RunFolder):
-    """A folder in which another process, that does the same work, holds the lock and writes: here it is only read."""
-
-    @contextlib.contextmanager
-    def claim(self, program: str, config: dict, seed: int):
-        yield self
+    """A folder that another process, which does the same work, has claimed and writes: here it is only read."""
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
         pass

@@ -9,6 +9,7 @@ An interrupted run goes on from the lines already written; what the answers were
 O.jsonl.settings.json.  A file that holds other lines is left as it is, and two processes never write one output.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -126,21 +127,25 @@ def main(args: flags.FlagValues) -> None:
             raise InputError(
                 f"{args.prompts}: prompt {number} has a field {min(taken)!r}, which the output holds too: rename it"
             )
+    with hosts.first_holds(lambda: held(output)):
+        fill(output, prompts, settings, decoding, mesh, args)
+
+
+@contextlib.contextmanager
+def held(output: pathlib.Path):
+    """Within the block no other process writes the file; its folder is made."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}.lock")
-    if not hosts.first():
-        fill(output, prompts, settings, decoding, mesh, args)
-        return
     with runs.locked(lock, f"{output} is being written by another process: wait, or choose another --output"):
         try:
-            fill(output, prompts, settings, decoding, mesh, args)
+            yield
         finally:
             lock.unlink(missing_ok=True)
 
 
 def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, mesh, args: flags.FlagValues) -> None:
     """Samples and appends the answers that `output` lacks."""
-    done = hosts.agreed(written_lines(output, prompts, settings) if hosts.first() else 0)
+    done = hosts.by_first(lambda: written_lines(output, prompts, settings))
     if done == len(prompts):
         print(f"{output} is complete: {done} answers")
         return

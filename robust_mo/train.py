@@ -57,8 +57,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     run = hosts.run_folder(workdir)
-    with run.claim("train", config.to_dict(), config.seed):
-        if hosts.agreed(run.finished()):
+    with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed)):
+        if hosts.by_first(run.finished):
             print(f"{workdir} is complete", flush=True)
             return run
 
@@ -70,9 +70,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         prompted = config.data.task == "prompted"  # and nothing trained
         remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)
-        optimizer = optimizer_of(config, mesh)
-        trained = paths(models.abstract_trainable(llama, mesh))
-        check_groups(optimizer.groups, models.parameter_paths(llama), trained)
+        shapes = models.abstract_trainable(llama, mesh)
+        optimizer = optimizer_of(config, shapes)
+        check_groups(optimizer.groups, models.parameter_paths(llama), paths(shapes))
 
         if prompted:
             observe(config, run, loaded, mesh)
@@ -283,8 +283,11 @@ def budget_shape(model: LlamaConfig, compute_dtype: str) -> budget.Shape:
     )
 
 
-def optimizer_of(config: ConfigDict, mesh):
-    """The optimizer of a config, for parameters on the mesh; its learning rate comes with every step.
+def optimizer_of(config: ConfigDict, trainable):
+    """The optimizer of a config; its learning rate comes with every step.
+
+    Args:
+      trainable: shapes and shardings of what is trained; None where it is not going to be used.
 
     Raises:
       InputError: something in config.optimizer, config.weight_decay or config.groups cannot be used.
@@ -293,7 +296,8 @@ def optimizer_of(config: ConfigDict, mesh):
     del common["learning_rate"]
     spec = models.lora_spec(config.lora)
     decay = WeightDecay(**config.weight_decay, scale=spec.scale if spec else None)
-    return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay, mesh=mesh)
+    places = None if trainable is None else tuple(leaf.sharding for leaf in jax.tree.leaves(trainable))
+    return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay, places=places)
 
 
 def optimizer_settings(optimizer: ConfigDict) -> tuple[dict, dict]:
@@ -320,7 +324,7 @@ def step_program(config: ConfigDict, shapes: LlamaConfig, mesh, remat: str):
     spec = models.lora_spec(config.lora)
     llama = hugging_face.build(shapes, spec, config.compute_dtype, config.param_dtype, remat)
     trainable = models.abstract_trainable(llama, mesh)
-    optimizer = optimizer_of(config, mesh)
+    optimizer = optimizer_of(config, trainable)
     rows = {
         name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
         for name, dtype in {
@@ -444,7 +448,7 @@ TASKS = (*RED_TASKS, *distill.BLUE_METHODS, "conversations")
 def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
     """The conversations to train on, made once and kept in the run folder as data.jsonl."""
     file = run.path / "data.jsonl"
-    if not hosts.agreed(file.exists()):
+    if not hosts.by_first(file.exists):
         data = config.data
         on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
         source = organism(config.model) if on_policy else data.teacher or config.model
@@ -503,6 +507,8 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             "teacher": teacher_is,
             "seed": str(config.seed),
         }
+        if not hosts.first():
+            return made
         write_text(run.path / "data.md", distill.card(data.task, made, dropped, about))
         write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
     return read_conversations(file)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from robust_mo.command_line import STOPPED_STATUS
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import RunFolder
 from robust_mo.training.models import load_model
@@ -58,12 +59,18 @@ def training(model, workdir, **changes) -> list[str]:
     return ["train", "--config=configs/red_full.py:smol", f"--workdir={workdir}", f"--config.model={model}", *settings]
 
 
-def two(*command) -> list[subprocess.Popen]:
-    """Both hosts, told by flags how to meet."""
+def meeting() -> list[str]:
+    """Flags that tell two hosts how to meet."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meeting = [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
-    return [start(*command, *meeting, f"--process_id={number}", devices=4) for number in range(2)]
+        return [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+
+
+def two(*command, other=None) -> list[subprocess.Popen]:
+    """Both hosts, with the same command or the second with another."""
+    meet = meeting()
+    commands = (command, other or command)
+    return [start(*words, *meet, f"--process_id={number}", devices=4) for number, words in enumerate(commands)]
 
 
 def ended(*processes) -> list[tuple[str, str]]:
@@ -173,8 +180,42 @@ def test_a_host_dies_the_rest_end_and_the_run_goes_on_elsewhere(tiny, tmp_path, 
 
 
 @pytest.mark.slow
+def test_bad_input_ends_every_host_with_its_status(tiny, tmp_path):
+    """Which the first alone can see, or one alone of the others: no launcher is to start that again."""
+    run = RunFolder(tmp_path / "run")
+    with run.claim("train", {"seed": 1}, 0):
+        run.record(1, "train/loss", 1.0)
+    processes = two(*training(tiny, run.path))
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and f"error: {run.path} holds a run with another config" in err, err
+
+    commands = (training(model, tmp_path / "other") for model in (tiny, tmp_path / "nothing"))
+    first, other = two(*next(commands), other=next(commands))
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 2 and err.startswith("error: ") and "nothing" in err, err
+    first.communicate(timeout=60)
+    assert first.returncode
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_hosts_have_met_stops_all(tiny, tmp_path):
+    command, status = [*training(tiny, tmp_path / "run"), *meeting()], {STOPPED_STATUS: "75"}
+    early = start(*command, "--process_id=0", devices=4, **status)
+    time.sleep(8)  # it has started, and waits
+    early.send_signal(signal.SIGTERM)
+    late = start(*command, "--process_id=1", devices=4, **status)
+    (_, err), _ = (process.communicate(timeout=120) for process in (early, late))
+    assert early.returncode == late.returncode == 75 and "stopped; the same command goes on" in err, err
+    assert not RunFolder(tmp_path / "run").finished()
+
+
+@pytest.mark.slow
 def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
     with start(*training(tiny, tmp_path), "--num_processes=2", devices=1) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
     assert "--num_processes=2, --process_id=None: coordinator_address should be defined. give all three" in err
+    with start(*training(tiny, tmp_path), "--coordinator_address=localhost", devices=1) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "--coordinator_address=localhost: give host:port" in err

@@ -2,9 +2,13 @@
 
 import os
 import pathlib
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -12,6 +16,7 @@ from conftest import REPOSITORY
 from test_study import tiny_study
 
 from configs.study import arm
+from robust_mo.command_line import STOPPED_STATUS
 from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, write_text
 from robust_mo.slurm import Queue
@@ -19,7 +24,8 @@ from robust_mo.study import cell, jobs, left
 
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.s*"), *REPOSITORY.glob("tests/slurm/*.sh")])
 TRAIN = ("train", "--config=configs/red_full.py:smol", "--config.steps=3")
-POD = ("--name=mo", "--zone=us-east5-b", "--type=v5litepod-16", "--workdir=/mnt/runs/red")
+POD = ("--name=mo", "--zone=us-east5-b", "--type=v5litepod-16", "--spot", "--")
+SEEN = "--workdir=/mnt/runs/red"
 
 
 def bash(script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
@@ -31,9 +37,8 @@ def bash(script: str, *arguments: str, **environment) -> subprocess.CompletedPro
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_scripts_are_sound(script):
     subprocess.run(["bash", "-n", script], check=True)
-    if not shutil.which("shellcheck"):
-        pytest.skip("parsed by bash only: shellcheck is not installed (apt-get install shellcheck)")
-    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
@@ -44,12 +49,13 @@ def test_dry_runs_show_the_command():
     assert each.startswith("srun ")
     said = bash("gpu_host.sh", "--dry_run", *TRAIN).stdout.splitlines()
     assert said == ["bash launch/setup.sh --gpu", f".venv/bin/python -m robust_mo.{' '.join(TRAIN)}"]
-    said = bash(
-        "tpu_pod.sh", *POD, "--spot", "--dry_run", "--", *TRAIN, JAX_COORDINATOR_PORT="8476"
-    ).stdout.splitlines()
+    said = bash("tpu_pod.sh", "--dry_run", *POD, *TRAIN, SEEN, JAX_COORDINATOR_PORT="8476").stdout.splitlines()
     assert [line.split()[4] for line in said if line.startswith("gcloud")] == ["create", "scp", "ssh", "ssh"]
     assert "--spot" in said[1] and all("--worker=all" in line for line in said[2:])
-    assert "JAX_COORDINATOR_PORT=8476" in said[-1] and "--workdir=/mnt/runs/red" in said[-1] and TRAIN[1] in said[-1]
+    assert "JAX_COORDINATOR_PORT=8476" in said[-1] and f"{TRAIN[1]} {TRAIN[2]} {SEEN}" in said[-1]
+    bucket = bash("tpu_pod.sh", "--dry_run", *POD, *TRAIN, "--workdir=gs://b/red").stdout
+    assert "pip install --quiet gcsfs" in bucket and "--workdir=gs://b/red" in bucket
+    assert "--output=/mnt/o" in bash("tpu_pod.sh", "--dry_run", *POD, "sample", "--output=/mnt/o").stdout
 
 
 @pytest.mark.parametrize(
@@ -59,9 +65,10 @@ def test_dry_runs_show_the_command():
         ("slurm.sbatch", TRAIN, "this is no SLURM job: start it with sbatch"),
         ("gpu_host.sh", (), "there is no program '': give train"),
         ("tpu_pod.sh", POD[1:], "--name must be given"),
-        ("tpu_pod.sh", (*POD, "--zome=a"), "unknown argument --zome=a"),
-        ("tpu_pod.sh", (*POD[:3], "--workdir=gs://b/red", "--", *TRAIN), "--workdir=gs://b/red is no path"),
-        ("tpu_pod.sh", (*POD, "--", "chat"), "after -- comes 'chat'"),
+        ("tpu_pod.sh", (*POD[:3], "--zome=a"), "unknown argument --zome=a"),
+        ("tpu_pod.sh", (*POD, *TRAIN, "--workdir=runs/red"), "--workdir=runs/red is no path of all workers"),
+        ("tpu_pod.sh", (*POD, *TRAIN), "there is no --workdir"),
+        ("tpu_pod.sh", (*POD, "chat"), "after -- comes 'chat'"),
     ],
 )
 def test_bad_arguments_are_told_in_a_line(script, arguments, says):
@@ -85,6 +92,81 @@ def test_a_gpu_host_starts_again_what_a_signal_killed_and_nothing_else(tmp_path)
     assert ended.stderr.count("the program died of signal 9 (start 1 of 10); the same command goes on") == 1
 
 
+def test_ctrl_c_at_a_gpu_host_saves_once_and_starts_nothing_again(tmp_path):
+    for folder in ("launch", "robust_mo", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch/gpu_host.sh", tmp_path / "launch")
+    (tmp_path / "launch/setup.sh").touch()
+    (tmp_path / "robust_mo/train.py").touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(
+        "#!/bin/bash\nstop() { [ ! -f asked ] || exit 130; touch asked; sleep 1; touch saved; exit 0; }\n"
+        "trap stop INT TERM\necho started >> starts\nwhile true; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    command = ["bash", tmp_path / "launch/gpu_host.sh", "train"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as script:
+        while not (tmp_path / "starts").exists():
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGINT)  # as a terminal does
+        assert script.wait(timeout=30) == 0
+    assert (tmp_path / "saved").exists() and (tmp_path / "starts").read_text() == "started\n"
+
+
+GCLOUD = """#!/bin/bash
+# Stands for the cloud: a slice is made at the second try, preempted while the program runs, and made again.
+echo "$4" >> calls
+count=$(grep -cx "$4" calls)
+case "$4" in
+  describe) cat state 2>/dev/null ;;
+  create) [ $count != 2 ] || exit 1; echo READY > state ;;
+  delete) rm state ;;
+  ssh) [ $count != 2 ] || { echo PREEMPTED > state; exit 1; } ;;
+esac
+"""
+
+
+def test_a_pod_is_made_again_when_it_is_preempted(tmp_path):
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "git").write_text("#!/bin/sh\n")
+    for name in ("gcloud", "sleep", "git"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    shutil.copy(REPOSITORY / "launch/tpu_pod.sh", tmp_path / "launch")
+    command = ["bash", tmp_path / "launch/tpu_pod.sh", *POD, *TRAIN, SEEN]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    calls = (tmp_path / "calls").read_text().split()
+    first = ["describe", "create", "scp", "ssh", "ssh", "describe"]  # the last of them finds it preempted
+    again = ["describe", "delete", "describe", "create", "describe", "create", "scp", "ssh", "ssh"]
+    assert calls == first + again
+    assert "it was preempted" in ended.stderr and "no slice to be had now" in ended.stderr
+
+    (tmp_path / "state").write_text("STOPPED")
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "the slice mo is STOPPED: start or delete it" in ended.stderr
+
+
+def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
+    said = bash("tpu_pod.sh", "--dry_run", *POD, *TRAIN, SEEN).stdout.splitlines()[-1]
+    (command,) = (word for word in shlex.split(said.replace("$'", "'")) if word.startswith("--command="))
+    python = tmp_path / "robust_mo/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/bash\necho "$ROBUST_MO_STOPPED_STATUS $*" >> starts\n'
+        "case $(wc -l < starts) in 1) exit 75 ;; 2) kill -9 $$ ;; *) exit 2 ;; esac\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o755)
+    script = command.removeprefix("--command=").encode().decode("unicode_escape")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment).returncode == 2
+    assert (tmp_path / "robust_mo/starts").read_text() == f"75 -m robust_mo.{' '.join(TRAIN)} {SEEN}\n" * 3
+
+
 def test_the_jobset_starts_a_program_of_ours_on_every_host():
     jobset = yaml.safe_load((REPOSITORY / "launch/k8s_jobset.yaml").read_text())
     (replicated,) = jobset["spec"]["replicatedJobs"]
@@ -92,6 +174,9 @@ def test_the_jobset_starts_a_program_of_ours_on_every_host():
     assert jobset["kind"] == "JobSet" and job["completionMode"] == "Indexed"  # by which jax numbers the pods
     assert job["parallelism"] == job["completions"]
     (container,) = job["template"]["spec"]["containers"]
+    rules = jobset["spec"]["failurePolicy"]["rules"]  # names as JobSet's API asks for
+    assert all(re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]) for rule in rules)
+    assert {variable["name"] for variable in container["env"]} == {STOPPED_STATUS}
     config = container["args"][0].removeprefix("--config=").split(":")[0]
     assert container["command"][-1] == "robust_mo.train" and pathlib.Path(REPOSITORY / config).is_file()
 

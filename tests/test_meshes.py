@@ -63,7 +63,8 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         config = default.get_config()
         config.update_from_flattened_dict({"optimizer.learning_rate": 1e-3, "batch.micro_batches": 1, **changes})
         spec = models.lora_spec(config.lora)
-        llama, optimizer = build(folder, spec), train.optimizer_of(config, mesh)
+        llama = build(folder, spec)
+        optimizer = train.optimizer_of(config, models.abstract_trainable(llama, mesh))
         params = hugging_face.load_params(pathlib.Path(folder), build(folder), mesh)
         trainable, frozen = models.split(llama, params, mesh, seed=0)
         if spec:  # so that there is a gradient with respect to both factors

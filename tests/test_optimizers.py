@@ -32,7 +32,7 @@ NO_MOMENT_DTYPE = ("adafactor", "schedule_free", "soap")
 LAYERS, STEPS = 2, 6
 
 
-COMMON = dict(groups=GROUPS, decay=NO_DECAY, clip_norm=0.0, moment_dtype="", rounding="nearest", mesh=None)
+COMMON = dict(groups=GROUPS, decay=NO_DECAY, clip_norm=0.0, moment_dtype="", rounding="nearest", places=None)
 
 
 def optimizer_named(name, decay=NO_DECAY, **changes):

@@ -302,7 +302,7 @@ EXACT = {  # of jax 0.10.2 and libtpu 0.0.52; a change that moves them says so, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_compiled_steps_are_what_they_were(name):
-    """On v5e:4x4: bytes of state and temporaries per chip, collectives by kind, and the attention kernel."""
+    """On v5e:4x4: bytes of state and temporaries per chip, and collectives by kind."""
     if [importlib.metadata.version(package) for package in ("jax", "libtpu")] != ["0.10.2", "0.0.52"]:
         pytest.skip("the numbers are those of jax 0.10.2 and libtpu 0.0.52")
     done = run("preflight", f"--config=configs/{name}", "--config.remat=full", "--topology=v5e:4x4", "--json")

@@ -1,10 +1,12 @@
 """Training end to end on a tiny model: the loop against torch, resume against an unbroken run, evaluations, stops."""
 
+import dataclasses
 import json
 import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -28,10 +30,11 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import check, choose_remat, organism, step_program, tokenize, train
+from robust_mo.train import check, choose_remat, optimizer_of, organism, step_program, tokenize, train
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.memory import needed
 from robust_mo.training.models import load_model, shapes_of, stands_on
+from robust_mo.training.step import TrainState
 
 
 def tiny_config(tiny, **changes) -> ConfigDict:
@@ -433,7 +436,31 @@ def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(tiny, tmp_pa
     assert "going on from step 3, at most 4 checkpoints of" in said
     assert_same_bits(weights(broken), weights(whole))
     kept = {folder.name for folder in whole.checkpoints.iterdir()}
-    assert {"1", "2", "3", "4"} <= kept and "damaged" in {folder.name for folder in broken.checkpoints.iterdir()}
+    assert {"1", "2", "3", "4"} <= kept and "damaged-4" in {folder.name for folder in broken.checkpoints.iterdir()}
+
+
+def test_checkpoints_stay_where_none_can_be_read_or_the_model_is_another(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path)
+    mesh = meshes.make_mesh(1, -1, 1)
+    params = load_model(str(tiny), mesh, "float32", "float32").params
+    optimizer = optimizer_of(tiny_config(tiny), None).init(params)
+    state = meshes.spread(TrainState(jnp.int32(0), params, optimizer), mesh)
+
+    def restored(state):
+        checkpoints = Checkpoints(run.checkpoints, keep=2)
+        try:
+            checkpoints.restore(state)
+        finally:
+            checkpoints.close()
+
+    longer = dataclasses.replace(state, trainable=jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params))
+    with pytest.raises(InputError, match=f"{run.checkpoints}/2 was saved with another optimizer, model"):
+        restored(longer)
+    for step in ("1", "2"):
+        (run.checkpoints / step / "trainable" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(InputError, match=f"{run.checkpoints}/2 cannot be read"):
+        restored(state)
+    assert sorted(folder.name for folder in run.checkpoints.iterdir()) == ["1", "2"]
 
 
 @pytest.mark.parametrize("damage", ["manifest.ocdbt", "_METADATA", "."])

@@ -80,7 +80,7 @@ def measure(
       subject: called only if an evaluator is pending.
     """
     curves.scalars(step, {r["name"]: r["value"] for r in run.records() if _is_value(r, step)})
-    todo, found = hosts.agreed(pending(run, step, settings)), {}
+    todo, found = hosts.by_first(lambda: pending(run, step, settings)), {}
     if not todo:
         return found
     measured = subject()

@@ -56,8 +56,8 @@ def teacher_answers(
     file = cache_folder() / "answers" / f"{digest[:32]}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     held = f"another process is sampling the same teacher's answers into {file}: wait until it is done"
-    with runs.locked(file.with_suffix(".lock"), held) if hosts.first() else contextlib.nullcontext():
-        done = hosts.agreed(runs.read_lines(file))
+    with hosts.first_holds(lambda: runs.locked(file.with_suffix(".lock"), held)):
+        done = hosts.by_first(lambda: runs.read_lines(file))
         if len(done) < len(conversations):
             for answer in iterate_answers(
                 model.llama,

@@ -7,6 +7,7 @@ Does not know what the state means.  Items: `trainable`, `optimizer`, and `progr
 state of the data iterator.
 """
 
+import errno
 import math
 import pathlib
 
@@ -19,6 +20,9 @@ from robust_mo import hosts
 from robust_mo.errors import InputError
 from robust_mo.runs import absolute
 from robust_mo.training.step import TrainState
+
+# What says nothing of the files.
+_TRANSIENT = (PermissionError, MemoryError, TimeoutError, ConnectionError)
 
 
 class _Damaged(InputError):
@@ -52,7 +56,7 @@ class Checkpoints:
     def at_most(self, state: TrainState, steps: int) -> tuple[int, int]:
         """(checkpoints that lie here at once in a run of `steps`, bytes of one).
 
-        Those that are kept, one that is being written, and `damaged`.
+        Those that are kept, one that is being written, and one that was damaged.
         """
         marked = steps // self._keep_every if self._keep_every else 0
         sizes = (leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
@@ -80,29 +84,32 @@ class Checkpoints:
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
         """The newest checkpoint that can be read, placed and typed as `state` is (arrays or jax.ShapeDtypeStructs with
-        shardings).  A damaged one is reported and put aside as `damaged`, in the place of an older one of that name.
+        shardings).  Damaged ones are reported and put aside as `damaged-STEP`, in the place of earlier ones.
 
         Raises:
-          InputError: none can be read, or it was saved with another optimizer.
+          InputError: none can be read, and all stay where they are; or it was saved with another optimizer or model.
         """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(state.trainable),
             optimizer=ocp.args.StandardRestore(state.optimizer),
             progress=ocp.args.JsonRestore(),
         )
-        while True:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             damage = None
             try:
-                found = self._read(self.latest(), items)
+                found = self._read(step, items)
             except _Damaged as error:
                 damage = error
             if not hosts.anywhere(damage is not None):
                 break
-            damage = damage or _Damaged(f"{self.folder / str(self.latest())} cannot be read by another host")
-            if len(self._manager.all_steps()) == 1:
-                raise damage
-            self._put_aside(self.latest())
-            print(f"{damage.what}: it is put aside as damaged, and the one before it used, of step {self.latest()}")
+            damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
+        else:
+            raise damaged[max(damaged)]
+        if damaged:
+            self._put_aside(list(damaged))
+            for damage in damaged.values():
+                print(f"{damage.what}: it is put aside as damaged, and the one before it used, of step {step}")
         step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
@@ -128,22 +135,25 @@ class Checkpoints:
                 raise _Damaged(error.what, remedy) from error
             raise
 
-    def _put_aside(self, step: int) -> None:
-        if hosts.first():
+    def _put_aside(self, steps: list[int]) -> None:
+        def move() -> None:
             folder = epath.Path(self.folder)
-            if (folder / "damaged").exists():
-                (folder / "damaged").rmtree()
-            (folder / str(step)).rename(folder / "damaged")
-        hosts.agreed("it is aside")
+            for earlier in folder.glob("damaged-*"):
+                earlier.rmtree()
+            for step in steps:
+                (folder / str(step)).rename(folder / f"damaged-{step}")
+
+        hosts.by_first(move)
         self._manager.reload()
 
     def _read(self, step: int, items):
         try:
             return self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and tensorstore raise many kinds for files that are cut short or missing
-            if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            transient = isinstance(error, _TRANSIENT) or getattr(error, "errno", None) == errno.ESTALE
+            if transient or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            if "tree structures do not match" in str(error):
+            if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):
                 raise InputError(
                     f"{self.folder / str(step)} was saved with another optimizer, model or version of this program: "
                     "go on with those, or choose another --workdir"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from robust_mo.errors import InputError
 from robust_mo.training.groups import Group, factors, norms, whole_norm
@@ -76,7 +77,7 @@ def _map_paths(function: Callable):
     return lambda tree: jax.tree.map_with_path(lambda keys, _: function([key.key for key in keys]), tree)
 
 
-def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, refresh, precision, first_basis, mesh):
+def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, refresh, precision, first_basis, places):
     """arXiv 2409.11321, see training/soap.py; a shampoo_beta or one_sided_ratio of 0 stands for None there."""
     transformation = soap(
         1.0,
@@ -90,7 +91,7 @@ def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, r
         refresh=refresh,
         precision=precision,
         first_basis=first_basis,
-        mesh=mesh,
+        places=places,
     )
     return optax.chain(transformation, optax.scale(-1.0))
 
@@ -175,13 +176,14 @@ def make_optimizer(
     clip_norm: float,
     moment_dtype: str,
     rounding: str,
-    mesh: jax.sharding.Mesh | None,
+    places: tuple[NamedSharding, ...] | None,
     **settings,
 ) -> Optimizer:
     """The optimizer `name`, behind clipping of the whole gradient to `clip_norm` (0: no clipping).
 
     Args:
-      mesh: devices over which soap cuts what it keeps beside the moments; None for a single one.
+      places: of the parameters, in the order of their leaves, for soap, which cuts its state over their devices; None
+        for a single one.
       moment_dtype: in which the first moment is kept; "" for the parameters' own.
       rounding: of parameters in bfloat16, one of ROUNDINGS.
       settings: what the optimizer takes, see OPTIMIZERS.
@@ -200,11 +202,11 @@ def make_optimizer(
         settings["moment_dtype"] = moment_dtype or None
     elif moment_dtype:
         raise InputError(f"config.optimizer.moment_dtype is {moment_dtype!r}, but {name} takes none: give ''")
-    if "mesh" in own:
-        settings["mesh"] = mesh
+    if "places" in own:
+        settings["places"] = places
     if wrong := own ^ set(settings):
         raise InputError(
-            f"config.optimizer: {name} takes {', '.join(sorted(own - {'mesh'}))}; look at {', '.join(sorted(wrong))}"
+            f"config.optimizer: {name} takes {', '.join(sorted(own - {'places'}))}; look at {', '.join(sorted(wrong))}"
         )
     direction = OPTIMIZERS[name](**settings)
 

@@ -12,8 +12,10 @@ Does not know about models.
 """
 
 import functools
+import itertools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -87,7 +89,7 @@ def soap(
     refresh: str = "all_at_once",
     precision: str = "full",
     first_basis: str = "eigh",
-    mesh: Mesh | None = None,
+    places: Sequence[NamedSharding] | None = None,
 ) -> optax.GradientTransformation:
     """SOAP; the defaults are its authors'.
 
@@ -108,13 +110,14 @@ def soap(
       precision: a key of PRECISIONS.
       first_basis: "eigh", exactly; or "qr", by a few steps of orthogonal iteration, because compiling eigh of a large
         matrix takes a TPU's compiler many minutes.
-      mesh: devices over which the state is cut (see `state_shardings`); None: the moments lie where the parameters
-        do and the rest on one device.
+      places: of the parameters, in the order of their leaves; the state is cut over their devices (see
+        `state_shardings`).  None: the moments lie where the parameters do and the rest on one device.
 
     Raises:
       InputError: a value outside its range, or an unknown name.
     """
     shampoo_beta = b2 if shampoo_beta is None else shampoo_beta
+    mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
     _check(
         learning_rate=learning_rate,
         b1=b1,
@@ -159,31 +162,27 @@ def soap(
         work = functools.partial(
             _refresh, frequency=precondition_frequency, staggered=refresh == "staggered", first_basis=first_basis
         )
-        if mesh is None or not _layers_are_cut(leaf.mu.shape, mesh):
+        if mesh is None:
             return work(seen, number, leaf)
-        # Every device has whole layers: it refreshes its own, and nothing moves.
-        layers = PartitionSpec(mesh.axis_names)
-        own = len(leaf.mu) // mesh.size * math.prod(leaf.mu.shape[1:-2])
+        specs = jax.tree.map(lambda x: _place(x.shape, mesh).spec, leaf)
+        layers, rows = _axes(leaf.mu.shape, mesh)
 
         def local(seen, leaf):
-            return work(seen, number + own * jax.lax.axis_index(mesh.axis_names), leaf)
+            own = math.prod(leaf.mu.shape[:-2])
+            return work(seen, number + own * jax.lax.axis_index(layers), leaf, rows=rows)
 
-        return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), layers), out_specs=layers, check_vma=False)(
-            seen, leaf
-        )
+        # Devices with the same layers refresh these, and no others.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), specs),
+            out_specs=(specs, PartitionSpec(layers)),
+            check_vma=False,
+        )(seen, leaf)
 
-    def placed(x, leaf: _Leaf):
-        """x where the leaf's moments are."""
-        if mesh is None or not leaf.bases:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(x.shape, mesh)))
-
-    def given_back(x, leaf: _Leaf):
-        """x whole along the axis that it was cut along here, so that parameters stay where they are."""
-        if mesh is None or not leaf.bases:
-            return x
-        spec = [None if cut else PartitionSpec.UNCONSTRAINED for cut in _spec(x.shape, mesh)]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    def moved(x, *path):
+        """x at the last of these places, by way of the others."""
+        return functools.reduce(jax.lax.with_sharding_constraint, path, x)
 
     def update(gradients, state: SoapState, params=None):
         if weight_decay and params is None:
@@ -195,9 +194,9 @@ def soap(
         corrected = rate * jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
         new_share, new_square_share = jnp.where(moves, 1 - b1, 0), jnp.where(moves, 1 - b2, 0)
 
-        def step(number, g, p, leaf: _Leaf):
-            g = g.astype(leaf.mu.dtype)
-            g = placed(g, leaf)
+        def moments(given: tuple[jax.Array, _Leaf]) -> tuple[jax.Array, _Leaf]:
+            """(direction, leaf with new moments and factors) of a gradient."""
+            g, leaf = given
             turned = g
             for side, basis in leaf.bases.items():
                 turned = product(_INTO_BASIS[side], *((basis, turned) if side == "left" else (turned, basis)))
@@ -208,16 +207,26 @@ def soap(
                 direction = product(
                     _OUT_OF_BASIS[side], *((basis, direction) if side == "left" else (direction, basis))
                 )
-            direction = given_back(placed(direction, leaf), leaf)
-            change = -corrected * direction
-            if weight_decay:
-                change = change - rate * weight_decay * (p + change)
             factors = {
                 side: shampoo_beta * factor + (1 - shampoo_beta) * product(_OUTER[side], g, g)
                 for side, factor in leaf.factors.items()
             }
-            leaf = _Leaf(mu, nu, factors, leaf.bases)
-            leaf, told = refreshed(seen, number, leaf) if factors else (leaf, jnp.zeros((1, 3)))
+            return direction, _Leaf(mu, nu, factors, leaf.bases)
+
+        def step(number, g, p, place, leaf: _Leaf):
+            g, path, whole_layers = g.astype(leaf.mu.dtype), (), True
+            if mesh is not None and leaf.bases:
+                path = _between(g.shape, place), _place(g.shape, mesh)
+                g = moved(g, *path)
+                whole_layers = g.ndim == 2 or bool(path[-1].spec[0])
+            # Where no layer is whole on a device, what products gather for a layer must not be for all of them.
+            direction, leaf = moments((g, leaf)) if whole_layers else jax.lax.map(moments, (g, leaf))
+            change = -corrected * direction
+            if path:
+                change = moved(change, *path[::-1], place)
+            if weight_decay:
+                change = change - rate * weight_decay * (p + change)
+            leaf, told = refreshed(seen, number, leaf) if leaf.bases else (leaf, jnp.zeros((1, 3)))
             return change, leaf, told.sum(0)
 
         given, outline = jax.tree.flatten(gradients)
@@ -225,30 +234,34 @@ def soap(
         trees = state.mu, state.nu, state.factors, state.bases
         leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
         number, changes, after, told = 0, [], [], jnp.zeros(3)
-        for g, p, leaf in zip(given, values, leaves, strict=True):
-            change, leaf, of_leaf = step(number, g, p, leaf)
+        for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
+            change, leaf, of_leaf = step(number, g, p, place, leaf)
             changes.append(change)
             after.append(leaf)
             told = told + of_leaf
             number += math.prod(g.shape[:-2]) if leaf.bases else 0
         watched = (state.change, state.off_diagonal)
         new = [jnp.where(told[2] > 0, told[i] / told[2], old).astype(old.dtype) for i, old in enumerate(watched)]
-        return outline.unflatten(changes), SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)), *new)
+        state = SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)), *new)
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+        return outline.unflatten(changes), state
 
     return optax.GradientTransformation(init, update)
 
 
 def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
-    """Where each array of a state lies, from its shape: a stack is cut along its layers over all devices of the mesh
-    if these divide their number, otherwise and for a single matrix along the matrix's rows, and what does not divide
-    and all vectors are copied.
+    """Where each array of a state lies, from its shape: a stack is cut along its layers over those axes of the mesh
+    that together divide their number, and its matrices along their rows over the other axes, as a single matrix is over
+    all; what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
+    if an axis of the mesh has 32 of them (replica 2), and by all devices alike if none has.
 
     Args:
       state: arrays or their shapes, as of `jax.eval_shape(soap(...).init, params)`.
     """
 
     def sharding(path, leaf):
-        return NamedSharding(mesh, _spec(leaf.shape, mesh) if _is_matrix(path, leaf.shape) else PartitionSpec())
+        return _place(leaf.shape, mesh) if _is_matrix(path, leaf.shape) else NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(sharding, state)
 
@@ -270,20 +283,44 @@ def _dtype(p):
     return jnp.promote_types(p.dtype, jnp.float32)
 
 
-def _layers_are_cut(shape, mesh: Mesh) -> bool:
-    return len(shape) > 2 and shape[0] % mesh.size == 0
+def _axes(shape, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(mesh axes along which a stack's layers are cut, those along which the rows of its matrices are): as many devices
+    for the layers as divide them."""
+    layers = shape[0] if len(shape) > 2 else 1
+
+    def devices(axes):
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    names = mesh.axis_names
+    subsets = (axes for count in range(len(names) + 1) for axes in itertools.combinations(names, count))
+    cut = max((axes for axes in subsets if layers % devices(axes) == 0), key=devices)
+    rest = tuple(name for name in names if name not in cut)
+    return cut, rest if shape[-2] % devices(rest) == 0 else ()
 
 
-def _spec(shape, mesh: Mesh) -> PartitionSpec:
-    spec = [None] * len(shape)
-    axis = 0 if _layers_are_cut(shape, mesh) else len(shape) - 2
-    spec[axis] = mesh.axis_names if shape[axis] % mesh.size == 0 else None
-    return PartitionSpec(*spec)
+def _place(shape, mesh: Mesh) -> NamedSharding:
+    layers, rows = _axes(shape, mesh)
+    stack = [layers or None, *[None] * (len(shape) - 3)] if len(shape) > 2 else []
+    return NamedSharding(mesh, PartitionSpec(*stack, rows or None, None))
+
+
+def _between(shape, place: NamedSharding) -> NamedSharding:
+    """On the way from where a parameter lies to where its moments do: the layers cut as there, the rest as here.  XLA
+    moves one axis at a time, or else gives every device the whole."""
+    layers, _ = _axes(shape, place.mesh)
+    here = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in place.spec]
+    here += [()] * (len(shape) - len(here))
+    kept = [tuple(axis for axis in axes if axis not in layers) for axes in here]
+    if len(shape) > 2:
+        kept[0] = layers
+    return NamedSharding(place.mesh, PartitionSpec(*kept))
 
 
 # Stacks of equal shape are traced once.
-@functools.partial(jax.jit, static_argnames=("frequency", "staggered", "first_basis"))
-def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str):
+@functools.partial(jax.jit, static_argnames=("frequency", "staggered", "first_basis", "rows"))
+def _refresh(
+    seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str, rows: tuple[str, ...] = ()
+):
     """(leaf, told): new bases for the matrices of a stack whose turn it is, with the moments carried over into them.
 
     `told` is `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and how many they are;
@@ -293,6 +330,8 @@ def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, firs
     `seen` - i, or `seen` where they are not staggered; the first gradient gives all of them their first basis.  One
     after another in a loop, because batched decompositions are slow for large matrices and a program that grows with
     the stack compiles slowly.
+
+    Devices that share the rows of matrices, along the mesh axes `rows`, gather the one at hand.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), leaf)
     layers, first = len(flat.mu), seen == 0
@@ -300,28 +339,55 @@ def _refresh(seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, firs
         start, stride = jnp.where(first, 0, (seen - number) % frequency), jnp.where(first, 1, frequency)
     else:
         start, stride = jnp.where(seen % frequency == 0, 0, layers), 1
+    height = flat.factors["left"].shape[-1] if "left" in flat.factors else flat.mu.shape[-2]
+    # Devices that have other layers, and so another number of turns, must gather as often all the same.
+    uneven = bool(rows) and staggered
+    end = start + stride * jnp.where(first, layers, -(-layers // frequency)) if uneven else layers
+
+    def new_bases(mu, nu, factors, bases):
+        new, told = {}, jnp.zeros(3, mu.dtype)
+        for side, factor in factors.items():
+            before = bases[side]
+            new[side], order, of_one = _new_basis(factor, before, first, first_basis)
+            told += jnp.where(first, 0, of_one)
+            nu = _take(nu, order, axis=_AXES[side])
+            mu = _exact(new[side].T, _exact(before, mu)) if side == "left" else _exact(_exact(mu, before.T), new[side])
+        return mu, nu, new, told
 
     # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
     def refresh_one(carry):
         layer, mus, nus, bases, told = carry
-        mu, nu = (_at(x, layer) for x in (mus, nus))
-        new = {}
-        for side, factor in flat.factors.items():
-            before = _at(bases[side], layer)
-            after, order, of_one = _new_basis(_at(factor, layer), before, first, first_basis)
-            told += jnp.where(first, 0, of_one)
-            nu = _take(nu, order, axis=_AXES[side])
-            if side == "left":
-                mu = _exact(after.T, _exact(before, mu))
-            else:
-                mu = _exact(_exact(mu, before.T), after)
-            new[side] = _put(bases[side], after, layer)
-        return layer + stride, _put(mus, mu, layer), _put(nus, nu, layer), new, told
+        at = jnp.minimum(layer, layers - 1) if uneven else layer
+        mu, nu = (_whole(_at(x, at), height, rows) for x in (mus, nus))
+        factors, before = (
+            {side: _whole(_at(x, at), x.shape[-1], rows) for side, x in tree.items()} for tree in (flat.factors, bases)
+        )
+        if uneven:
+            kept = mu, nu, before, jnp.zeros(3, mu.dtype)
+            new = jax.lax.cond(layer < layers, lambda: new_bases(mu, nu, factors, before), lambda: kept)
+        else:
+            new = new_bases(mu, nu, factors, before)
+        *state, of_layer = new
+        stacks = mus, nus, bases
+        put = jax.tree.map(lambda stack, x: _put(stack, _own(x, stack.shape[-2], rows), at), stacks, tuple(state))
+        return layer + stride, *put, told + of_layer
 
     carry = start, flat.mu, flat.nu, flat.bases, jnp.zeros(3, flat.mu.dtype)
-    _, mu, nu, bases, told = jax.lax.while_loop(lambda carry: carry[0] < layers, refresh_one, carry)
+    _, mu, nu, bases, told = jax.lax.while_loop(lambda carry: carry[0] < end, refresh_one, carry)
     new = _Leaf(mu, nu, flat.factors, bases)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), told[None]
+
+
+def _whole(matrix, height: int, axes: tuple[str, ...]):
+    """A matrix of this height, of which devices along the mesh axes may have some rows each."""
+    return matrix if len(matrix) == height else jax.lax.all_gather(matrix, axes, tiled=True)
+
+
+def _own(matrix, height: int, axes: tuple[str, ...]):
+    """This device's share, so many rows."""
+    if len(matrix) == height:
+        return matrix
+    return jax.lax.dynamic_slice_in_dim(matrix, height * jax.lax.axis_index(axes), height)
 
 
 # Indices are never negative or out of bounds: the usual care for them is code to compile.
