@@ -24,10 +24,10 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from robust_mo import hosts
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, said
 
 _SECONDS_BETWEEN_LINES = 5.0
-_SECONDS_FOR_THE_OTHERS = 5.0
+_SECONDS_FOR_THE_OTHERS = 15.0  # less than jax waits (hosts.py)
 
 STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
 """The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
@@ -108,8 +108,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _end(2, f"error: {where}{error.strerror or error}")
+        _end(2, f"error: {said(error)}")
 
 
 def _print_unraisable(found) -> None:

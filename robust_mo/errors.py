@@ -7,3 +7,8 @@ its traceback.  Every message is one sentence that names the file, field and val
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what, where and what to do about it."""
+
+
+def said(error: OSError) -> str:
+    """What an OSError says, with the file where it knows one."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, said
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import Onlooker, RunFolder
 
@@ -102,7 +102,7 @@ def by_first(work: Callable):
         except InputError as error:
             wrong = str(error)
         except OSError as error:
-            wrong = f"{error.filename}: {error.strerror}"
+            wrong = said(error)
     found, wrong = agreed((found, wrong))
     if wrong is not None:
         raise InputError(wrong)

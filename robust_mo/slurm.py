@@ -1,8 +1,9 @@
 """Commands as jobs of SLURM, which the library submitit submits.
 
-Promises: a job that nears its time limit saves and goes back into the queue, as does one whose command dies of a signal
-(out of memory, kill -9), while those that wait for it go on waiting; one that ends by itself, well or with an error, or
-is cancelled (scancel), has ended, and they start.  Of two jobs with one name the second waits for the first.
+Promises: a job that nears its time limit or is preempted saves and goes back into the queue, as does one whose command
+dies of a signal (out of memory, kill -9), while those that wait for it go on waiting; one that ends by itself, well or
+with an error, or is cancelled (scancel), has ended, and they start.  Of two jobs with one name the second waits for the
+first.
 Knows nothing of what the commands do, but that SIGTERM makes them save and end.
 """
 
@@ -18,10 +19,14 @@ from robust_mo.errors import InputError
 
 _WARNING_SECONDS = 180  # so long before its time limit a job is told to save
 
-# After the command, in the job's script: 255 is submitit's own when it has put the job back into the queue.
-_AGAIN_AFTER_A_SIGNAL = """
+# After the command, in the job's script.  SLURM queues a preempted job again only if the grace time was too short for
+# it; 255 is submitit's own status when it has put the job back into the queue.
+_AGAIN = """
 status=$?
-if [ "$status" -gt 128 ] && [ "$status" -lt 255 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
+if scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then
+  echo "the job makes room for another: it goes back into the queue, and on from what was saved" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" -gt 128 ] && [ "$status" -lt 255 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
   echo "the job died of signal $((status - 128)): it goes back into the queue, and on from what was saved" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -87,7 +92,7 @@ class Queue:
             stderr_to_stdout=True,
             slurm_partition=settings["partition"],
             slurm_signal_delay_s=_WARNING_SECONDS,
-            slurm_teardown=[_AGAIN_AFTER_A_SIGNAL],
+            slurm_teardown=[_AGAIN],
         )
         self._numbers: dict[str, str] = {}
 

