@@ -77,34 +77,34 @@ def test_bad_arguments_are_told_in_a_line(script, arguments, says):
     assert says in ended.stderr and ended.stderr.count("\n") == 1
 
 
+def executable(file: pathlib.Path, lines: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(lines)
+    file.chmod(0o755)
+
+
+def gpu_host(folder: pathlib.Path, program: str) -> list:
+    """The command of launch/gpu_host.sh in a checkout whose set-up does nothing and whose program is a shell script."""
+    for name in ("launch/setup.sh", "robust_mo/train.py"):
+        executable(folder / name, "")
+    shutil.copy(REPOSITORY / "launch/gpu_host.sh", folder / "launch")
+    executable(folder / ".venv/bin/python", program)
+    return ["bash", folder / "launch/gpu_host.sh", "train"]
+
+
 def test_a_gpu_host_starts_again_what_a_signal_killed_and_nothing_else(tmp_path):
-    """With a set-up that does nothing, and a program that dies once and then ends with a status of its own."""
-    for folder in ("launch", "robust_mo", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/gpu_host.sh", tmp_path / "launch")
-    (tmp_path / "launch/setup.sh").touch()
-    (tmp_path / "robust_mo/train.py").touch()
-    python = tmp_path / ".venv/bin/python"
-    python.write_text("#!/bin/sh\n[ -f started ] && exit 2\ntouch started\nkill -9 $$\n")
-    python.chmod(0o755)
-    ended = subprocess.run(["bash", tmp_path / "launch/gpu_host.sh", "train"], capture_output=True, text=True)
+    command = gpu_host(tmp_path, "#!/bin/sh\n[ -f started ] && exit 2\ntouch started\nkill -9 $$\n")
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.count("the program died of signal 9 (start 1 of 10); the same command goes on") == 1
 
 
 def test_ctrl_c_at_a_gpu_host_saves_once_and_starts_nothing_again(tmp_path):
-    for folder in ("launch", "robust_mo", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/gpu_host.sh", tmp_path / "launch")
-    (tmp_path / "launch/setup.sh").touch()
-    (tmp_path / "robust_mo/train.py").touch()
-    python = tmp_path / ".venv/bin/python"
-    python.write_text(
+    command = gpu_host(
+        tmp_path,
         "#!/bin/bash\nstop() { [ ! -f asked ] || exit 130; touch asked; sleep 1; touch saved; exit 0; }\n"
-        "trap stop INT TERM\necho started >> starts\nwhile true; do sleep 0.1; done\n"
+        "trap stop INT TERM\necho started >> starts\nwhile true; do sleep 0.1; done\n",
     )
-    python.chmod(0o755)
-    command = ["bash", tmp_path / "launch/gpu_host.sh", "train"]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as script:
         while not (tmp_path / "starts").exists():
             time.sleep(0.05)
@@ -127,11 +127,8 @@ esac
 
 
 def test_a_pod_is_made_again_when_it_is_preempted(tmp_path):
-    (tmp_path / "gcloud").write_text(GCLOUD)
-    (tmp_path / "sleep").write_text("#!/bin/sh\n")
-    (tmp_path / "git").write_text("#!/bin/sh\n")
-    for name in ("gcloud", "sleep", "git"):
-        (tmp_path / name).chmod(0o755)
+    for name, lines in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n"), ("git", "#!/bin/sh\n")):
+        executable(tmp_path / name, lines)
     (tmp_path / "launch").mkdir()
     shutil.copy(REPOSITORY / "launch/tpu_pod.sh", tmp_path / "launch")
     command = ["bash", tmp_path / "launch/tpu_pod.sh", *POD, *TRAIN, SEEN]
@@ -152,15 +149,12 @@ def test_a_pod_is_made_again_when_it_is_preempted(tmp_path):
 def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
     said = bash("tpu_pod.sh", "--dry_run", *POD, *TRAIN, SEEN).stdout.splitlines()[-1]
     (command,) = (word for word in shlex.split(said.replace("$'", "'")) if word.startswith("--command="))
-    python = tmp_path / "robust_mo/.venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
+    executable(
+        tmp_path / "robust_mo/.venv/bin/python",
         '#!/bin/bash\necho "$ROBUST_MO_STOPPED_STATUS $*" >> starts\n'
-        "case $(wc -l < starts) in 1) exit 75 ;; 2) kill -9 $$ ;; *) exit 2 ;; esac\n"
+        "case $(wc -l < starts) in 1) exit 75 ;; 2) kill -9 $$ ;; *) exit 2 ;; esac\n",
     )
-    python.chmod(0o755)
-    (tmp_path / "sleep").write_text("#!/bin/sh\n")
-    (tmp_path / "sleep").chmod(0o755)
+    executable(tmp_path / "sleep", "#!/bin/sh\n")
     script = command.removeprefix("--command=").encode().decode("unicode_escape")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment).returncode == 2
