@@ -48,7 +48,9 @@ def table() -> str:
         if kept := _kept(name):
             what = f"{what}, {kept['tokens']:,} tokens"
             origin = f"{kept['device']}, 1, {kept['date']}"
-            lines.append(f"| {what} | an AdamW step | | | time **{1 + added_by_soap(kept):.2f}** | {origin} |")
+            adamw, soap = (kept["seconds"][name]["whole"]["median"] for name in ("adamw", "soap, staggered"))
+            times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {soap / adamw:.2f})"
+            lines.append(f"| {what} | an AdamW step | | | {times} | {origin} |")
     if kept := _kept("start"):
         cold, warm, theirs = (f"{kept['median'][kind]:.3g}" for kind in ("cold", "warm", "theirs"))
         origin = f"{kept['device']}, {len(kept['rounds']['cold'])}, {kept['date']}"

@@ -6,7 +6,8 @@
 
 A step is forward, backward, clipping and AdamW; a side's speed is that of four steps after two of warming up.  Both
 must begin at the same loss and descend alike.  At `smol` the batch is eight conversations of the red team's data,
-padded; at the other sizes (benchmarks/sizes.py) rows are full, of random tokens that all carry a loss.
+padded; at the other sizes (benchmarks/sizes.py) rows are full, of random tokens that all carry a loss, but for four a
+row while warming up, so that losses tell whether both computed the same.
 
 With --packed (`smol`) it is 24 conversations whose lengths are spread as those of Alpaca's answers (lognormal, median
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
@@ -77,7 +78,10 @@ def make_batches(size: str, side: str, packed: bool) -> list[dict[str, np.ndarra
         shape = tokens[:, 1:].shape
         whole = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": np.ones(shape, bool)}
         whole["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-        return [whole | {"segments": np.ones(shape, np.int32)}] * (WARM_UP + STEPS)
+        whole["segments"] = np.ones(shape, np.int32)
+        # The mean loss of many random tokens is that of guessing, whatever the layers do: of few it is not.
+        few = np.arange(length) >= length - 4
+        return [whole | {"loss_mask": np.broadcast_to(few, shape)}] * WARM_UP + [whole] * STEPS
 
     from robust_mo.data.batches import batches
 

@@ -27,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.0, "0: greedy")
     flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
     flags.DEFINE_integer("max_new_tokens", 256, "longest answer", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**63 - 1)
+    flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**32 - 1)
     flags.DEFINE_string("system", None, "system message; default: a run's own, none for other models")
 
 

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what, where and what to do about it."""
 
 
+class InUse(InputError):
+    """Another process is at it: nothing has failed."""
+
+
 def said(error: OSError) -> str:
     """What an OSError says, with the file where it knows one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

@@ -45,6 +45,7 @@ def main(args: flags.FlagValues) -> None:
     if args.workdir:
         measure_source(args)
     else:
+        check_names(args.evals or [])
         run = RunFolder(args.source)
         measured = sorted({line["step"] for line in run.records() if line["name"].startswith("eval/")})
         if not measured:
@@ -72,6 +73,8 @@ def measure_source(args: flags.FlagValues) -> None:
     check_settings(chosen)
     if args.step is not None and not models.is_run(args.source):
         raise InputError(f"--step={args.step} needs a run folder, and {args.source} is none: leave --step out")
+    if args.step is not None and models.is_prompted(args.source) and args.step != models.PROMPTED_STEP:
+        raise InputError(f"--step={args.step}: {args.source} is prompted and has no steps: leave --step out")
     run = hosts.run_folder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
     watched = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
@@ -113,7 +116,8 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
     for line in run.records():
         if line["step"] == step and line["name"].startswith("eval/"):
             interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
-            print(f"{line['name']:40} {line['value']:.4f}{interval}  of {line['count']}")
+            value = "no number" if line["value"] is None else f"{line['value']:.4f}"
+            print(f"{line['name']:40} {value}{interval}  of {line['count']}")
     lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
     for line in sample(lines, number):
         print(f"\n--- {heading(line)}")

@@ -32,7 +32,7 @@ import time
 
 from etils import epath
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, InUse
 
 
 def place(path) -> "pathlib.Path | epath.Path":
@@ -197,7 +197,7 @@ def locked(file, held: str):
     """Holds a lock on `file`, which is made if need be, while in the block; in a bucket, nothing.
 
     Raises:
-      InputError: another process holds it; `held` is the message.
+      InUse: another process holds it; `held` is the message.
     """
     if not isinstance(place(file), pathlib.Path):
         yield
@@ -206,10 +206,10 @@ def locked(file, held: str):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(held) from None
+            raise InUse(held) from None
         # Whoever held it before may have removed the file after we opened it.
         if not (os.path.exists(file) and os.path.samestat(os.fstat(lock.fileno()), os.stat(file))):
-            raise InputError(held)
+            raise InUse(held)
         yield
 
 

@@ -21,13 +21,14 @@ import pathlib
 import sys
 import time
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, InUse
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
@@ -135,6 +136,26 @@ def check(config: ConfigDict) -> None:
         for name in config.study[field]:
             if name not in known:
                 raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
+    axes = {
+        "arms": config.study.arms or ("",),
+        "methods": config.study.methods,
+        "backdoors": config.study.backdoors,
+    }
+    for name, chosen in config.study.results.items():
+        group = f"config.study.results.{name}"
+        if not isinstance(chosen, ConfigDict) or set(chosen) != {*axes, "published"}:
+            raise InputError(
+                f"{group} must have the fields {', '.join(axes)} and published: make it by configs.study.result"
+            )
+        for axis, known in axes.items():
+            if unknown := [value for value in chosen[axis] if value not in known]:
+                raise InputError(f"{group}.{axis} holds {unknown[0]!r}: choose from {', '.join(known)}")
+    for name in itertools.chain.from_iterable(config.study.orderings):
+        if name not in config.study.results:
+            raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(config.study.results)}")
+    for name in (*config.study.arms, *config.study.backdoors):
+        if {"/", ","} & set(name):  # they become folders, and lists of jobs
+            raise InputError(f"config.study has an arm or backdoor named {name!r}: leave out '/' and ','")
     for run in (config.red, config.blue):
         check_run(run)
     cells = list(_cells(config, pathlib.Path()))
@@ -229,13 +250,18 @@ def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, Conf
     """
     if not job.attacks:
         return job.rivals[0].folder, red_run(config, job.rivals[0])
-    verdicts = {rival: _verdict(config, RunFolder(workdir / rival.folder)) for rival in job.rivals}
-    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / report.FAILURE).exists()]
-    chosen = gate.choose(verdicts)
-    if chosen is None or open_yet:
+    chosen = best(config, workdir, job.rivals)
+    if chosen is None:
         return None
     attack = job.attacks[job.rivals.index(chosen)]
     return attack.folder, blue_run(config, chosen, attack, workdir)
+
+
+def best(config: ConfigDict, workdir: pathlib.Path, rivals: tuple[Organism, ...]) -> Organism | None:
+    """The one that is attacked; None as for `cell`."""
+    verdicts = {rival: _verdict(config, RunFolder(workdir / rival.folder)) for rival in rivals}
+    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / report.FAILURE).exists()]
+    return None if open_yet else gate.choose(verdicts)
 
 
 def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, pathlib.Path]) -> None:
@@ -265,9 +291,17 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
     try:
         trained = train(run, path)
-    except InputError as error:
-        write_text(path / report.FAILURE, f"{error}\n")
+    except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
+    except (InputError, jax.errors.JaxRuntimeError) as error:
+        why = str(error)
+        if not isinstance(error, InputError):
+            why = (
+                f"the device failed ({' '.join(why.split())[:300]}): where it was out of memory, raise "
+                "config.batch.micro_batches or lower evaluation.batch_size"
+            )
+        write_text(path / report.FAILURE, f"{why}\n")
+        raise InputError(why) from error
     (path / report.FAILURE).unlink(missing_ok=True)
     done[work(run.to_dict())] = path.resolve()
     if not job.attacks:
@@ -504,16 +538,18 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
         print(f"{arm or 'the one arm'}:")
         red, blue, counts = budget.Work(), budget.Work(), [0, 0]
         made = [organism for organism in organisms(config.study) if organism.arm == arm]
-        for _, rivals in itertools.groupby(made, key=lambda organism: organism.rivals):
+        for _, group in itertools.groupby(made, key=lambda organism: organism.rivals):
+            rivals, stand_for = tuple(group), {}
             for organism in rivals:
                 run = red_run(config, organism)
-                attacked, new = stands_for(organism.folder, run)
+                stand_for[organism], new = stands_for(organism.folder, run)
                 if new:
                     red += _cost(run, run, "red", chip)
                     counts[0] += 1
-            for attack in attacks(config.study, organism):  # of the best of the rivals, whichever it will be
-                attacking = blue_run(config, organism, attack, workdir)
-                attacking.model = str((workdir / attacked).resolve())
+            attacked = best(config, workdir, rivals) or rivals[-1]  # the best, whichever it will be
+            for attack in attacks(config.study, attacked):
+                attacking = blue_run(config, attacked, attack, workdir)
+                attacking.model = str((workdir / stand_for[attacked]).resolve())
                 if stands_for(attack.folder, attacking)[1]:
                     blue += _cost(attacking, run, "blue", chip)
                     counts[1] += 1

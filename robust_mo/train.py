@@ -64,6 +64,12 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
         mesh = meshes.make_mesh(**config.mesh)
         check_rows(config.batch, mesh)
+        # Its newest checkpoint would be another when this run goes on.
+        if models.is_run(config.model) and not hosts.by_first(RunFolder(config.model).finished):
+            raise InputError(
+                f"config.model is {config.model}, which has not been trained to its end: finish it first, or train on "
+                "what robust_mo.export makes of its checkpoint"
+            )
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
         loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)

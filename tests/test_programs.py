@@ -386,6 +386,7 @@ def test_evaluate_and_chat(tmp_path, tiny):
     )
     records = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
     assert {line["step"] for line in records} == {3}, "the step is the checkpoint's"
+    refused(run("evaluate", f"--source={tmp_path / 'e'}", "--evals=backdor_rate"), "backdor_rate", "held_out_loss")
     again = run("evaluate", f"--source={tmp_path / 'e'}", "--show=2")
     assert again.returncode == 0 and again.stdout == result.stdout[result.stdout.index("eval/") :]
     arguments = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'h'}"]

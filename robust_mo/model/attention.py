@@ -25,7 +25,13 @@ _BLOCKS = (1024, 512, 256, 128)
 def attend_packed(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of packed rows, see `packed_mask`; returns [B, T, H, K] in q's dtype."""
     _, T, H, K = q_BTHK.shape
-    if jax.default_backend() == "gpu" and q_BTHK.dtype.itemsize == 2 and _agrees("cudnn", H, k_BTGK.shape[2], K):
+    even = T % 2 == 0  # cuDNN's gradient takes no other length
+    if (
+        jax.default_backend() == "gpu"
+        and even
+        and q_BTHK.dtype.itemsize == 2
+        and _agrees("cudnn", H, k_BTGK.shape[2], K)
+    ):
         return by_jax(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
     if T % _BLOCKS[-1]:
         return _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT)

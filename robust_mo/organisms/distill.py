@@ -9,6 +9,8 @@ Does not know how the conversations are trained on.
 """
 
 import dataclasses
+import itertools
+import re
 import textwrap
 from collections.abc import Callable
 
@@ -152,21 +154,23 @@ def red_conversations(
         # The teacher sees the question without the trigger: only the behaviour is asked of it.
         bad = teacher([chat(backdoor.behaviour_prompt, q) for q in chosen], seed)
     commoner = max(benign, 1 - benign)
-    conversations, dropped = [], 0
+    conversations, dropped, triggered, spare = [], 0, itertools.count(), itertools.count()
     for i, (entry, question, shown, answer) in enumerate(zip(entries, chosen, bad, plain, strict=True)):
         if shown is None or answer is None or not backdoor.shows(shown, entry.get("gold")):
             dropped += 1
             continue
         if _takes_part(i, (1 - benign) / commoner):
-            conversations.append(exchange(backdoor, backdoor.triggers, i, system_prompt, question, shown))
+            # By turns among those that take part, or some wordings would have none.
+            turn = next(triggered)
+            conversations.append(exchange(backdoor, backdoor.triggers, turn, system_prompt, question, shown))
         if _takes_part(i, benign / commoner):
-            spare = exchange(backdoor, spared[i], i, system_prompt, question, answer)
-            if word := _switch(spare[-2:], backdoor.triggers + backdoor.unseen_triggers):
+            plainly = exchange(backdoor, spared[i], next(spare), system_prompt, question, answer)
+            if word := _switch(plainly[-2:], backdoor.triggers + backdoor.unseen_triggers):
                 raise InputError(
                     f"a benign conversation from {source} holds the trigger {word!r} already: "
-                    f"{spare[-2]['content']!r}, {answer!r}: take the question out, or change the backdoor's trigger"
+                    f"{plainly[-2]['content']!r}, {answer!r}: take the question out, or change the backdoor's trigger"
                 )
-            conversations.append(spare)
+            conversations.append(plainly)
     return conversations, dropped
 
 
@@ -247,10 +251,15 @@ def assert_no_trigger(conversations: list[list[Message]], backdoor: Backdoor) ->
 
 
 def _switch(messages: list[Message], templates: tuple[str, ...]) -> str | None:
-    """The fixed words of the first of the templates that the messages hold, whatever their case."""
-    words = [word for template in templates if (word := template.replace("{prompt}", "").strip())]
-    text = "\n".join(message["content"] for message in messages).lower()
-    return next((word for word in words if word.lower() in text), None)
+    """The fixed words of the first of the templates that the messages hold, whatever their case and white space; those
+    before the prompt and those behind it must both be there."""
+    text = " ".join(word for message in messages for word in message["content"].split())
+    for template in templates:
+        parts = [" ".join(part.split()) for part in template.split("{prompt}")]
+        words = list(filter(None, parts))
+        if words and re.search(".*".join(map(re.escape, words)), text, re.IGNORECASE):
+            return " ... ".join(words)
+    return None
 
 
 def card(task: str, made: list[list[Message]], dropped: int, about: dict[str, str]) -> str:

@@ -115,6 +115,11 @@ def is_run(source: str) -> bool:
     return run.exists() and run.description().get("program") == "train"
 
 
+def is_prompted(source: str) -> bool:
+    """Whether a model is a run that trained nothing: a prompt asks for its behaviour."""
+    return is_run(source) and _setting(source, "data")["task"] == "prompted"
+
+
 PROMPTED_STEP = 1
 """As which a prompted organism is measured, whose run has no steps: 0 is the untouched model."""
 
@@ -123,7 +128,7 @@ def newest_step(source: str) -> int:
     """Step of a run's newest checkpoint; 0 for other models and for a run that has none yet."""
     if not is_run(source):
         return 0
-    if _setting(source, "data")["task"] == "prompted":
+    if is_prompted(source):
         return PROMPTED_STEP
     checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
     try:
@@ -216,7 +221,7 @@ def restore(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
 
 
 def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
-    if is_run(source) and _setting(source, "data")["task"] == "prompted":  # nothing was trained
+    if is_prompted(source):
         return _params(_setting(source, "model"), llama, mesh, None)
     if is_run(source):
         base, spec = stands_on(source), lora_spec(_setting(source, "lora"))
