@@ -18,6 +18,7 @@ TITLES = {
     "training-own": ("our LoRA step", "our full-weight step"),
     "sampling": ("64 prompts, at most 128 tokens", "`generate`"),
     "sampling-forced": ("200 answers of 1 to 512 tokens", "`generate`"),
+    "sampling-static": ("64 prompts, at most 128 tokens", "`generate`, static cache"),
     "sampling-continuous": ("64 prompts, at most 128 tokens", "its continuous batching"),
     "load_weights": ("reading 5.2 GB of weights", "`from_pretrained`"),
 }

@@ -74,8 +74,9 @@ def teacher_answers(
                 done.append({"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens})
                 if hosts.first():
                     runs.append_line(file, done[-1])
-        with contextlib.suppress(OSError):
-            file.with_suffix(".lock").unlink()
+        if hosts.first():
+            with contextlib.suppress(OSError):
+                file.with_suffix(".lock").unlink()
     return [line["answer"] if line["finish_reason"] == "stop" else None for line in done]
 
 
