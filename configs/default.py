@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
     config.optimizer.soap.b2 = 0.95
     config.optimizer.soap.shampoo_beta = 0.0  # of the factors; 0: b2
     config.optimizer.soap.eps = 1e-8
-    # Bases are refreshed on the devices that have their layers: quickest where a mesh axis divides the number of layers.
+    # Bases are refreshed on the devices that have their layers: quickest where a mesh axis divides the layers' number.
     config.optimizer.soap.frequency = 10  # steps between two refreshes of a basis
     config.optimizer.soap.longest_side = 4096  # longer sides of a matrix are not preconditioned; the authors: 10000 [O]
     config.optimizer.soap.one_sided_ratio = 4.0  # nor are those so many times as long as the other; 0: no such rule [O]
