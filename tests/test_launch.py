@@ -105,11 +105,19 @@ def test_ctrl_c_at_a_gpu_host_saves_once_and_starts_nothing_again(tmp_path):
         "#!/bin/bash\nstop() { [ ! -f asked ] || exit 130; touch asked; sleep 1; touch saved; exit 0; }\n"
         "trap stop INT TERM\necho started >> starts\nwhile true; do sleep 0.1; done\n",
     )
-    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as script:
-        while not (tmp_path / "starts").exists():
-            time.sleep(0.05)
-        os.killpg(script.pid, signal.SIGINT)  # as a terminal does
+
+    def as_in_a_terminal():  # what runs in the background ignores Ctrl-C, and so would its children
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    script = subprocess.Popen(command, preexec_fn=as_in_a_terminal, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "starts").exists():
+        time.sleep(0.05)
+    os.killpg(script.pid, signal.SIGINT)  # of which the program is no part
+    try:
         assert script.wait(timeout=30) == 0
+    finally:
+        script.kill()
     assert (tmp_path / "saved").exists() and (tmp_path / "starts").read_text() == "started\n"
 
 
