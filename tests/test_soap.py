@@ -529,3 +529,36 @@ def test_eight_devices_make_the_same_updates_as_one(tmp_path):
         eight = np.load(tmp_path / f"{refresh}.npz")
         for name in shapes:
             np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-9)
+
+
+HELD = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from robust_mo.model import mesh as meshes
+from robust_mo.training.soap import soap, state_shardings
+
+where = {"up": ((32, 256, 384), P(None, "fsdp", "tensor")), "down": ((32, 384, 256), P(None, "tensor", "fsdp"))}
+for sizes in ((1, 64, 1), (1, 16, 4), (2, 32, 1)):
+    mesh = meshes.make_mesh(*sizes)
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for name, (shape, spec) in where.items()
+    }
+    places = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    optimizer = soap(0.1, max_precondition_dim=256, refresh="staggered", first_basis="qr", places=places)
+    state = jax.eval_shape(optimizer.init, params)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_shardings(state, mesh)
+    )
+    with meshes.in_force(mesh):
+        compiled = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_no_device_holds_a_whole_stack():
+    """Of 64, which do not divide 32 layers: two stacks of 12.6 MB, of which one whole would be more than all it may."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=64", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", HELD], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert all(int(held) < 4e6 for held in done.stdout.split()), done.stdout
