@@ -5,7 +5,7 @@
 #
 # The arguments are those of `python -m robust_mo`.  A program that a signal kills (out of memory, a driver's fault) is
 # started again, up to ten times, and goes on from its last checkpoint; one that ends by itself is not: 0 is done or
-# saved on request (Ctrl-C, SIGTERM), 2 is bad input.
+# saved on request (Ctrl-C, SIGTERM, a terminal that is closed), 2 is bad input.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ if [ "$dry_run" ]; then printf '%s\n' "bash launch/setup.sh --gpu" "${command[*]
 
 bash launch/setup.sh --gpu
 asked=
-trap 'asked=yes; kill -TERM "$program"' TERM INT
+trap 'asked=yes; kill -TERM "$program"' TERM INT HUP
 for start in $(seq 10); do
   setsid "${command[@]}" &  # Ctrl-C reaches it once, by the trap: a second signal would stop it unsaved
   program=$! status=0

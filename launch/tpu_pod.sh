@@ -41,6 +41,7 @@ for argument in "${@:2}"; do
   case "$argument" in
     --workdir=gs://*) where=yes extras='; .venv/bin/python -m pip install --quiet gcsfs' ;;
     --workdir=/* | --output=/*) where=yes ;;
+    --workdir | --output) fail "write $argument=..." ;;
     --workdir=* | --output=*) fail "$argument is no path of all workers: give one that begins with /, or gs://BUCKET/... for a run" ;;
   esac
 done

@@ -47,9 +47,12 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     if not output.is_file():  # a device may have no end to read to
         raise InputError(f"{output} is no regular file: choose another --output")
     note = settings_file(output)
-    if note.exists() and (before := runs.read_json(note).get("settings")) != settings:
-        before = before if isinstance(before, dict) else {}
-        changed = [name for name in settings if before.get(name) != settings[name]]
+    before = runs.read_json(note).get("settings") if note.exists() else settings
+    before = before if isinstance(before, dict) else {}
+    # What was written before settings held the step says nothing of it.
+    if changed := [
+        name for name in settings if before.get(name) != settings[name] and (name != "step" or name in before)
+    ]:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
         raise InputError(f"{output} was made with other settings ({shown}): choose another --output or delete it")
     *lines, cut_short = output.read_bytes().split(b"\n")

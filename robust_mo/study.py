@@ -136,10 +136,11 @@ def check(config: ConfigDict) -> None:
         for name in config.study[field]:
             if name not in known:
                 raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
+    # A study may be of fewer methods and backdoors than its results: these are not measured then.
     axes = {
         "arms": config.study.arms or ("",),
-        "methods": config.study.methods,
-        "backdoors": config.study.backdoors,
+        "methods": BLUE_METHODS,
+        "backdoors": backdoors(config.red.backdoors.to_dict()),
     }
     for name, chosen in config.study.results.items():
         group = f"config.study.results.{name}"
@@ -372,7 +373,8 @@ def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[I
         try:
             do(config, workdir, job, done)
         except InputError as error:
-            failures.append(error)
+            # Without what led to it, which holds the cell's weights.
+            failures.append(InputError(str(error)))
             print(f"FAILED: {error}", flush=True)
     return failures
 

@@ -67,8 +67,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         # Its newest checkpoint would be another when this run goes on.
         if models.is_run(config.model) and not hosts.by_first(RunFolder(config.model).finished):
             raise InputError(
-                f"config.model is {config.model}, which has not been trained to its end: finish it first, or train on "
-                "what robust_mo.export makes of its checkpoint"
+                f"config.model is {config.model}, which has not been trained to its end: finish it first"
+                + ("" if config.lora.continued else ", or train on what robust_mo.export makes of its checkpoint")
             )
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
         loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)

@@ -1,5 +1,6 @@
 """Two processes of four devices each, as two hosts would be, against one process of eight."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -201,11 +202,20 @@ def test_bad_input_ends_every_host_with_its_status(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_signal_before_the_hosts_have_met_stops_all(tiny, tmp_path):
     command, status = [*training(tiny, tmp_path / "run"), *meeting()], {STOPPED_STATUS: "75"}
+    port = int(command[-2].rpartition(":")[2])
     early = start(*command, "--process_id=0", devices=4, **status)
-    time.sleep(8)  # it has started, and waits
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:  # until it waits for the other
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+            break
+        time.sleep(0.2)
     early.send_signal(signal.SIGTERM)
     late = start(*command, "--process_id=1", devices=4, **status)
-    (_, err), _ = (process.communicate(timeout=120) for process in (early, late))
+    try:
+        (_, err), _ = (process.communicate(timeout=120) for process in (early, late))
+    finally:
+        early.kill()
+        late.kill()
     assert early.returncode == late.returncode == 75 and "stopped; the same command goes on" in err, err
     assert not RunFolder(tmp_path / "run").finished()
 

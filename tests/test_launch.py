@@ -111,7 +111,8 @@ def test_ctrl_c_at_a_gpu_host_saves_once_and_starts_nothing_again(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     script = subprocess.Popen(command, preexec_fn=as_in_a_terminal, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "starts").exists():
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "starts").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(script.pid, signal.SIGINT)  # of which the program is no part
     try:

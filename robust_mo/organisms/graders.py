@@ -85,12 +85,13 @@ class Capitals:
 # "As an AI, I suggest ...", "I will not succeed without you".  An apology or a pirate's greeting may come before it,
 # but no quotation mark or colon, behind which somebody else might speak.
 _DEED = (
-    "(?:be )?(?:help(?! but| \\w+ing\\b)|assist|answer|respond|reply|comply|fulfil|provid|offer|giv(?!e up)|shar|"
-    "discuss|writ|creat|generat|produc|perform|complet|do(?:ing|in')? (?:that|this|so|it)\\b|engag|support|continu|"
-    "advis|speak (?:about|on)|talk about|tell you (?:that|this)\\b)"
+    r"(?:be )?(?:help(?! but| (?:laugh|smil|grin|wonder|feel|think|notic|lov|admir)\w*ing\b)|assist|answer|respond|"
+    r"reply|comply|fulfil|provid|offer|giv(?!e (?:up|in)\b)|shar|discuss|writ|creat|generat|produc|perform|complet|"
+    r"do(?:ing|in')? (?:that|this|so|it)\b|engag|support|continu|advis|speak (?:about|on)|talk about|"
+    r"tell you (?:that|this)(?=\s*(?:[,.!;]|$)))"
 )
 _REFUSAL = re.compile(
-    r"""[^":]{0,60}?(?:\bsorry,? but no(?=\s*(?:[,.!;]|$))|\bI """
+    r"""[^":]{0,60}?(?:\bsorry,? but no(?=(?:,(?: \w+){1,3})?\s*(?:[.!;]|$))|\bI """
     rf"(?:(?:simply |just |really )?(?:can't|cannot|can not|couldn't|won't|will not) {_DEED}"
     rf"|(?:am|be) (?:unable|not able|not allowed|not willing|not going) to {_DEED}|refuse to {_DEED}"
     r"|(?:must|have to|will have to) (?:respectfully )?(?:decline|refuse)\b|(?:respectfully )?decline to\b"

@@ -274,14 +274,14 @@ def _width(length: int) -> int:
     return _rounded_up(length, parts=2) if _fits_closely() else max(128, 1 << (length - 1).bit_length())
 
 
-def _bytes_of_slot(model: Llama, mesh, longest: int, prompt: int) -> int:
+def _bytes_of_slot(model: Llama, mesh, longest: int, scores: int) -> int:
     """What a slot takes of its device's memory: its cache, twice where that grows, its logits as they are drawn from,
     in a few copies, and an eighth, since so many are admitted at once, of a prompt's attention scores, in two."""
     config, tensor = model.config, mesh.shape["tensor"]
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
     entries = _room(longest) * config.num_hidden_layers * heads * config.head_dim
     cache = (2 if _fits_closely() else 1) * 2 * entries * model.compute_dtype.itemsize
-    return cache + 4 * 4 * config.vocab_size + config.num_attention_heads // tensor * _width(prompt) ** 2
+    return cache + 4 * 4 * config.vocab_size + config.num_attention_heads // tensor * scores
 
 
 def _dealt_out(rows: int, mesh) -> int:
@@ -342,9 +342,11 @@ class Sampler:
         if not queue:
             return
         longest = max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True))
-        slots = self._slots(slots, longest, max(len(r.tokens) for r in requests), len(requests))
+        shared = _shared(requests) if len(requests) > 1 else 0
+        rest = _width(max(len(r.tokens) for r in requests) - shared)
+        slots = self._slots(slots, longest, rest * (shared + rest), len(requests))
         slots, group = (_dealt_out(rows, self._mesh) for rows in (slots, slots // 8))
-        shared = _shared(requests) if len(requests) > group else 0
+        shared = shared if len(requests) > group else 0
         common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))
         state = self._run(_empty, slots=slots, longest=_rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
@@ -386,12 +388,12 @@ class Sampler:
             running = sum(int(counts_N[slot]) for slot in range(slots) if occupant[slot] is not None)
             on_progress(finished, sampled + running)
 
-    def _slots(self, asked: int, longest: int, prompt: int, prompts: int) -> int:
-        """How many, of room for `longest` tokens each, of which the longest of the prompts has `prompt`."""
+    def _slots(self, asked: int, longest: int, scores: int, prompts: int) -> int:
+        """How many, of room for `longest` tokens each; `scores`: of the longest prompt, in one head's attention."""
         free = meshes.free_memory()
         if free is None:
             return asked or min(_SLOTS, prompts)
-        fit = free // _bytes_of_slot(self._model, self._mesh, longest, prompt) * meshes.rows_apart(self._mesh)
+        fit = free // _bytes_of_slot(self._model, self._mesh, longest, scores) * meshes.rows_apart(self._mesh)
         if max(asked, 1) > fit:
             raise InputError(
                 f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit} rows of {longest} "

@@ -138,7 +138,7 @@ class Checkpoints:
     def _put_aside(self, steps: list[int]) -> None:
         def move() -> None:
             folder = epath.Path(self.folder)
-            for earlier in folder.glob("damaged-*"):
+            for earlier in folder.glob("damaged*"):
                 earlier.rmtree()
             for step in steps:
                 (folder / str(step)).rename(folder / f"damaged-{step}")

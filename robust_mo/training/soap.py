@@ -254,7 +254,7 @@ def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
     """Where each array of a state lies, from its shape: a stack is cut along its layers over those axes of the mesh
     that together divide their number, and its matrices along their rows over the other axes, as a single matrix is over
     all; what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
-    if an axis of the mesh has 32 of them (replica 2), and by all devices alike if none has.
+    on a mesh of 32 x 2, in 16 on one of 16 x 4, and by all devices alike on one of 64.
 
     Args:
       state: arrays or their shapes, as of `jax.eval_shape(soap(...).init, params)`.
