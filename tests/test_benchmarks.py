@@ -22,11 +22,11 @@ def test_training(lora):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_training_on_invented_weights_with_rows_in_parts_and_layers_computed_again(lora):
-    batches = training.make_batches("tiny", "ours", packed=False)[:3]
+    batches = training.make_batches("tiny", "ours", packed=False)[:4]  # of few tokens, then of all
     ours, _ = training.ours("tiny", batches, lora, 1e-5)
     theirs, _ = training.theirs("tiny", batches, lora, 1e-5, checkpointing=True)
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
-    assert ours[2] < ours[1] < ours[0]
+    assert ours[1] < ours[0] and ours[3] < ours[2]
 
 
 @pytest.mark.slow
