@@ -213,7 +213,7 @@ def soap(
             }
             return direction, _Leaf(mu, nu, factors, leaf.bases)
 
-        def step(number, g, p, place, leaf: _Leaf):
+        def step(turn, number, g, p, place, leaf: _Leaf):
             g, path, whole_layers = g.astype(leaf.mu.dtype), (), True
             if mesh is not None and leaf.bases:
                 path = _between(g.shape, place), _place(g.shape, mesh)
@@ -226,7 +226,7 @@ def soap(
                 change = moved(change, *path[::-1], place)
             if weight_decay:
                 change = change - rate * weight_decay * (p + change)
-            leaf, told = refreshed(seen, number, leaf) if leaf.bases else (leaf, jnp.zeros((1, 3)))
+            leaf, told = refreshed(turn, number, leaf) if leaf.bases else (leaf, jnp.zeros((1, 3)))
             return change, leaf, told.sum(0)
 
         given, outline = jax.tree.flatten(gradients)
@@ -235,7 +235,10 @@ def soap(
         leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
         number, changes, after, told = 0, [], [], jnp.zeros(3)
         for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
-            change, leaf, of_leaf = step(number, g, p, place, leaf)
+            # What says never: so refreshes follow one another, and all devices gather in one order.  A CPU's threads
+            # would else wait for one another for ever.
+            turn = seen if mesh is None else seen + (told[2] < 0)
+            change, leaf, of_leaf = step(turn, number, g, p, place, leaf)
             changes.append(change)
             after.append(leaf)
             told = told + of_leaf
