@@ -235,8 +235,8 @@ def soap(
         leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
         number, changes, after, told = 0, [], [], jnp.zeros(3)
         for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
-            # What says never: so refreshes follow one another, and all devices gather in one order.  A CPU's threads
-            # would else wait for one another for ever.
+            # Never true, but it makes one refresh wait for the one before it, so that all devices gather in one order:
+            # a CPU's threads would else wait for one another for ever.
             turn = seen if mesh is None else seen + (told[2] < 0)
             change, leaf, of_leaf = step(turn, number, g, p, place, leaf)
             changes.append(change)
