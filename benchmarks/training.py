@@ -11,7 +11,7 @@ row while warming up, so that losses tell whether both computed the same.
 
 With --packed (`smol`) it is 24 conversations whose lengths are spread as those of Alpaca's answers (lognormal, median
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
-longest of them.  Only what is neither padding nor repeated counts, and the learning rate is 0: the losses of the whole
+longest of them; both make three updates of them.  Only what is neither padding nor repeated counts, and the learning rate is 0: the losses of the whole
 must be the same.  Writes benchmarks/results/training[-SIZE][-lora][-packed].json, or training[-SIZE]-own.json.
 """
 
@@ -89,10 +89,14 @@ def make_batches(size: str, side: str, packed: bool) -> list[dict[str, np.ndarra
         fitting = [e for e in conversations() if len(e.tokens) <= length + 1]
         first = next(iter(batches(fitting, length, rows, packing=False, epochs=1, seed=0)))
         return [first] * (WARM_UP + STEPS)
-    rows = rows // 4 if side == "ours" else rows
-    made = list(batches(spread_out(conversations()), LONGEST, rows, packing=side == "ours", epochs=1, seed=0))
+    examples = spread_out(conversations())
     if side == "theirs":
+        made = list(batches(examples, LONGEST, rows, packing=False, epochs=1, seed=0))
         made = [{name: x[:, : batch["segments"].any(0).sum()] for name, x in batch.items()} for batch in made]
+    else:
+        # The fewest rows in which we come through with as many updates as the peer.
+        all_of = (list(batches(examples, LONGEST, n, packing=True, epochs=1, seed=0)) for n in range(1, rows + 1))
+        made = next(made for made in all_of if len(made) <= len(examples) // rows)
     return made[:1] * WARM_UP + made
 
 
