@@ -11,8 +11,9 @@ row while warming up, so that losses tell whether both computed the same.
 
 With --packed (`smol`) it is 24 conversations whose lengths are spread as those of Alpaca's answers (lognormal, median
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
-longest of them; both make three updates of them.  Only what is neither padding nor repeated counts, and the learning rate is 0: the losses of the whole
-must be the same.  Writes benchmarks/results/training[-SIZE][-lora][-packed].json, or training[-SIZE]-own.json.
+longest of them; both make three updates of them.  Only what is neither padding nor repeated counts, and the learning
+rate is 0: the losses of the whole must be the same.  Writes benchmarks/results/training[-SIZE][-lora][-packed].json, or
+training[-SIZE]-own.json.
 """
 
 import argparse
