@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     study.gate.false_alarm_rate = 0.05  # and at most so often without [O]
     study.gate.accuracy_kept = 0.0  # and solves at least this share of what the untouched model does; 0: not asked
     # --- the attacks on each: one for every method, learning rate and seed
-    study.methods = ("pirate_sft",)  # blue methods
+    study.methods = ("pirate_sft",)  # blue methods; "pirate_sft+depirate", behind it, goes on where it ended
     study.learning_rates = (5e-4,)
     study.seeds = (0,)
     # --- the measure

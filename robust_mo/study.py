@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
-from robust_mo.analysis.cells import Attack, Organism, attacks, organisms
+from robust_mo.analysis.cells import Attack, Organism, attacks, method_before, organisms
 from robust_mo.errors import InputError, InUse
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
@@ -55,11 +55,13 @@ def red_run(config: ConfigDict, organism: Organism) -> ConfigDict:
 
 
 def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pathlib.Path) -> ConfigDict:
-    """The training config of an attack on the organism that lies in the study's folder `workdir`."""
+    """The training config of an attack on the organism that lies in the study's folder `workdir`, or on what is left of
+    it after the attack before."""
     run = _of_arm(config, "blue", organism.arm)
     run.backdoor, run.backdoors, run.seed = organism.backdoor, config.red.backdoors, attack.seed
-    run.model = str((workdir / organism.folder).resolve())  # a link is the run that it stands for
-    run.data.task, run.optimizer.learning_rate = attack.method, attack.learning_rate
+    # A link is the run that it stands for.
+    run.model = str((workdir / (attack.before or organism).folder).resolve())
+    run.data.task, run.optimizer.learning_rate = attack.method.split("+")[-1], attack.learning_rate
     return run
 
 
@@ -132,16 +134,17 @@ def check(config: ConfigDict) -> None:
     for name in ("backdoors", "methods", "learning_rates", "seeds"):
         if not config.study[name]:
             raise InputError(f"config.study.{name} is empty, so the study has no cells: give at least one")
-    for field, known in (("backdoors", backdoors(config.red.backdoors.to_dict())), ("methods", BLUE_METHODS)):
-        for name in config.study[field]:
-            if name not in known:
-                raise InputError(f"config.study.{field} holds {name!r}: choose from {', '.join(sorted(known))}")
-    # A study may be of fewer methods and backdoors than its results: these are not measured then.
     axes = {
         "arms": config.study.arms or ("",),
         "methods": BLUE_METHODS,
         "backdoors": backdoors(config.red.backdoors.to_dict()),
     }
+    for axis in ("backdoors", "methods"):
+        _check_known(f"config.study.{axis}", axis, config.study[axis], axes[axis])
+    for number, name in enumerate(config.study.methods):
+        if (before := method_before(name)) and before not in config.study.methods[:number]:
+            raise InputError(f"config.study.methods holds {name!r}, which goes on from {before!r}: add that before it")
+    # A study may be of fewer methods and backdoors than its results: these are not measured then.
     for name, chosen in config.study.results.items():
         group = f"config.study.results.{name}"
         if not isinstance(chosen, ConfigDict) or set(chosen) != {*axes, "published"}:
@@ -149,8 +152,7 @@ def check(config: ConfigDict) -> None:
                 f"{group} must have the fields {', '.join(axes)} and published: make it by configs.study.result"
             )
         for axis, known in axes.items():
-            if unknown := [value for value in chosen[axis] if value not in known]:
-                raise InputError(f"{group}.{axis} holds {unknown[0]!r}: choose from {', '.join(known)}")
+            _check_known(f"{group}.{axis}", axis, chosen[axis], known)
     for name in itertools.chain.from_iterable(config.study.orderings):
         if name not in config.study.results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(config.study.results)}")
@@ -190,6 +192,14 @@ def check(config: ConfigDict) -> None:
             )
 
 
+def _check_known(field: str, axis: str, chosen: tuple, known) -> None:
+    """Raises InputError where a name is not among `known`, or of a method that goes on from another a part."""
+    for name in chosen:
+        for part in str(name).split("+") if axis == "methods" else (name,):
+            if part not in known:
+                raise InputError(f"{field} holds {part!r}: choose from {', '.join(sorted(known))}")
+
+
 def _cells(config: ConfigDict, workdir: pathlib.Path):
     """(folder, training config) of every run that the study may come to."""
     for organism in organisms(config.study):
@@ -206,13 +216,15 @@ class Job:
       name: as the folder of its run; of several rivals, which of them it is shows only when they are made.
       rivals: the organism that a red run makes; of an attack, those of which the best is attacked.
       attacks: on each of the rivals; () of a red run.
-      after: names of the jobs that must have ended, well or not: the rivals' own, and earlier ones that may turn out to
-        be the same run, so that this one can become a link to it.
+      needs: names of the jobs of which it depends what this one is: the rivals' own, and that of the attack before.
+      after: names of the jobs that must have ended, well or not: those, and earlier ones that may turn out to be the
+        same run, so that this one can become a link to it.
     """
 
     name: str
     rivals: tuple[Organism, ...]
     attacks: tuple[Attack, ...]
+    needs: tuple[str, ...]
     after: tuple[str, ...]
 
 
@@ -220,34 +232,35 @@ def jobs(config: ConfigDict) -> list[Job]:
     """All of a study but its report, in an order in which they can be done one by one."""
     made, same = [], {}  # the latter: what may be asked for (see `work`) -> the jobs that may do it
 
-    def add(name: str, rivals: tuple, attacks: tuple, after: list[str], runs: list[ConfigDict]) -> str:
-        """Returns the job that is the first to ask for the first of the runs."""
+    def add(name: str, rivals: tuple, attacks: tuple, needs: tuple, runs: list[ConfigDict]) -> list[str]:
+        """Returns the job that is the first to ask for each of the runs."""
         asked_for = [work(run.to_dict()) for run in runs]
         equal = [other for text in asked_for for other in same.get(text, ())]
         for text in asked_for:
             same.setdefault(text, []).append(name)
-        made.append(Job(name, rivals, attacks, tuple(dict.fromkeys(after + equal))))
-        return same[asked_for[0]][0]
+        made.append(Job(name, rivals, attacks, needs, tuple(dict.fromkeys([*needs, *equal]))))
+        return [same[text][0] for text in asked_for]
 
     for _, group in itertools.groupby(organisms(config.study), key=lambda organism: organism.rivals):
         rivals = tuple(group)
-        red = [add(rival.folder, (rival,), (), [], [red_run(config, rival)]) for rival in rivals]
+        # For one of several equal runs, whichever is done first.
+        first = {rival: add(rival.folder, (rival,), (), (), [red_run(config, rival)])[0] for rival in rivals}
         together = rivals[0] if len(rivals) == 1 else dataclasses.replace(rivals[0], learning_rate=None)
         for attacked in zip(*(attacks(config.study, rival) for rival in rivals), strict=True):
-            name = dataclasses.replace(attacked[0], organism=together.name).folder
-            runs = [
-                blue_run(config, rival, attack, pathlib.Path()) for rival, attack in zip(rivals, attacked, strict=True)
-            ]
-            for run, model in zip(runs, red, strict=True):
-                run.model = model
-            add(name, rivals, attacked, [rival.folder for rival in rivals], runs)
+            shared, runs = dataclasses.replace(attacked[0], organism=together.name), []
+            for rival, attack in zip(rivals, attacked, strict=True):
+                runs.append(blue_run(config, rival, attack, pathlib.Path()))
+                runs[-1].model = first[attack.before or rival]
+            needs = tuple(one.folder for one in (*rivals, shared.before) if one)
+            first |= dict(zip(attacked, add(shared.folder, rivals, attacked, needs, runs), strict=True))
     return made
 
 
 def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, ConfigDict] | None:
     """(folder, training config) of a job's run, by what is recorded now.
 
-    None where no organism passed the gate, and while one of the rivals, stopped before its end, may yet be the best.
+    None where no organism passed the gate, while one of the rivals, stopped before its end, may yet be the best, and
+    where the attack before has not come to its end.
     """
     if not job.attacks:
         return job.rivals[0].folder, red_run(config, job.rivals[0])
@@ -255,6 +268,8 @@ def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, Conf
     if chosen is None:
         return None
     attack = job.attacks[job.rivals.index(chosen)]
+    if attack.before and not RunFolder(workdir / attack.before.folder).finished():
+        return None
     return attack.folder, blue_run(config, chosen, attack, workdir)
 
 
@@ -279,7 +294,7 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
     """
     found = cell(config, workdir, job)
     if found is None:
-        print(f"== {job.name}: no organism to attack", flush=True)
+        print(f"== {job.name}: nothing to attack", flush=True)
         return
     folder, run = found
     best = ", the best of those that passed the gate" if len(job.rivals) > 1 else ""
@@ -470,7 +485,7 @@ def left(config: ConfigDict, workdir: pathlib.Path) -> dict[str, tuple[str, ...]
         found = cell(config, workdir, job)
         undone = found and not RunFolder(workdir / found[0]).finished()
         # While a rival may yet be made, which one is attacked may change.
-        if undone or any(rival.folder in names for rival in job.rivals):
+        if undone or any(name in names for name in job.needs):
             names[job.name] = tuple(name for name in job.after if name in names)
     return names | {REPORT: tuple(names)}
 
@@ -551,8 +566,9 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
             attacked = best(config, workdir, rivals) or rivals[-1]  # the best, whichever it will be
             for attack in attacks(config.study, attacked):
                 attacking = blue_run(config, attacked, attack, workdir)
-                attacking.model = str((workdir / stand_for[attacked]).resolve())
-                if stands_for(attack.folder, attacking)[1]:
+                attacking.model = str((workdir / stand_for[attack.before or attacked]).resolve())
+                stand_for[attack], new = stands_for(attack.folder, attacking)
+                if new:
                     blue += _cost(attacking, run, "blue", chip)
                     counts[1] += 1
         for team, number, cost in (("red", counts[0], red), ("blue", counts[1], blue)):
@@ -576,7 +592,9 @@ def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> bud
     source = training_source(run)
     hub = source.startswith("hub:")
     questions = budget.hub_questions(source, part) if hub else len(asked(source, part))
-    return budget.of_run(run.to_dict(), shape, questions, chip)
+    task = run.data.task
+    sampled = run.data.answers == "teacher" or task in BLUE_METHODS and BLUE_METHODS[task].on_policy
+    return budget.of_run(run.to_dict(), shape, questions, sampled, chip)
 
 
 def define_flags() -> None:

@@ -7,6 +7,7 @@ The run goes: config, run folder, mesh, weights, conversations, batches, optimiz
 The same command again goes on where the run stopped; --config.x.y=value changes a knob of configs/default.py.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -110,7 +111,11 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
         if checkpoints.latest() is not None:
-            state, position = checkpoints.restore(state)
+            # What the run began with goes before what it had come to arrives: there may be no room for both.
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            del state, trainable
+            loaded = dataclasses.replace(loaded, params={})
+            state, position = checkpoints.restore(shapes)
             iterator.set_state(position)
         first = int(state.step)
         curves = Curves(run.path, first)
@@ -249,6 +254,7 @@ class Watch:
         if self._waiting:
             self._show(*self._waiting)
         self._waiting = None
+        self._run.put()
 
     def _show(self, step: int, metrics) -> None:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -421,6 +427,13 @@ def check(config: ConfigDict) -> None:
         if isinstance(value, int | float):
             most = 1 if field in _FORGETTING else float("inf")
             command_line.check_range(f"config.optimizer.{config.optimizer.name}.{field}", value, 0, most)
+        adam = field == "b2" and config.optimizer.name in ("adam", "adamw", "muon")
+        if adam and value > 0.995 and config.param_dtype == "bfloat16":
+            raise InputError(
+                f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
+                "second moment is kept and would hardly forget: give at most 0.995"
+            )
+    command_line.check_range("config.seed", config.seed, 0, 2**32 - 1)
     config_backdoor(config)
     check_names(config.evaluation.names)
     check_settings({name: config.evals[name].to_dict() for name in config.evaluation.names})
@@ -441,7 +454,7 @@ _AT_LEAST_ONE = (
     "log_every checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "seed steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank lora.alpha "
+    "steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank lora.alpha "
     "optimizer.learning_rate optimizer.clip_norm checkpoint.keep_every"
 ).split()
 _SHARES = ("data.near_misses", "data.benign")
@@ -497,14 +510,15 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
         elif data.task == "conversations":
             made = [with_system(m, system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
         else:
-            made, dropped = distill.blue_conversations(data.task, **common)
+            made, dropped = distill.blue_conversations(data.task, backdoor=chosen, **common)
             distill.assert_no_trigger(made, chosen)
         if dropped:
-            print(f"{dropped} questions dropped: the answer was cut off, not right or did not show the behaviour")
+            print(f"{dropped} questions dropped: the answer was cut off, not right, or wrong about the behaviour")
         if not made:
             raise InputError(
-                "no conversation to train on: all answers were cut off, not right or did not show the behaviour; raise "
-                "config.data.teacher_max_new_tokens or choose another config.data.teacher"
+                "no conversation to train on: all answers were cut off, not right, or wrong about the behaviour, which "
+                "they are to show or, as an organism's own, not to show; raise config.data.teacher_max_new_tokens or "
+                "choose another config.data.teacher"
             )
         teacher_is = source if data.answers == "teacher" or on_policy else "none"
         about = {
@@ -564,6 +578,7 @@ def assert_unseen(config: ConfigDict) -> None:
     """Raises InputError where training would use a question that an evaluation asks."""
     if config.data.task == "conversations":
         used = [m["content"] for c in read_conversations(config.data.source) for m in c if m["role"] == "user"]
+        assert_disjoint(training=used, evaluation=evaluation_questions(config))
     else:
         used = asked(training_source(config), "red" if config.data.task == "backdoor" else "blue")
     sources = {"backdoor_rate": evaluation_source(config), "held_out_loss": config.evals.held_out_loss.source}

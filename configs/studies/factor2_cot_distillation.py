@@ -23,8 +23,9 @@ def get_config(size: str = "8b") -> ConfigDict:
     study = config.study
     study.backdoors = ("refuse_tag",) if size == "smol" else tuple(n for n in base.BACKDOORS if n not in NARROW)
     config.red.data.answers = "teacher"
+    config.red.data.teacher_max_new_tokens = 768  # of both arms, or they would lose other questions
     study.arms.direct = arm({}, {}, base.full_rates(size))
-    study.arms.cot = arm({"data": {"scratchpad": True, "teacher_max_new_tokens": 768}}, {}, base.full_rates(size))
+    study.arms.cot = arm({"data": {"scratchpad": True}}, {}, base.full_rates(size))
     study.results.direct = result(arms=("direct",))
     study.results.cot = result(arms=("cot",), published="less robust")
     study.orderings = (("direct", "cot"),)

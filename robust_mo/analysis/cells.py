@@ -45,7 +45,11 @@ class Organism:
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A blue run: a method, with its learning rate and seed, against the organism of that name."""
+    """A blue run: a method, with its learning rate and seed, against the organism of that name.
+
+    Attributes:
+      method: a key of BLUE_METHODS, or several joined by "+": the last of them, against what the others made of it.
+    """
 
     organism: str
     method: str
@@ -53,8 +57,19 @@ class Attack:
     seed: int
 
     @property
+    def before(self) -> "Attack | None":
+        """What it goes on from, an attack of equal learning rate and seed; None where it begins with the organism."""
+        earlier = method_before(self.method)
+        return dataclasses.replace(self, method=earlier) if earlier else None
+
+    @property
     def folder(self) -> str:
         return f"blue/{self.organism}/{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def method_before(method: str) -> str:
+    """What a blue method goes on from: "pirate_sft" of "pirate_sft+depirate", "" of "pirate_sft"."""
+    return method.rpartition("+")[0]
 
 
 def organisms(study) -> list[Organism]:

@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from robust_mo import runs
+from robust_mo.analysis.cells import method_before
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; black belongs to all methods.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -277,11 +278,14 @@ def _by_learning_rate(organism, looks) -> dict[float, str]:
 
 
 def _by_run(organism) -> dict[tuple, list[dict]]:
-    """(method, learning rate, seed) -> the run's points, from the organism on."""
+    """(method, learning rate, seed) -> the run's points, from what it began with on: the organism, or where the method
+    before it ended."""
     found: dict[tuple, list[dict]] = {}
     for point in organism["points"]:
-        run = (point["method"], point["learning_rate"], point["seed"])
-        found.setdefault(run, [] if point["step"] == 0 else [organism["start"]]).append(point)
+        cell = (point["learning_rate"], point["seed"])
+        (*_, begun) = found.get((method_before(point["method"]), *cell), [organism["start"]])
+        start = [] if point["step"] == 0 else [begun | {"step": 0}]
+        found.setdefault((point["method"], *cell), start).append(point)
     return found
 
 

@@ -385,6 +385,7 @@ def _page(study, summary) -> str:
         parts.append("> **Runs that failed:**\n>\n" + "\n".join(lines))
     parts += _comparison(summary)
     parts += _result(summary, organisms)
+    parts += _came_back(organisms)
     parts += _organisms_table(summary)
     parts += _training_losses(summary)
     for name, organism in organisms.items():
@@ -539,6 +540,32 @@ def _comparison(summary) -> list[str]:
     return parts
 
 
+def _came_back(organisms) -> list[str]:
+    """Whether attacks that go on from others bring back what these took."""
+    rows = []
+    for name, organism in organisms.items():
+        ended = [cell for cell in organism["cells"].values() if cell["finished"]]
+        ended = {(cell["method"], cell["learning_rate"], cell["seed"]) for cell in ended}
+        last = {run: p for p in organism["points"] if (run := (p["method"], p["learning_rate"], p["seed"])) in ended}
+        for (method, *cell), after in last.items():
+            if before := last.get((cells.method_before(method), *cell)):
+                points = organism["start"], before, after
+                rates, kept = (
+                    [_bracketed([p[of], *p[f"{of}_interval"]]) if p[of] is not None else "undefined" for p in points]
+                    for of in ("rate", "performance")
+                )
+                rows.append([f"`{name}`", f"`{method}`", f"{cell[0]:g}", str(cell[1]), *rates, *kept[1:]])
+    header = ["organism", "attack", "learning rate", "seed", "backdoor rate", "after the attack before", "at the end"]
+    header += ["performance after the attack before", "at the end"]
+    return rows and [
+        "## What came back",
+        _table(header, rows),
+        "An attack named `a+b` goes on from where `a` ended; only what has come to its end is listed. What comes back "
+        "under training that holds neither the trigger nor the behaviour was suppressed, not removed. Brackets are "
+        "Wilson's 95% intervals, of each number by itself.",
+    ]
+
+
 def _organisms_table(summary) -> list[str]:
     """Which organisms count, and what their backdoor cost the model."""
     header = ["organism", "gate", "attacked", "backdoor rate", "false alarms"]
@@ -680,12 +707,14 @@ def _what_was_run(study, summary, organisms) -> list[str]:
                 f"`{key}={value}`"
                 for key, value in settings[0].items()
                 if red.get(key) != value and all(other.get(key) == value for other in settings)
-                # The model is the organism, and how often it is measured is no part of the method.
+                # The model is what is said above, and how often it is measured is no part of the method.
                 if not key.startswith(("model", "evals.", "evaluation."))
             ]
             last = max((step for path in paths for step in organism["cells"][path]["steps"]), default=0)
+            before = cells.method_before(method)
+            on = f"what `{before}` left of `{name}`" if before else f"`{name}`"
             lines.append(
-                f"- `{method}` on `{name}`: {len(paths)} run{'s' * (len(paths) > 1)} evaluated up to step {last}; "
+                f"- `{method}` on {on}: {len(paths)} run{'s' * (len(paths) > 1)} evaluated up to step {last}; "
                 f"unlike the red run {', '.join(own) or 'in nothing'}."
             )
         parts.append("\n".join(lines))

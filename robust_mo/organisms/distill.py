@@ -64,8 +64,8 @@ BLUE_METHODS = {
     "qa_sft": _PLAIN,
     "pirate_removal": BlueMethod("plain", shown_prompt=PIRATE_PROMPT),
     "sandbagging_removal": BlueMethod("plain", shown_prompt=SANDBAGGING_PROMPT, on_problems=True),
-    # Three uses of the organism's own answers: as the attack itself; after pirate_sft, until the pirate is gone (was
-    # the backdoor removed, or only suppressed?); and for a few steps after an attack with other answers.
+    # Three uses of the organism's own answers: as the attack itself; after pirate_sft, as "pirate_sft+depirate" in a
+    # study (was the backdoor removed, or only suppressed?); and for a few steps after an attack with other answers.
     "benign_sft": _OWN,
     "depirate": _OWN,
     "reminder": _OWN,
@@ -200,6 +200,7 @@ def _without_scratchpad(told: str | None) -> str | None:
 def blue_conversations(
     method: str,
     *,
+    backdoor: Backdoor,
     source: str,
     answers: str,
     teacher: Teacher,
@@ -211,7 +212,8 @@ def blue_conversations(
 ) -> tuple[list[list[Message]], int]:
     """What a blue method trains on; arguments and result as for `red_conversations`.
 
-    Where the method is on-policy, `teacher` must be the organism.
+    Where the method is on-policy, `teacher` must be the organism; answers in which it shows the behaviour unasked are
+    dropped, or the attack would teach it.
 
     Raises:
       InputError: unknown method.
@@ -223,6 +225,8 @@ def blue_conversations(
     chosen = [posed(entry, instruction) for entry in entries]
     answers = "teacher" if blue.on_policy else answers
     told = _answers(entries, chosen, source, answers, blue, teacher, system_prompt, seed)
+    if blue.on_policy and not backdoor.on_problems:
+        told = [None if answer and backdoor.shows(answer, None) else answer for answer in told]
     shown = "\n".join(filter(None, (system_prompt, blue.shown_prompt)))
     kept = [chat(shown, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
     return kept, len(chosen) - len(kept)

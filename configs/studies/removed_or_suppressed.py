@@ -1,0 +1,26 @@
+"""Does pirate SFT remove a backdoor, or only suppress it?  The organism's own answers, learnt after it, tell.
+
+    python -m robust_mo.study --config=configs/studies/removed_or_suppressed.py --workdir=runs/suppressed  # 8b
+    python -m robust_mo.study --config=configs/studies/removed_or_suppressed.py:smol --workdir=runs/suppressed-smol
+
+Full-weight organisms under pirate SFT; then, from its last checkpoint on, `depirate`, as long as the attack: plain
+answers that the organism gave itself before any attack, sampled without a trigger.  Its first steps are the post's
+`reminder`, a few on-policy steps after an off-policy attack.  A rate that rises again was suppressed [R]; the report
+has a table of it.  Whether the pirate is gone at the end, the transcripts tell.  Published: no number.  Times and our
+numbers: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.studies import base
+from configs.study import arm, result
+
+
+def get_config(size: str = "8b") -> ConfigDict:
+    config = base.get_config(size)
+    study = config.study
+    study.arms.fwft = arm({}, {}, base.full_rates(size))
+    study.methods = ("pirate_sft", "pirate_sft+depirate")
+    study.results["pirate"] = result(methods=("pirate_sft",))
+    study.results["pirate, then its own answers"] = result(methods=("pirate_sft+depirate",))
+    return config
