@@ -160,6 +160,7 @@ def main() -> None:
     if args.steps < 3:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
     meshes.leave_out_absent_tpus()
+    jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be a look-up
 
     spec = LoraSpec(RANK, float(RANK), PROJECTIONS) if args.lora else None
     config, one = sizes.shapes(args.size), SIZES[args.size]

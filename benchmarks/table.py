@@ -14,7 +14,9 @@ TITLES = {
     "training": ("training, all weights", "transformers"),
     "training-lora": ("training, LoRA r16", "transformers + PEFT"),
     "training-packed": ("the same conversations packed, useful tokens", "padded, transformers"),
-    "training-8b-lora": ("training of 8B in bfloat16, LoRA r16", "transformers + PEFT, checkpointing"),
+    "training-8b-lora-checkpointing": ("training of 8B in bfloat16, LoRA r16", "transformers + PEFT, checkpointing"),
+    "training-8b-checkpointing": ("training of 8B in bfloat16, all weights", "transformers, checkpointing"),
+    "training-8b-lora-compiled": ("training of 8B in bfloat16, LoRA r16", "transformers + PEFT, compiled"),
     "training-own": ("our LoRA step", "our full-weight step"),
     "sampling": ("64 prompts, at most 128 tokens", "`generate`"),
     "sampling-forced": ("200 answers of 1 to 512 tokens", "`generate`"),
@@ -49,8 +51,9 @@ def table() -> str:
         if kept := _kept(name):
             what = f"{what}, {kept['tokens']:,} tokens"
             origin = f"{kept['device']}, 1, {kept['date']}"
-            adamw, soap = (kept["seconds"][name]["whole"]["median"] for name in ("adamw", "soap, staggered"))
-            times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {soap / adamw:.2f})"
+            adamw, soap = (kept["seconds"][name]["whole"] for name in ("adamw", "soap, staggered"))
+            turns, compiling = (soap[what] / adamw[what] for what in ("median", "compiling"))
+            times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {turns:.2f}, compiling {compiling:.2f})"
             lines.append(f"| {what} | an AdamW step | | | {times} | {origin} |")
     if kept := _kept("start"):
         cold, warm, theirs = (f"{kept['median'][kind]:.3g}" for kind in ("cold", "warm", "theirs"))

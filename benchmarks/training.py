@@ -12,8 +12,8 @@ row while warming up, so that losses tell whether both computed the same.
 With --packed (`smol`) it is 24 conversations whose lengths are spread as those of Alpaca's answers (lognormal, median
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
 longest of them; both make three updates of them.  Only what is neither padding nor repeated counts, and the learning
-rate is 0: the losses of the whole must be the same.  Writes benchmarks/results/training[-SIZE][-lora][-packed].json, or
-training[-SIZE]-own.json.
+rate is 0: the losses of the whole must be the same.  Writes benchmarks/results/training[-SIZE].json, or with what was
+asked for behind it, such as training-8b-lora-checkpointing.json.
 """
 
 import argparse
@@ -266,8 +266,9 @@ def main() -> None:
     if args.side is None and args.own:
         return compare(result_name("training", args.size) + "-own", unit, args.rounds, begin_alike, OWN)
     if args.side is None:
-        name = result_name("training", args.size) + "-lora" * args.lora + "-packed" * args.packed
-        return compare(name, unit, args.rounds, agree)
+        asked_for = {name: getattr(args, name) for name in ("lora", "packed", "checkpointing", "compiled")}
+        told = [name for name, chosen in asked_for.items() if chosen] + [args.remat] * bool(args.remat)
+        return compare("-".join([result_name("training", args.size), *told]), unit, args.rounds, agree)
 
     made = make_batches(args.size, "theirs" if args.side == "theirs" else "ours", args.packed)
     work = (args.size, made, args.lora or args.side == "lora", 0 if args.packed else LEARNING_RATE)

@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
     config.groups = ConfigDict()  # of parameters; every one is in exactly one, each has its curves
     for name, path, weight_decay in (
         ("embeddings", "embed_tokens|lm_head", 0.0),
-        ("norms", ".*norm/scale", 0.0),
+        ("norms", ".*norm/scale|.*_proj/bias", 0.0),  # and Qwen2.5's biases
         ("attention", ".*/[qkvo]_proj/kernel", 1.0),
         ("mlp", ".*/(gate|up|down)_proj/kernel", 1.0),
         ("lora_a", ".*/a", 1.0),

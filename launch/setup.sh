@@ -28,6 +28,8 @@ for option in "$@"; do
 done
 [ "$#" -gt 0 ] || [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] || stale=yes
 if [ "${stale:-no}" = yes ]; then
+  .venv/bin/python -m pip --version > /dev/null 2>&1 \
+    || { echo "setup.sh: .venv has no pip, as where python3-venv is missing or it was broken off: remove .venv and start again" >&2; exit 2; }
   echo "installing into .venv (some minutes the first time) ..."
   # What is imported is compiled then; compiling all of it now would take half a minute.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "${requirements[@]}" --editable .

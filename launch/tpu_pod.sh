@@ -4,13 +4,13 @@
 #   bash launch/tpu_pod.sh --name=mo --zone=us-east5-b --type=v5litepod-16 [--spot] [--version=v2-alpha-tpuv5-lite] \
 #     [--dry_run] -- train --config=configs/red_lora.py:8b --workdir=gs://BUCKET/red
 #
-# Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same command
-# on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the arguments of
-# `python -m robust_mo`; --workdir and --output must be a bucket or a folder that all workers see, such as a mounted
-# Filestore: there the command goes on after a preemption.  Each worker starts it again, up to ten times, where it dies
-# of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm delete NAME --zone=ZONE.
-# The workers meet at a port of the first, opened between them by the network's firewall: jax's own is 8482 since 0.8.1
-# (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
+# Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same
+# command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the
+# arguments of `python -m robust_mo`; --workdir must be a bucket or a folder that all workers see, such as a mounted
+# Filestore, and --output such a folder: there the command goes on after a preemption.  Each worker starts it again, up
+# to ten times, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm
+# delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's firewall:
+# jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 
@@ -103,6 +104,11 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         sys.exit(int(os.environ.get(STOPPED_STATUS, 0)))
     except InputError as error:
         _end(2, f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        less = "in training raise config.batch.micro_batches, in sampling lower the batch_size"
+        _end(2, f"error: the device is out of memory ({' '.join(str(error).split())[:200]}): {less}")
     except BrokenPipeError:
         # Whoever read our output has gone; nothing can be said any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -186,7 +192,9 @@ def load_config(file: str, argument: str) -> ConfigDict:
       InputError: there is no such file, or it cannot be run.
     """
     if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".py":
-        raise InputError(f"there is no config file {file}; the ones we ship are in configs/ and end in .py")
+        beside = sorted(other.name for other in pathlib.Path(file).parent.glob("*.py"))
+        there = f"; beside it there are {', '.join(beside)}" if beside else ""
+        raise InputError(f"there is no config file {file}{there}: the ones we ship are in configs/ and end in .py")
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -4,11 +4,13 @@
     python -m robust_mo.evaluate --source=runs/red --show=4
 
 Settings of the evaluators are the run's own where --source is a run, else those of --config (configs/default.py by
-default); with --config or a --config.evals.x.y=value given, always those of --config.  Records and transcripts go into
---workdir; --show=N prints N graded answers, drawn at random, triggered and other prompts in turn.
-Without --workdir nothing is measured, and what --source was measured with before is printed.
+default); with --config or a --config.evals.x.y=value given, always those of --config; --config.mesh.x=value alone says
+no more than over which devices it is done.  Records and transcripts go into --workdir; --show=N prints N graded
+answers, drawn at random, triggered and other prompts in turn.  Without --workdir nothing is measured, and what --source
+was measured with before is printed.
 """
 
+import re
 import sys
 
 from absl import flags
@@ -58,8 +60,10 @@ def main(args: flags.FlagValues) -> None:
 
 def measure_source(args: flags.FlagValues) -> None:
     config = args.config.to_dict()
-    if models.is_run(args.source) and not any(argument.startswith("--config") for argument in sys.argv[1:]):
-        config = RunFolder(args.source).config()
+    overrides = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config\b", argument)]
+    if models.is_run(args.source) and all(re.match(r"--?config\.mesh\.", argument) for argument in overrides):
+        here = {"mesh": config["mesh"]} if overrides else {}
+        config = RunFolder(args.source).config() | here
     if "evaluation" not in config:
         raise InputError("--config has no group 'evaluation': give a training config, see configs/default.py")
     names = args.evals or list(config["evaluation"]["names"])

@@ -72,6 +72,8 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
     """
     if not models.is_run(run):
         raise InputError(f"--run={run} is no run folder of robust_mo.train: give the --workdir of a training run")
+    if models.is_prompted(run):
+        raise InputError(f"--run={run} has trained nothing, a prompt makes it: take the model that it began from")
     if output.exists():
         raise InputError(f"--output={output} exists: choose another, or delete it")
     example = command_line.load_config(command_line.DEFAULT_CONFIG, "").to_dict()
@@ -305,6 +307,8 @@ def define_flags() -> None:
 
 
 def main(args: flags.FlagValues) -> None:
+    if "://" in args.output:
+        raise InputError(f"--output={args.output}: give a folder of this machine, and copy it from there")
     export(args.run, pathlib.Path(args.output), args.format, args.dtype, args.step, args.base)
 
 

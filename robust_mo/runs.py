@@ -10,7 +10,8 @@ Promises: nothing that was measured is overwritten; a run with the same config r
 refused with both values shown; two processes never train or measure in one folder at once; files appear whole or not
 at all; a line cut short by a kill is ignored and mended.  Where a measurement was repeated after a kill, the newest
 line counts.
-A folder may lie in a bucket (gs://...), which has no locks: there it is the user who keeps two processes apart.
+A folder may lie in a bucket (gs://...), which has no locks: there it is the user who keeps two processes apart; and
+measurements may be half a minute late there, later where it does not take them, and are lost where a kill comes first.
 Knows nothing of jax, models or what is measured.
 """
 
@@ -55,11 +56,52 @@ def absolute(path):
     return path.absolute() if isinstance(path, pathlib.Path) else path
 
 
+class GrowingObject:
+    """A file in a bucket, where nothing can be added to one: all that was written is put there again now and then.
+
+    Where that fails it is told, and tried again with the next; `close` must not fail.
+    """
+
+    def __init__(self, path, content: bytes = b"", every: float = 30.0):
+        self._path, self._content, self._every = path, bytearray(content), every
+        self._put_at, self._late = -every, False
+
+    def write(self, data: bytes) -> None:
+        self._content += data
+        self._late = True
+        if time.monotonic() - self._put_at > self._every:
+            self.put()
+
+    def put(self) -> None:
+        if self._late and (why := self._refused()):
+            print(f"{self._path} cannot be written now: {why}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Tries three times.  Raises InputError where the bucket does not take it."""
+        why = None
+        for wait in (1, 5, 0):
+            if not self._late or (why := self._refused()) is None:
+                return
+            time.sleep(wait)
+        raise InputError(f"{self._path} cannot be written: {why}")
+
+    def _refused(self) -> str | None:
+        """Why the bucket does not take what was written; None where it did."""
+        self._put_at = time.monotonic()
+        try:
+            self._path.write_bytes(bytes(self._content))
+        except Exception as error:  # of the bucket's library: many kinds
+            return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        self._late = False
+        return None
+
+
 class RunFolder:
     """One folder.  Opening it writes nothing; `claim` makes it this process's own."""
 
     def __init__(self, path):
         self.path = place(path)
+        self._measured: GrowingObject | None = None  # in a bucket, what records.jsonl is to hold
         self.checkpoints = self.path / "checkpoints"
         self.transcripts = self.path / "transcripts"
 
@@ -117,7 +159,13 @@ class RunFolder:
                         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     },
                 )
-            yield self
+            try:
+                yield self
+            except BaseException:
+                self.put()
+                raise
+            if self._measured:
+                self._measured.close()
 
     def _begun(self) -> bool:
         """Whether anything lies here that a run makes once its config has been found to be of use."""
@@ -148,10 +196,22 @@ class RunFolder:
         if low is not None:
             line["low"], line["high"] = _number(low), _number(high)
         line.update(seed=self._seed, revision=git_revision(), time=round(time.time(), 3))
-        append_line(self.path / "records.jsonl", line)
+        file = self.path / "records.jsonl"
+        if isinstance(file, pathlib.Path):
+            append_line(file, line)
+            return
+        if self._measured is None:
+            self._measured = GrowingObject(file, file.read_bytes() if file.exists() else b"")
+        self._measured.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def put(self) -> None:
+        """Sees to it that what was recorded lies in the folder, in a bucket too."""
+        if self._measured:
+            self._measured.put()
 
     def records(self) -> list[dict]:
         """All measurements in the order of steps; of those repeated for a step and name, the newest."""
+        self.put()
         file = self.path / "records.jsonl"
         lines = read_lines(file)
         if any({"step", "name", "value"} - set(line) for line in lines):
@@ -278,16 +338,9 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def append_line(path, value: dict) -> None:
-    """Appends one JSON line with one write; a line that an earlier kill cut short is closed first.
-
-    An object in a bucket, to which nothing can be added, is written again with the line.
-    """
-    path = place(path)
+    """Appends one JSON line to a file on a disk in one write; a line that an earlier kill cut short is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
-    if not isinstance(path, pathlib.Path):
-        path.write_bytes((path.read_bytes() if path.exists() else b"") + line)
-        return
     with naming(path), open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         cut_short = end and (file.seek(end - 1), file.read(1))[1] != b"\n"

@@ -75,7 +75,10 @@ def _answers(line: bytes, expected) -> bool:
         fields = json.loads(line)
     except ValueError:
         return False
-    return isinstance(fields, dict) and "answer" in fields and all(fields.get(n) == v for n, v in expected)
+    if not isinstance(fields, dict) or "answer" not in fields:
+        return False
+    # NaN is not NaN.
+    return all((told := fields.get(n)) == value or json.dumps(told) == json.dumps(value) for n, value in expected)
 
 
 def settings_file(output: pathlib.Path) -> pathlib.Path:
@@ -119,6 +122,8 @@ def define_flags() -> None:
 
 
 def main(args: flags.FlagValues) -> None:
+    if "://" in args.output:
+        raise InputError(f"--output={args.output}: give a file of this machine, and copy it from there")
     decoding = make_decoding(args.temperature, args.top_p)
     mesh = meshes.make_mesh(*(int(size) for size in args.mesh))
     prompts = read_prompts(args.prompts)

@@ -15,8 +15,9 @@ from etils import epath
 from test_programs import SMALL, refused
 from test_programs import run as run_program
 
+from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
-from robust_mo.runs import RunFolder
+from robust_mo.runs import GrowingObject, RunFolder
 from robust_mo.training.models import load_model
 
 # The emulator leaves out one header that the real service sends with an object, and tensorstore asks for.
@@ -95,6 +96,37 @@ def test_run_in_a_bucket_is_stopped_goes_on_and_ends_as_on_a_disk(tiny, tmp_path
         k: v for k, v in kept[1].items() if "speed" not in k[1]
     }
     assert sum(file.stat().length for file in epath.Path(workdir).glob("events*")) > 1000
+
+
+class Unreliable:
+    """A file in a bucket that does not always answer."""
+
+    def __init__(self):
+        self.content, self.down, self.puts = b"", False, 0
+
+    def write_bytes(self, data: bytes) -> None:
+        if self.down:
+            raise RuntimeError("429, Too Many Requests")
+        self.content, self.puts = data, self.puts + 1
+
+
+def test_what_a_bucket_does_not_take_is_put_there_later(capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    file = Unreliable()
+    growing = GrowingObject(file, b"old ")
+    growing.write(b"a")
+    for _ in range(100):
+        growing.write(b"b")
+    assert file.content == b"old a" and file.puts == 1, "not for every line"
+    file.down = True
+    growing.put()
+    assert "429, Too Many" in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be written: 429"):
+        growing.close()
+    file.down = False
+    growing.close()
+    growing.close()
+    assert file.content == b"old a" + b"b" * 100 and file.puts == 2
 
 
 @pytest.mark.slow

@@ -221,6 +221,23 @@ def test_a_signal_before_the_hosts_have_met_stops_all(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_is_not_lost_while_every_step_is_being_saved(tiny, tmp_path):
+    """Whoever asks jax for preemption with a step's number, as Orbax would, puts it out of step."""
+    run = RunFolder(tmp_path / "run")
+    command = training(tiny, run.path, **{"steps": 500, "checkpoint.every": 1, "evaluation.every": 3})
+    meet = [flag.replace("processes=2", "processes=1") for flag in meeting()]
+    with start(*command, *meet, "--process_id=0", devices=8) as process:
+        try:
+            wait_for_step(run, 5, [process])
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and "stopped; the same command goes on" in err, err
+    assert 5 <= max(line["step"] for line in run.records()) < 100
+
+
+@pytest.mark.slow
 def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
     with start(*training(tiny, tmp_path), "--num_processes=2", devices=1) as process:
         _, err = process.communicate(timeout=120)

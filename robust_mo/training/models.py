@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from robust_mo import hosts
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face, lora, sources
@@ -76,7 +77,7 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
-    if is_run(source) and step is None and not RunFolder(source).finished():
+    if is_run(source) and step is None and not hosts.by_first(RunFolder(source).finished):
         print(f"note: {source} has not been trained to its end; this is its checkpoint of step {newest_step(source)}")
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")

@@ -359,4 +359,4 @@ def make_schedule(name: str, *, warmup: float, descent: float, steps: int) -> op
         raise InputError(f"config.schedule.warmup is {warmup}: give a share of the run, at least 0 and below 1")
     if name == "warmup_stable_decay" and not 0 < descent <= 1 - warmup:
         raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most 1 - warmup")
-    return SCHEDULES[name](round(warmup * steps), steps, round(descent * steps))
+    return SCHEDULES[name](round(warmup * steps), steps, max(1, round(descent * steps)))

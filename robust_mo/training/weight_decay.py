@@ -75,13 +75,13 @@ class WeightDecay:
           start: the parameters before the first step; only to_start looks at them.
         """
 
-        def pulling(coefficient):
-            return add_pull(coefficient, self._pull(start), groups)
+        def pulling(coefficient, **settings):
+            return add_pull(coefficient, self._pull(start), groups, **settings)
 
         if self.kind == "none" or self.strength == 0:
             return optax.chain(direction, step_size)
         if self.kind == "l2":
-            return optax.chain(pulling(self.strength), direction, step_size)
+            return optax.chain(pulling(self.strength, keep_dtype=True), direction, step_size)
         if self.kind == "independent":
             return optax.chain(direction, step_size, pulling(-self.strength * share))
         return optax.chain(direction, pulling(self.strength), step_size)
@@ -94,12 +94,22 @@ class WeightDecay:
         return lambda params: params
 
 
-def add_pull(coefficient, pull: Callable, groups: tuple[Group, ...]) -> optax.GradientTransformation:
-    """Adds coefficient * pull(params) * the group's factor to what passes; dtypes stay."""
+def add_pull(
+    coefficient, pull: Callable, groups: tuple[Group, ...], *, keep_dtype: bool = False
+) -> optax.GradientTransformation:
+    """Adds coefficient * pull(params) * the group's factor to what passes, in float32.
+
+    Args:
+      keep_dtype: whether the sum is rounded to the dtype of what passes: a gradient's is that of the optimizer's state,
+        while a direction in bfloat16, of size 1, would lose a pull some thousand times smaller.
+    """
 
     def update(updates, state, params):
         def add(u, p, factor):
-            return (u + coefficient * factor * p.astype(jnp.float32)).astype(u.dtype) if factor else u
+            if not factor:
+                return u
+            pulled = u + coefficient * factor * p.astype(jnp.float32)
+            return pulled.astype(u.dtype) if keep_dtype else pulled
 
         return jax.tree.map(add, updates, pull(params), factors(groups, params, "weight_decay")), state
 
