@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 
@@ -47,6 +48,13 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         "set JAX_COORDINATOR_PORT=8476 on all"
     )
     global _met
+    found = {}
+    if {coordinator_address, num_processes, process_id} == {None} and _only_task_of_slurm():
+        # jax would give it one GPU, that of the task's number, and every program of a job the same port.
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator_address, num_processes, process_id = f"localhost:{free.getsockname()[1]}", 1, 0
+        found["cluster_detection_method"] = "deactivate"
     try:
         with meshes.reminded(told):
             jax.distributed.initialize(
@@ -55,6 +63,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
                 process_id,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+                **found,
             )
         _met = True
         if not first():
@@ -70,6 +79,10 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
             "one of them, and let them reach the first one's port"
         ) from None
+
+
+def _only_task_of_slurm() -> bool:
+    return os.environ.get("SLURM_NTASKS") == "1" and "SLURM_STEP_NODELIST" in os.environ
 
 
 def together() -> bool:

@@ -238,6 +238,19 @@ def test_a_signal_is_not_lost_while_every_step_is_being_saved(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_programs_of_one_slurm_job_stay_out_of_each_others_way(tiny, tmp_path):
+    """Whatever has the job's port must not matter to a step of a single task."""
+    slurm = dict(SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NODELIST="localhost")
+    with socket.socket() as another:
+        another.bind(("", 0))
+        another.listen()
+        run = RunFolder(tmp_path / "run")
+        environment = dict(SLURM_JOB_ID="1", JAX_COORDINATOR_PORT=str(another.getsockname()[1]), **slurm)
+        ended(start(*training(tiny, run.path, **{"steps": 2}), devices=8, **environment))
+    assert run.finished()
+
+
+@pytest.mark.slow
 def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
     with start(*training(tiny, tmp_path), "--num_processes=2", devices=1) as process:
         _, err = process.communicate(timeout=120)
