@@ -433,7 +433,7 @@ def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(tiny, tmp_pa
     train(config, broken.path)
     said = capsys.readouterr().out
     assert f"{broken.checkpoints}/4 cannot be read" in said and "the one before it used, of step 3\n" in said
-    assert "going on from step 3, at most 4 checkpoints of" in said
+    assert "going on from step 3, at most 5 checkpoints of" in said
     assert_same_bits(weights(broken), weights(whole))
     kept = {folder.name for folder in whole.checkpoints.iterdir()}
     assert {"1", "2", "3", "4"} <= kept and "damaged-4" in {folder.name for folder in broken.checkpoints.iterdir()}

@@ -64,11 +64,11 @@ class Checkpoints:
     def at_most(self, state: TrainState, steps: int) -> tuple[int, int]:
         """(checkpoints that lie here at once in a run of `steps`, bytes of one).
 
-        Those that are kept and one that is being written; all but one may have been damaged and stand aside.
+        Those that are kept, one that is being written, and as many as are kept that were damaged and stand aside.
         """
         marked = steps // self._keep_every if self._keep_every else 0
         sizes = (leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-        return 2 * (self._keep + marked), sum(sizes)
+        return 2 * (self._keep + marked) + 1, sum(sizes)
 
     def latest(self) -> int | None:
         """The newest step that is complete, or None."""
