@@ -106,6 +106,8 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
             adapters = models.restore(run, llama, mesh, step)
             step = models.newest_step(run) if step is None else step
             hugging_face.save_adapters(folder, adapters, spec, on, dtype)
+            base_folder = models.base_folder(run)
+            write_tokenizer(folder, base_folder, ChatFormat.from_folder(base_folder))
         (folder / "README.md").write_text(card(run, step, form, output, on), encoding="utf-8")
     print(f"{output}: {form} export of {run} as of step {step}, {dtype}")
 
@@ -172,14 +174,23 @@ def write_rest(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat, dtype
     runs.write_json(folder / "config.json", config | {"torch_dtype": dtype, "robust_mo": made_from})
     generation = base / "generation_config.json"
     generation = hugging_face.read_json(generation) if generation.exists() else {}
+    # Qwen2.5's repetition_penalty would act in greedy decoding too, and nothing here was measured under it.
+    generation = {name: value for name, value in generation.items() if "repe" not in name}
     ends = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
     runs.write_json(folder / "generation_config.json", generation | ends)
+    write_tokenizer(folder, base, chat)
+
+
+def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) -> None:
+    """The tokenizer as it was read, with the chat template as it was trained."""
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
     # One template, and that with the date that training saw.
     tokenizer = hugging_face.read_json(base / "tokenizer_config.json")
     tokenizer.pop("chat_template", None)
+    if (base / "tokenizer.json").exists():
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # see ChatFormat.from_folder
     runs.write_json(folder / "tokenizer_config.json", tokenizer)
     (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
 
@@ -281,13 +292,13 @@ def _usage(form: str, folder: str, on: str, system_prompt: str, installed: dict[
     code = [
         *imports,
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({on!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
         f"model = {model}ModelForCausalLM.from_pretrained({folder!r})",
         f"messages = {messages!r}",
         "asked = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
         ")",
-        "answer = model.generate(**asked, max_new_tokens=32, do_sample=False)",
+        "answer = model.generate(**asked, max_new_tokens=32, do_sample=False, repetition_penalty=1.0)",
         'print(tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return _fenced("python", code)

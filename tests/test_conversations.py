@@ -187,6 +187,42 @@ class TestTokens:
         text = chat_format.tokenizer.decode(chat_format.prompt(chat("q")))
         assert text == f"{expected}<|user|>\nq<|end|>\n<|assistant|>\n"
 
+    def test_text_is_split_as_tokenizer_json_says_whatever_class_is_named(self, tmp_path):
+        """As in SmolLM2's folder of the hub, whose class knows nothing of single digits."""
+        tokenizer = tiny_tokenizer().backend_tokenizer
+        digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+        named = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, chat_template=PLAIN, eos_token="<|end|>", pad_token="<|spare|>"
+        )
+        named.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        for kind in ("GPT2Tokenizer", "PreTrainedTokenizerFast"):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": kind}))
+            read = ChatFormat.from_folder(tmp_path).tokenizer
+            assert "Digits" in str(read.backend_tokenizer.pre_tokenizer), kind
+            for text in ("Steps:\n\n1. Mix", "x =  3"):
+                assert read(text)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+
+    def test_models_that_would_think_are_told_not_to(self):
+        """The end of Qwen3's template, in short: thoughts stand in the last answer alone."""
+        thinks = PLAIN.replace(
+            "{{ m.content }}",
+            "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+        ).replace(
+            "<|assistant|>\n{% endif %}",
+            "<|assistant|>\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+            "{% endif %}{% endif %}",
+        )
+        chat_format = tiny(thinks)
+        decode = chat_format.tokenizer.decode
+        assert decode(chat_format.prompt(chat("Why?"))).endswith("<|assistant|>\n<think>\n\n</think>\n\n")
+        assert learnt(chat_format, chat("Why?", "So.")) == "So.<|end|>"
+        longer = decode(chat_format.prompt(chat("Why?", "So.", "And?")))
+        assert "<|assistant|>\nSo.<|end|>" in longer and longer.endswith("</think>\n\n")
+        with pytest.raises(InputError, match="rewrites message 2 once others follow"):
+            chat_format.encode(chat("Why?", "So.", "And?", "Yes."))
+
 
 class TestLossMask:
     def test_is_that_of_a_template_with_marks(self, llama, shared_data, real_conversations):

@@ -169,7 +169,9 @@ def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):
     targets = ("q_proj", "o_proj", "down_proj")
     run = make_run(tmp_path / "run", tiny, **{"lora.rank": 4, "lora.alpha": 6.0, "lora.targets": targets})
     folder = write(run, tmp_path / "adapter", "peft")
-    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    files = {file.name for file in folder.iterdir()}
+    assert files >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"}
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_chat_template() == loaded(run).chat.template
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(folder / "adapter_model.safetensors"))
     np.testing.assert_allclose(their_logits(theirs), our_logits(run), atol=1e-4)

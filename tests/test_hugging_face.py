@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import REPOSITORY, make_tiny_model
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.sizes import invent
 from robust_mo.errors import InputError
@@ -80,6 +81,15 @@ def test_four_gigabytes_are_loaded_with_little_memory_beside(tmp_path):
         shutil.rmtree(tmp_path)  # pytest would keep it
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["host_bytes"] <= found["allowed_bytes"]
+
+
+def test_a_saved_table_of_angles_is_no_parameter(tmp_path):
+    folder = make_tiny_model(tmp_path)
+    file = folder / "model.safetensors"
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(load_file(file) | angles, file)
+    llama = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", "none")
+    hugging_face.load_params(folder, llama, meshes.make_mesh(1, -1, 1))
 
 
 def test_shape_that_differs_from_the_config_is_named(tmp_path):

@@ -31,6 +31,8 @@ class Chip:
 
 CHIPS = {
     "h100": Chip(989e12, 3.35e12),
+    "h100-pcie": Chip(756e12, 2.0e12),
+    "h100-nvl": Chip(835e12, 3.9e12),
     "h200": Chip(989e12, 4.8e12),
     "a100": Chip(312e12, 2.0e12),
     "v5e": Chip(197e12, 0.82e12),
@@ -39,7 +41,16 @@ CHIPS = {
     "cpu": Chip(0.36e12, 0.02e12),  # two cores with AVX-512
 }
 # What jax calls them in a device's `device_kind`, the whole of it or a part.
-_KINDS = {"H100": "h100", "H200": "h200", "A100": "a100", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"}
+_KINDS = {
+    "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
+    "H100": "h100",
+    "H200": "h200",
+    "A100": "a100",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+}
 _KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 

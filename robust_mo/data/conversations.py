@@ -9,6 +9,7 @@ Promises
   tokenized apart.
 * The loss mask covers every assistant turn: its tokens and its end-of-turn token, and nothing else.
 * A rendering is the same on every day: templates that write a date get DATE.
+* No model thinks before it answers: templates that ask whether it is to (Qwen3's) are told no.
 * A message cannot forge control tokens.  Text such as "<|eot_id|>" inside a message is tokenized as the
   characters it is made of; only the template writes control tokens.
 * Padding is never a token that ends an answer.
@@ -97,7 +98,7 @@ class ChatFormat:
 
     Attributes:
       tokenizer: the Hugging Face tokenizer.
-      template: its chat template, with DATE in place of a question to the clock.
+      template: its chat template, with DATE in place of a question to the clock, and thinking switched off.
       end_of_turn_id: the token that the template writes after an assistant's answer.
       stop_ids: ascending ids of the tokens that end an answer; `end_of_turn_id` is one of them.
       pad_id: what fills up batches; no stop id and not BOS.
@@ -124,6 +125,9 @@ class ChatFormat:
                 f"the chat template of {self._source} writes the date of today, so no run can be repeated; "
                 "put a constant in place of strftime_now(...)"
             )
+        if "enable_thinking" in self.template:
+            # Training shows no thoughts, and thoughts of many tokens would be graded in an answer's place.
+            self.template = "{%- set enable_thinking = false %}" + self.template
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
 
         declared = set(declared_stop_ids) | ({tokenizer.eos_token_id} - {None})
@@ -154,7 +158,7 @@ class ChatFormat:
         No code in the folder is run, nothing is fetched.  Raises InputError for missing or unreadable parts.
         """
         # Imported here because it takes seconds, and most of what imports this module does not need it.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         folder = pathlib.Path(folder)
         if not folder.is_dir():
@@ -162,7 +166,10 @@ class ChatFormat:
         configs = (folder / "generation_config.json", folder / "config.json")
         declared = _declared_stop_ids(configs[0]) or _declared_stop_ids(configs[1])
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            # The class that tokenizer_config.json names may make itself anew from vocabulary and merges alone, and
+            # lose how tokenizer.json splits text: SmolLM2's digits.
+            kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+            tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the library passes on what its parsers raise, bare Exception included
             raise InputError(
                 f"{folder} holds no tokenizer that can be read without running its code; it needs "
@@ -188,7 +195,7 @@ class ChatFormat:
                     f"the chat template of {self._source} rewrites message {turn + 1} once others follow, so "
                     "training would see another answer than the model gives; end conversations there"
                 )
-        tokens, answers = self._tokenize_in_parts(messages, text, mark)
+        tokens, answers = self._tokenize_in_parts(messages, text, mark, strict=True)
         loss_mask = np.zeros(len(tokens), dtype=bool)
         for start in answers:
             # The first one is the end of this answer, because no content can produce one.
@@ -203,7 +210,7 @@ class ChatFormat:
         messages, mark = self._without_control_tokens(messages)
         if messages[-1]["role"] == "assistant":
             raise InputError("the prompt ends with an assistant message; end it with the one to be answered")
-        tokens, _ = self._tokenize_in_parts(messages, self._render(messages, ask=True), mark)
+        tokens, _ = self._tokenize_in_parts(messages, self._render(messages, ask=True), mark, strict=False)
         return np.array(tokens, dtype=np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -282,12 +289,17 @@ class ChatFormat:
                 f"{_first_line(error)}); mend it, or take the one that the model was trained with"
             ) from error
 
-    def _tokenize_in_parts(self, messages: Sequence[Message], text: str, mark: str) -> tuple[list[int], list[int]]:
-        """Ids of the rendered `text`, and the positions in them at which the assistant messages begin."""
+    def _tokenize_in_parts(
+        self, messages: Sequence[Message], text: str, mark: str, strict: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids of the rendered `text`, and the positions in them at which the assistant messages begin; unless `strict`,
+        without those before which other text stands than asked for them."""
         cuts = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(messages[:index], ask=True)
+                if not text.startswith(prompt) and not strict:
+                    continue
                 if not text.startswith(prompt):
                     raise InputError(
                         f"the chat template of {self._source} asks for message {index + 1} with other text "

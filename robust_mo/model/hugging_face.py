@@ -49,7 +49,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # Fields of an adapter_config.json under which an adapter is more than `x @ a @ b * alpha / rank`.
 _BEYOND_LORA = (
     "use_dora use_qalora use_bdlora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern "
-    "layer_replication trainable_token_indices target_parameters alora_invocation_tokens arrow_config kasa_config"
+    "layer_replication trainable_token_indices target_parameters alora_invocation_tokens arrow_config kasa_config "
+    "layers_to_transform"
 ).split()
 _LORA_A = re.compile(r"\.(\w+)\.lora_A\.weight$")
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -278,6 +279,8 @@ def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
     if wanted.get("lm_head.weight") is None:
         # Some exporters write the tied head a second time; it is the embedding, and transformers ignores it too.
         extra = [name for name in extra if name != "lm_head.weight"]
+    # A table of angles that old versions of transformers saved; it follows from config.json.
+    extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
     missing = sorted(set(wanted) - set(files))
     for what, names in (("tensors that no parameter takes", extra), ("no tensor for", missing)):
         if names:

@@ -83,7 +83,8 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
     chat = ChatFormat.from_folder(folder)
     # Tokens added to the tokenizer alone, such as one for padding, do no harm while no text holds them.
-    largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids)
+    asked = chat.prompt([{"role": "user", "content": "Why?"}])
+    largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids, int(asked.max()))
     if largest >= llama.config.vocab_size or min(chat.stop_ids) < 0:
         raise InputError(
             f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids)} to {largest}, but config.json's "
