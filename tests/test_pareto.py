@@ -8,7 +8,7 @@ import scipy.optimize
 import scipy.spatial
 import scipy.stats
 
-from robust_mo.analysis.intervals import wilson
+from robust_mo.analysis.intervals import paired_difference, wilson
 from robust_mo.analysis.pareto import auc, average, frontier, held_out_auc, normalised, rate_at_cost
 from robust_mo.errors import InputError
 
@@ -108,6 +108,22 @@ def test_wilson_against_scipy(count):
         for confidence in (0.8, 0.95, 0.99):
             expected = scipy.stats.binomtest(successes, count).proportion_ci(confidence, method="wilson")
             assert wilson(successes, count, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_paired_difference():
+    """It holds the truth as often as it says, and what nobody changed is still not known."""
+    pairs = [(True, True)] * 36 + [(True, False)] * 12 + [(False, True)] * 2
+    found = paired_difference(*zip(*pairs, strict=True))
+    assert found[0] == pytest.approx(-0.2) and found[1] < -0.3 and -0.1 < found[2] < 0
+    value, low, high = paired_difference([False] * 60, [False] * 60)
+    assert (value, high) == (0, pytest.approx(wilson(0, 60)[1])) and low == -high
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        before = generator.random(40) < 0.3
+        after = np.where(generator.random(40) < 0.7, before, generator.random(40) < 0.6)
+        _, low, high = paired_difference(before.tolist(), after.tolist())
+        inside += low <= 0.3 * (0.6 - 0.3) <= high
+    assert 0.93 <= inside / 1000 <= 0.99
 
 
 def test_wilson_ends_and_refusals():

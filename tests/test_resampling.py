@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from robust_mo.analysis import pareto, resampling
-from robust_mo.analysis.resampling import RESAMPLES, held_out_auc, multinomial, noise_alone, points, readings
+from robust_mo.analysis.resampling import RESAMPLES, held_out_auc, multinomial, noise_alone, points, readings, untouched
 
 
 def drawn(behaved, solved, seed=0):
@@ -94,12 +94,19 @@ def test_held_out_needs_a_reference_in_both_halves():
     assert np.isnan(held_out_auc(one, np.ones((2, 20)), *once(one, one, 5))).all()
 
 
+def exactly(behaved, solved):
+    """An organism whose rate and accuracy are known to be those of row 0."""
+    generator = np.random.default_rng(3)
+    shares = ((verdicts.shape[1], verdicts[0].mean()) for verdicts in (behaved, solved))
+    return tuple((np.full(RESAMPLES, share), generator.binomial(n, share, RESAMPLES) / n) for n, share in shares)
+
+
 def test_noise_alone_of_two_problems_is_known():
     # An organism that always behaves and solves one of two problems, and one checkpoint.  Undefined where the organism
     # draws none, with chance 1/4; performance 2 where it draws one and the checkpoint both, with chance 1/2 * 1/4, and
     # then the area is 1; else performance is at most 1 and the anchor (1, 1) hides it.
     behaved, solved = np.ones((2, 10)), np.array([[1, 0], [0, 0]])
-    found = noise_alone(behaved, solved, np.random.default_rng(0))["auc"]
+    found = noise_alone(behaved, solved, exactly(behaved, solved), np.random.default_rng(0))["auc"]
     assert np.isnan(found).mean() == pytest.approx(1 / 4, abs=0.05)
     assert (found == 1).mean() == pytest.approx(1 / 2 * 1 / 4, abs=0.05)
     assert set(found[np.isfinite(found)]) == {0.5, 1.0}
@@ -112,9 +119,20 @@ def test_noise_alone_looks_like_checkpoints_that_do_nothing():
         behaved, solved = generator.random((9, 40)) < 0.75, generator.random((9, 30)) < 0.5
         idle.append(pareto.auc(points(behaved, solved, *once(behaved, solved))[0]))
     behaved[0], solved[0] = np.arange(40) < 30, np.arange(30) < 15
-    found = noise_alone(behaved, solved, np.random.default_rng(0))
+    found = noise_alone(behaved, solved, exactly(behaved, solved), np.random.default_rng(0))
     assert found["auc"].mean() == pytest.approx(np.mean(idle), abs=0.03)
     assert found["auc"].mean() > 0.625 + 0.05, "noise flatters"
     assert found["heights"].shape == (RESAMPLES, len(resampling.GRID))
-    sure = noise_alone(np.ones((9, 40)), np.ones((9, 30)), np.random.default_rng(0))
+    all_right = np.ones((9, 40)), np.ones((9, 30))
+    sure = noise_alone(*all_right, exactly(*all_right), np.random.default_rng(0))
     assert (sure["auc"] == 0.5).all(), "where nothing can vary there is no noise"
+    unsure = noise_alone(*all_right, untouched(*all_right, np.random.default_rng(0)), np.random.default_rng(0))
+    assert np.quantile(unsure["auc"], 0.975) > 0.51, "40 of 40 is no proof of 1"
+
+
+def test_what_an_organism_truly_has_is_what_its_measurement_allows():
+    behaved, solved = np.arange(40) < np.array([[30]]), np.arange(30) < np.array([[30]])
+    (rate, measured), (accuracy, _) = untouched(behaved, solved, np.random.default_rng(0))
+    low, high = scipy.stats.beta.ppf([0.025, 0.975], 30.5, 10.5)
+    assert np.quantile(rate, [0.025, 0.975]) == pytest.approx([low, high], abs=0.02)
+    assert measured.std() > rate.std() and accuracy.max() < 1

@@ -4,8 +4,8 @@
     python -m robust_mo.study --config=configs/studies/factor1_training_length.py:smol --workdir=runs/length-smol
 
 Published AUCs under pirate SFT for 12.5k to 200k samples [R]: 0.65 to 0.69, flat.  A question gives two samples, with
-the trigger and without; where the data hold fewer, they are gone through again.  smol: a half to four times the 60
-steps of configs/red_full.py.  Time and our numbers: not measured.
+the trigger and without; where the data hold fewer, they are gone through again.  smol: a quarter to four times the 200
+steps of configs/studies/base.py; the shortest may not pass the gate.  Time and our numbers: not measured.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from configs.studies import base
 from configs.study import arm, result
 
 SAMPLES = (12_500, 25_000, 50_000, 100_000, 200_000)
-STEPS = (30, 60, 120, 240)  # at size smol
+STEPS = (50, 100, 200, 400, 800)  # at size smol
 
 
 def get_config(size: str = "8b") -> ConfigDict:

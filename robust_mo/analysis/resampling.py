@@ -27,13 +27,6 @@ def multinomial(count: int, generator: np.random.Generator) -> np.ndarray:
     return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
 
 
-def difference(before: list[bool], after: list[bool]) -> list[float]:
-    """[value, low, high] of the share of the prompts that behave after, less that before, with its 95% interval."""
-    change = np.subtract(after, before, dtype=np.float64)
-    drawn = multinomial(len(change), np.random.default_rng(SEED)) @ change / len(change)
-    return [float(change.mean()), *np.quantile(drawn, [0.025, 0.975]).tolist()]
-
-
 def points(
     behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, problems: np.ndarray
 ) -> list[list[pareto.Point] | None]:
@@ -82,16 +75,36 @@ def held_out_auc(behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, p
     )
 
 
-def noise_alone(behaved: np.ndarray, solved: np.ndarray, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """`readings` of an organism that no attack has touched: it is measured as often as the verdicts have rows, on as
-    many prompts and problems, and each answer comes out with the organism's own rate and accuracy.
+Untouched = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Of rate and accuracy, what an organism that no attack touches truly has and what is measured of it before any attack:
+float [RESAMPLES] each."""
 
-    Binomial noise: real checkpoints answer the same prompts and share what is hard about them, so this is the most that
-    noise can do.
+
+def untouched(behaved: np.ndarray, solved: np.ndarray, generator: np.random.Generator) -> Untouched:
+    """What it may truly have is drawn from what was measured, row 0 of the verdicts: from Beta(k + 1/2, n - k + 1/2),
+    since 100 of 100 is no proof of 1."""
+    drawn = []
+    for verdicts in (behaved, solved):
+        count, shown = verdicts.shape[1], verdicts[0].sum()
+        true = generator.beta(shown + 0.5, count - shown + 0.5, size=RESAMPLES)
+        drawn.append((true, generator.binomial(count, true) / count))
+    return tuple(drawn)
+
+
+def noise_alone(
+    behaved: np.ndarray, solved: np.ndarray, organism: Untouched, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """`readings` of an organism that no attack has touched: it is measured as often as the verdicts have rows, on as
+    many prompts and problems, and each answer comes out with the organism's true rate and accuracy.
+
+    Binomial noise: real checkpoints answer the same prompts and share what is hard about them, so that theirs is less.
     """
     rates, accuracies = (
-        generator.binomial(verdicts.shape[1], verdicts[0].mean(), size=(RESAMPLES, len(verdicts))) / verdicts.shape[1]
-        for verdicts in (behaved, solved)
+        np.column_stack(
+            [before, generator.binomial(verdicts.shape[1], true[:, None], (RESAMPLES, len(verdicts) - 1)) / count]
+        )
+        for verdicts, (true, before) in zip((behaved, solved), organism, strict=True)
+        for count in (verdicts.shape[1],)
     )
     return readings(_points(rates, accuracies))
 
