@@ -109,5 +109,5 @@ def test_evaluations_are_counted_as_the_trainer_makes_them():
 
 @pytest.mark.parametrize("hardware", ["h1000", "h100:0", "h100:x", ""])
 def test_unknown_hardware_lists_the_known(hardware, tmp_path):
-    with pytest.raises(InputError, match=f"--hardware={hardware}: give one of h100, h200, a100"):
+    with pytest.raises(InputError, match=f"--hardware={hardware}: give one of h100, h100-pcie, h100-nvl, h200, a100"):
         study.plan(load_config(FOLDER / "factor5_soap.py", "smol"), tmp_path, hardware)
