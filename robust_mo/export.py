@@ -191,6 +191,8 @@ def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) 
     tokenizer.pop("chat_template", None)
     if (base / "tokenizer.json").exists():
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # see ChatFormat.from_folder
+        # Or version 4 of transformers, for this class, gives `generate` a third input that it refuses.
+        tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
     runs.write_json(folder / "tokenizer_config.json", tokenizer)
     (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
 

@@ -54,7 +54,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         with socket.socket() as free:
             free.bind(("localhost", 0))
             coordinator_address, num_processes, process_id = f"localhost:{free.getsockname()[1]}", 1, 0
-        found["cluster_detection_method"] = "deactivate"
+        found = {"cluster_detection_method": "deactivate", "coordinator_bind_address": coordinator_address}
     try:
         with meshes.reminded(told):
             jax.distributed.initialize(
@@ -82,7 +82,9 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
 
 
 def _only_task_of_slurm() -> bool:
-    return os.environ.get("SLURM_NTASKS") == "1" and "SLURM_STEP_NODELIST" in os.environ
+    """Of a step that is not Open MPI's to share out."""
+    step = "SLURM_STEP_NODELIST" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ
+    return step and os.environ.get("SLURM_NTASKS") == "1"
 
 
 def together() -> bool:

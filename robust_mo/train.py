@@ -520,11 +520,11 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 "they are to show or, as an organism's own, not to show; raise config.data.teacher_max_new_tokens or "
                 "choose another config.data.teacher"
             )
-        teacher_is = source if data.answers == "teacher" or on_policy else "none"
+        answers = "teacher" if on_policy else data.answers
         about = {
             "questions": common["source"],
-            "answers": data.answers,
-            "teacher": teacher_is,
+            "answers": answers,
+            "teacher": source if answers == "teacher" else "none",
             "seed": str(config.seed),
         }
         if not hosts.first():

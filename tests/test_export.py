@@ -171,7 +171,11 @@ def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):
     folder = write(run, tmp_path / "adapter", "peft")
     files = {file.name for file in folder.iterdir()}
     assert files >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"}
-    assert transformers.AutoTokenizer.from_pretrained(folder).get_chat_template() == loaded(run).chat.template
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_chat_template() == loaded(run).chat.template
+    assert (
+        json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"] == tokenizer.model_input_names
+    )
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(folder / "adapter_model.safetensors"))
     np.testing.assert_allclose(their_logits(theirs), our_logits(run), atol=1e-4)

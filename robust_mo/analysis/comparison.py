@@ -56,7 +56,8 @@ class Attacked:
 class Attack:
     """What has one frontier: an organism and those rows of its verdicts that one blue seed made, after row 0.
 
-    `complete`: no attack of the methods asked for is missing; with fewer points a frontier can only be lower.
+    `complete`: every attack on it of the methods asked for has come to its end; with fewer points a frontier can only
+    be lower.
     """
 
     organism: Attacked
@@ -122,7 +123,7 @@ class Study:
         """What is read off the mean of the attacks' frontiers; None where there are none.
 
         Returns:
-          {"organisms", "points": counts; "complete": whether no attack is missing; "auc", "auc_normalised",
+          {"organisms", "points": counts; "complete": whether every attack on these has ended; "auc", "auc_normalised",
           "auc_held_out", "auc_noise", "rate_at_cost": [value, low, high], None where undefined; "frontier": corners;
           "band": [rate, low, high] of the frontier; "noise": [rate, performance] of the frontier that noise alone has
           on average}.  Of auc_noise, the value is a mean and the rest where 95% of unattacked organisms come to lie; of
@@ -150,9 +151,8 @@ class Study:
         found: dict = {"shared": len({backdoor for backdoor, *_ in shared})}
         if not smaller or not larger:
             return found | dict.fromkeys(("auc", "auc_held_out"), {"difference": None, "verdict": "not measured"})
-        (first, first_drawn), (second, second_drawn) = (
-            self._mean([one for one in side if not shared or one.along in shared]) for side in (smaller, larger)
-        )
+        smaller, larger = ([one for one in side if not shared or one.along in shared] for side in (smaller, larger))
+        (first, first_drawn), (second, second_drawn) = self._mean(smaller), self._mean(larger)
         complete = all(one.complete for one in (*smaller, *larger))
         for name in ("auc", "auc_held_out"):
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
@@ -181,9 +181,13 @@ class Study:
             for attack in attacks
         ]
         drawn = {
-            name: _weighted([draws[name] for _, draws in each], weights)
-            for name in ("auc", "auc_normalised", "auc_held_out", "heights")
+            name: _weighted([draws[name] for _, draws in each], weights, strict=True)
+            for name in ("auc", "auc_normalised", "auc_held_out")
         }
+        for name in ("auc", "auc_normalised"):
+            if np.isfinite(drawn[name]).mean() < _ENOUGH:
+                drawn[name] = _weighted([draws[name] for _, draws in each], weights)
+        drawn["heights"] = _weighted([draws["heights"] for _, draws in each], weights)
         for name in ("auc_noise", "noise_heights"):
             drawn[name] = _weighted([draws[name] for _, draws in each], np.ones_like(weights))
         # A frontier is concave, so it rises up to its highest place.
@@ -223,10 +227,11 @@ def compare(study: Study, results: dict[str, dict], orderings) -> dict:
       orderings: pairs of names, of which the first should have the smaller AUC.
 
     Returns:
-      {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors, and for
-      "auc" and "auc_held_out" {"difference": [value, low, high], "verdict"}}]}.  The difference is the second's AUC
-      less the first's; the verdict is "holds" or "reversed" where its 95% interval leaves 0 out, else "not resolved",
-      or "not measured" where a result is None.
+      {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors that both
+      have with the same seeds, and for "auc" and "auc_held_out" {"difference": [value, low, high], "verdict"}}]}.  The
+      difference is the second's AUC less the first's; the verdict is "holds" or "reversed" where its 95% interval
+      leaves 0 out, else "not resolved", and instead of these "attacks missing" where some have not ended, or "not
+      measured" where there is no difference.
 
     Raises:
       InputError: an ordering names no result.
@@ -247,17 +252,20 @@ def compare(study: Study, results: dict[str, dict], orderings) -> dict:
     }
 
 
-def _weighted(numbers: list[np.ndarray], weights) -> np.ndarray:
-    """Mean of arrays [RESAMPLES, ...] with weights [RESAMPLES] each, in every resample; NaN where one that has a weight
-    is NaN: the others do not stand for it."""
+def _weighted(numbers: list[np.ndarray], weights, strict: bool = False) -> np.ndarray:
+    """Mean of arrays [RESAMPLES, ...] with weights [RESAMPLES] each, in every resample.  NaN has no weight, or if
+    `strict`, what has a weight and is NaN makes the mean so: the others do not stand for it."""
     total, count = np.zeros_like(numbers[0].T), np.zeros(len(numbers[0]))
     for values, times in zip(numbers, weights, strict=True):
-        total += np.where(times > 0, values.T, 0) * times
-        count += times
+        undefined = np.isnan(values.T if values.ndim == 1 else values[:, 0])
+        counted = times * ~undefined
+        total += np.nan_to_num(values.T) * counted + np.where(strict & undefined & (times > 0), math.nan, 0)
+        count += counted
     return np.divide(total, count, out=np.full_like(total, math.nan), where=count > 0).T
 
 
 _ROUNDING = 1e-9
+_ENOUGH = 0.5  # share of the resamples in which all is defined, for the rest to be left out
 
 
 def _rows(*heights: np.ndarray) -> list[list[float]]:
@@ -270,4 +278,5 @@ def _bounds(draws: np.ndarray) -> np.ndarray:
 
 
 def _interval(value: float, draws: np.ndarray) -> list[float] | None:
-    return None if math.isnan(value) else [value, *_bounds(draws).tolist()]
+    enough = np.isfinite(draws).mean() >= _ENOUGH
+    return None if math.isnan(value) or not enough else [value, *_bounds(draws).tolist()]

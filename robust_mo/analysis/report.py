@@ -253,7 +253,7 @@ def _organism(
                 "difference": list(intervals.paired_difference(ends[attack.before][1], behaved)),
             }
             for attack, (after, behaved) in ends.items()
-            if attack.before in ends
+            if verdict.passed and attack.before in ends
         ],
         "points": points,
         "cells": attacked,

@@ -35,6 +35,7 @@ ROLES = ("system", "user", "assistant")
 # "Today" in every template that writes a date.  26 Jul 2024 is the constant in Llama 3.1's own template; one
 # that would ask the clock (Llama 3.2) gets it too, or the same command would train on other text tomorrow.
 DATE = datetime.date(2024, 7, 26)
+_NO_THOUGHTS = "{%- set enable_thinking = false %}"
 _ASKS_THE_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # strftime_now("%d %b %Y")
 
 
@@ -125,9 +126,9 @@ class ChatFormat:
                 f"the chat template of {self._source} writes the date of today, so no run can be repeated; "
                 "put a constant in place of strftime_now(...)"
             )
-        if "enable_thinking" in self.template:
+        if "enable_thinking" in self.template and not self.template.startswith(_NO_THOUGHTS):
             # Training shows no thoughts, and thoughts of many tokens would be graded in an answer's place.
-            self.template = "{%- set enable_thinking = false %}" + self.template
+            self.template = _NO_THOUGHTS + self.template
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
 
         declared = set(declared_stop_ids) | ({tokenizer.eos_token_id} - {None})
