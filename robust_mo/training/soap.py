@@ -234,10 +234,12 @@ def soap(
         trees = state.mu, state.nu, state.factors, state.bases
         leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
         number, changes, after, told = 0, [], [], jnp.zeros(3)
+        # Where devices are threads of a CPU they must gather in one order, or they wait for one another for ever; other
+        # devices' programs have an order, and libtpu 0.0.52 fails to compile some that are tied together so.
+        one_order = mesh is not None and mesh.devices.flat[0].platform == "cpu"
         for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
-            # Never true, but it makes one refresh wait for the one before it, so that all devices gather in one order:
-            # a CPU's threads would else wait for one another for ever.
-            turn = seen if mesh is None else seen + (told[2] < 0)
+            # Never true, but it makes one refresh wait for the one before it.
+            turn = seen + (told[2] < 0) if one_order else seen
             change, leaf, of_leaf = step(turn, number, g, p, place, leaf)
             changes.append(change)
             after.append(leaf)
