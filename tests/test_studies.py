@@ -53,6 +53,7 @@ def test_all_published_results_are_there():
         ("rank-sweep-smol", "result2_rank_sweep"),
         ("qa-vs-pirate-smol", "appendix1_qa_vs_pirate"),
         ("prompted-smol", "result1_prompted"),
+        ("suppressed-smol", "removed_or_suppressed"),
     ],
 )
 def test_kept_reports_are_drawn_from_their_records(kept, name, tmp_path):
