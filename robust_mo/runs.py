@@ -59,7 +59,7 @@ def absolute(path):
 class GrowingObject:
     """A file in a bucket, where nothing can be added to one: all that was written is put there again now and then.
 
-    Where that fails it is told, and tried again with the next; `close` must not fail.
+    Where that fails it is told, and tried again half a minute later; `close` raises where it goes on failing.
     """
 
     def __init__(self, path, content: bytes = b"", every: float = 30.0):

@@ -299,9 +299,9 @@ class ChatFormat:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(messages[:index], ask=True)
-                if not text.startswith(prompt) and not strict:
-                    continue
                 if not text.startswith(prompt):
+                    if not strict:
+                        continue
                     raise InputError(
                         f"the chat template of {self._source} asks for message {index + 1} with other text "
                         "than it writes before it, so training would not see what the model is asked; use "

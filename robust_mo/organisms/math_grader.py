@@ -172,7 +172,8 @@ _TWO_NUMBERS = re.compile(r"[-+]?[\d.,]*\d\s*[a-z]{2,}[a-z\s]*\d[\d.,]*\s*[a-z]{
 
 
 def _with_unit(normalized: str) -> Fraction | bool | None:
-    """The number before words that are a unit; False where they make it another; None where that is not plain."""
+    """The number before words that are a unit, times what a word such as "million" says; False where the words make it
+    another number ("5 squared", "5 feet 6 inches"); None where they may, or where it is no number with words."""
     told = " ".join(_TEXT.sub(r" \1\2 ", normalized).lower().split())
     if _TWO_NUMBERS.fullmatch(told):
         return None if " or " in told else False
