@@ -15,6 +15,8 @@ of config.model, or from a folder that is here.
 import importlib.util
 import json
 import os
+import pathlib
+import tempfile
 import time
 
 import jax
@@ -32,7 +34,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.sampling.sampler import decode_program
 from robust_mo.training import models
-from robust_mo.training.memory import held, needed, out_of_memory
+from robust_mo.training.memory import Need, held, needed, out_of_memory
 
 # Names that libtpu 0.0.52 knows, for the message; any other that the compiler takes works too.
 TOPOLOGIES = "v5e:2x2 v5e:4x4 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v6e:4x4 v6e:8x8 v6e:16x16".split()
@@ -153,7 +155,7 @@ def measure(program, mesh: Mesh, limit: int | None) -> dict:
         sizes = {"arguments": given, "temporaries": None, "output": None, "total": given}
         fits, told, begun = False, None, time.monotonic()
         if given <= limit:
-            need = needed(traced.lower(), arguments)
+            need, text = _compile(traced.lower(), arguments)
             sizes = {
                 "arguments": need.arguments,
                 "temporaries": need.temporaries,
@@ -161,7 +163,7 @@ def measure(program, mesh: Mesh, limit: int | None) -> dict:
                 "total": need.total,
             }
             fits = need.compiled is not None and need.total <= limit
-            told = _collectives(need.compiled) if need.compiled else {}
+            told = collectives(text) if text else {}
     return {
         "fits": fits,
         "chips": mesh.size,
@@ -174,11 +176,17 @@ def measure(program, mesh: Mesh, limit: int | None) -> dict:
     }
 
 
-def _collectives(compiled) -> dict | None:
-    try:
-        return collectives(compiled.as_text())
-    except jax.errors.JaxRuntimeError:
-        return None  # jaxlib cannot read all that libtpu writes, such as v5p's sparse cores' work
+def _compile(lowered: jax.stages.Lowered, arguments) -> tuple[Need, str]:
+    """What a program needs, and its optimized HLO, which is empty where the compiler refused it.
+
+    The compiler itself writes the HLO down: Compiled.as_text() cannot read back the work of v5p's sparse cores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        need = needed(lowered, arguments, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        if need.compiled is None:
+            return need, ""
+        (written,) = pathlib.Path(folder).glob("*after_optimizations.txt")
+        return need, written.read_text()
 
 
 def chip_limit(mesh: Mesh) -> int:
@@ -207,14 +215,7 @@ def report(found: dict, tokens: int) -> list[str]:
         f"fits, with {spare / _GIB:.2f} GiB to spare" if found["fits"] else f"DOES NOT FIT by {-spare / _GIB:.2f} GiB",
         f"FLOPs of matrix products: {found['flops']:.3e} a step, {found['flops_per_chip']:.3e} a chip, "
         f"{found['flops'] / tokens:.3e} a token",
-        *(
-            ["collectives: not known, this jaxlib cannot read the compiled program"]
-            if found["collectives"] is None
-            else (
-                f"{kind}: {n['count']}, {n['bytes'] / _GIB:.2f} GiB per chip"
-                for kind, n in found["collectives"].items()
-            )
-        ),
+        *(f"{kind}: {n['count']}, {n['bytes'] / _GIB:.2f} GiB per chip" for kind, n in found["collectives"].items()),
         f"compiled in {found['compile_seconds']} s",
     ]
 

@@ -286,26 +286,32 @@ def test_sampler_is_compiled_with_room_for_the_longest_answer(tmp_path):
 
 
 EXACT = {  # of jax 0.10.2 and libtpu 0.0.52; a change that moves them says so, and why
-    "red_lora.py:8b": {
+    ("red_lora.py:8b", "v5e:4x4"): {
         "arguments": 2_176_420_864,
         "temporaries": 3_468_050_432,
         "collectives": {"all-gather": 649, "all-reduce": 19, "all-to-all": 1, "collective-permute": 5920},
     },
-    "red_full.py:1b": {
+    ("red_full.py:1b", "v5e:4x4"): {
         "arguments": 927_706_112,
         "temporaries": 2_371_092_480,
         "collectives": {"all-gather": 57, "all-reduce": 44, "all-to-all": 2, "collective-permute": 1840},
+    },
+    # has sparse cores, whose work jaxlib's Compiled.as_text() cannot read back
+    ("red_lora.py:1b", "v5p:2x2x2"): {
+        "arguments": 708_471_808,
+        "temporaries": 2_124_709_888,
+        "collectives": {"all-gather": 313, "all-reduce": 19, "all-to-all": 1, "collective-permute": 2960},
     },
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXACT)
-def test_compiled_steps_are_what_they_were(name):
-    """On v5e:4x4: bytes of state and temporaries per chip, and collectives by kind."""
+@pytest.mark.parametrize(("name", "topology"), EXACT)
+def test_compiled_steps_are_what_they_were(name, topology):
+    """Bytes of state and temporaries per chip, and collectives by kind."""
     if [importlib.metadata.version(package) for package in ("jax", "libtpu")] != ["0.10.2", "0.0.52"]:
         pytest.skip("the numbers are those of jax 0.10.2 and libtpu 0.0.52")
-    done = run("preflight", f"--config=configs/{name}", "--config.remat=full", "--topology=v5e:4x4", "--json")
+    done = run("preflight", f"--config=configs/{name}", "--config.remat=full", f"--topology={topology}", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     sizes = found["bytes_per_chip"]
@@ -313,7 +319,7 @@ def test_compiled_steps_are_what_they_were(name):
         "arguments": sizes["arguments"],
         "temporaries": sizes["temporaries"],
         "collectives": {kind: told["count"] for kind, told in found["collectives"].items()},
-    } == EXACT[name]
+    } == EXACT[name, topology]
 
 
 @pytest.mark.slow

@@ -36,14 +36,14 @@ class Need:
         return self.arguments + self.temporaries + self.output
 
 
-def needed(lowered: jax.stages.Lowered, arguments) -> Need:
+def needed(lowered: jax.stages.Lowered, arguments, compiler_options: dict[str, str | bool] | None = None) -> Need:
     """Compiles a program.
 
     Args:
       arguments: what it was lowered for, arrays or their shapes with shardings.
     """
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if (refused := out_of_memory(error)) is None:
             raise
