@@ -50,7 +50,10 @@ done
 
 tpu() { run gcloud compute tpus tpu-vm "$1" "$name" --zone="$zone" "${@:2}"; }
 run() { if [ "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
-state() { gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true; }
+state() {  # nothing where there is no such slice
+  gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>"$errors" && return
+  grep -q NOT_FOUND "$errors" || { cat "$errors" >&2; fail "gcloud does not say how the slice $name is, see above"; }
+}
 # The archive unpacks over an earlier copy; the workers' own .venv stays.  Ubuntu 22.04's own Python is 3.10.
 setup="set -e; mkdir -p robust_mo; tar -xzf robust_mo.tgz -C robust_mo; cd robust_mo
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -67,8 +70,8 @@ for start in \$(seq 10); do
 done; exit \$status"
 
 [ "$dry_run" ] || command -v gcloud >/dev/null || fail "there is no gcloud: install the Google Cloud CLI and log in"
-archive=$(mktemp --suffix=.tgz)
-trap 'rm -f "$archive"' EXIT
+archive=$(mktemp --suffix=.tgz) errors=$(mktemp)
+trap 'rm -f "$archive" "$errors"' EXIT
 run git archive --format=tgz --output="$archive" HEAD
 
 had=

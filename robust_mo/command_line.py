@@ -2,11 +2,14 @@
 
 Promises: a user's mistake ends in one line on stderr and exit status 2, also where it shows inside a library's flag
 parsing; SIGINT and SIGTERM are noticed at safe points (`check_interrupt`) so that work can be saved, and a second one
-stops at once; compiled programs are kept between starts.  Our own bugs keep their traceback.
+stops at once; where whoever read what is printed has gone, the work goes on unheard; compiled programs are kept between
+starts.  Our own bugs keep their traceback.
 Does not know what any program does.
 """
 
+import contextlib
 import difflib
+import errno
 import importlib.util
 import itertools
 import logging as python_logging
@@ -24,11 +27,15 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from robust_mo import hosts
+from robust_mo import hosts, runs
 from robust_mo.errors import InputError, said
+from robust_mo.model import mesh as meshes
+from robust_mo.model.sources import cache_folder
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_FOR_THE_OTHERS = 15.0  # less than jax waits (hosts.py)
+# Errors of shared file systems after which the same command may go on: no bad input, whose exit status is 2.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
 """The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
@@ -51,7 +58,9 @@ def _request(number, frame):
         os.write(2, b"stopped at once; the same command goes on from what was saved\n")
         os._exit(130)
     _requested = True
-    print(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)", file=sys.stderr)
+    # Not through sys.stderr, which may be in the middle of a line; and a terminal that is closed hears nothing.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)\n".encode())
     if hosts.together():
         os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other hosts
 
@@ -88,8 +97,6 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         _keep_compiled_programs()
-        from robust_mo.model import mesh as meshes
-
         meshes.leave_out_absent_tpus()
         if "coordinator_address" in flags.FLAGS:
             hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
@@ -97,10 +104,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
                 os.kill(os.getpid(), signal.SIGTERM)
         main(flags.FLAGS)
     except Interrupted:
-        from robust_mo.runs import command_line
-
         if hosts.first():
-            _say(f"stopped; the same command goes on: {command_line()}")
+            _say(f"stopped; the same command goes on: {runs.command_line()}")
         sys.exit(int(os.environ.get(STOPPED_STATUS, 0)))
     except InputError as error:
         _end(2, f"error: {error}")
@@ -110,11 +115,11 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         less = "in training raise config.batch.micro_batches, in sampling lower the batch_size"
         _end(2, f"error: the device is out of memory ({' '.join(str(error).split())[:200]}): {less}")
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing can be said any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _unheard(sys.stdout)
         sys.exit(1)
     except OSError as error:
-        _end(2, f"error: {said(error)}")
+        passing = isinstance(error, ConnectionError | TimeoutError) or error.errno in _PASSING
+        _end(1 if passing else 2, f"error: {said(error)}")
 
 
 def _print_unraisable(found) -> None:
@@ -125,7 +130,19 @@ def _print_unraisable(found) -> None:
 
 
 def _say(line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    _tell(" ".join(line.split()), sys.stderr)
+
+
+def _tell(line: str, stream) -> None:
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        _unheard(stream)
+
+
+def _unheard(stream) -> None:
+    """From now on what is printed there is lost: whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end(status: int, line: str) -> None:
@@ -266,10 +283,6 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
 
 def _keep_compiled_programs() -> None:
     """jax's compilation cache on disk, where the user has set up none."""
-    import jax
-
-    from robust_mo.model.sources import cache_folder
-
     # A full disk is told of where it loses something; here it only costs time.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
@@ -297,7 +310,7 @@ class Progress:
         self._shown = now
         new, seconds = done - self._first, now - self._start
         left = f"{clock((self._total - done) * seconds / new)} left" if new else "first ones under way"
-        print(f"{self._what} {done}/{self._total} {self._unit}  {note}  {left}", flush=True)
+        _tell(f"{self._what} {done}/{self._total} {self._unit}  {note}  {left}", sys.stdout)
 
 
 def evaluation_progress() -> Callable[[str, int, int, int], None]:

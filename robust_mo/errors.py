@@ -13,6 +13,11 @@ class InUse(InputError):
     """Another process is at it: nothing has failed."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says in its first line, at most 300 characters; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def said(error: OSError) -> str:
     """What an OSError says, with the file where it knows one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

@@ -10,6 +10,7 @@ answers, drawn at random, triggered and other prompts in turn.  Without --workdi
 was measured with before is printed.
 """
 
+import contextlib
 import re
 import sys
 
@@ -86,6 +87,7 @@ def measure_source(args: flags.FlagValues) -> None:
     kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
     described = {
         "source": args.source,
+        **({"source_started": begun} if (begun := models.started(args.source)) else {}),
         **{name: config[name] for name in kept},
         "system_prompt": system_prompt,
         "evals": chosen,
@@ -94,7 +96,7 @@ def measure_source(args: flags.FlagValues) -> None:
 
         def subject() -> Subject:
             mesh = meshes.make_mesh(**config["mesh"])
-            model = models.load_model(args.source, mesh, config["compute_dtype"], config["param_dtype"], step=args.step)
+            model = models.load_model(args.source, mesh, config["compute_dtype"], config["param_dtype"], step)
             return Subject(
                 model.llama,
                 model.params,
@@ -107,11 +109,8 @@ def measure_source(args: flags.FlagValues) -> None:
                 mesh,
             )
 
-        curves = Curves(run.path, 0)
-        try:
+        with contextlib.closing(Curves(run.path, 0)) as curves:
             measure(run, curves, subject, step, chosen)
-        finally:
-            curves.close()
     show(run, names, step, args.show)
 
 

@@ -86,11 +86,11 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
         raise InputError(f"--base={base} is for --format=peft: leave it out")
     dtype = dtype or config["param_dtype"]
     mesh = meshes.make_mesh(1, -1, 1)
+    step = models.newest_step(run) if step is None else step
     with new_folder(output) as folder:
         if form == "merged":
             on = str(output)
             model = models.load_model(run, mesh, config["compute_dtype"], config["param_dtype"], step)
-            step = models.newest_step(run) if step is None else step
             progress = functools.cache(lambda total: command_line.Progress("written", total, "tensors"))
 
             def on_tensor(done: int, total: int) -> None:
@@ -104,7 +104,6 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
             llama = hugging_face.read_config(models.base_folder(run))
             llama = hugging_face.build(llama, spec, config["compute_dtype"], config["param_dtype"], remat="none")
             adapters = models.restore(run, llama, mesh, step)
-            step = models.newest_step(run) if step is None else step
             hugging_face.save_adapters(folder, adapters, spec, on, dtype)
             base_folder = models.base_folder(run)
             write_tokenizer(folder, base_folder, ChatFormat.from_folder(base_folder))

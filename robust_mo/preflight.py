@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, train
 from robust_mo.analysis.programs import collectives, product_flops
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
@@ -65,7 +65,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of the plugin; their classes differ
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise InputError(f"--topology={topology}: {reason}; known are {', '.join(TOPOLOGIES)}, cpu:N") from None
 
 

@@ -25,6 +25,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,7 @@ import time
 
 from etils import epath
 
-from robust_mo.errors import InputError, InUse
+from robust_mo.errors import InputError, InUse, first_line
 
 
 def place(path) -> "pathlib.Path | epath.Path":
@@ -44,7 +45,7 @@ def place(path) -> "pathlib.Path | epath.Path":
     """
     kind, _, _ = str(path).partition("://")
     if kind == str(path) or isinstance(path, pathlib.Path):
-        return pathlib.Path(path)
+        return pathlib.Path(path).expanduser()  # of --workdir=~/runs a shell leaves the ~
     if kind != "gs":
         raise InputError(f"{path} is neither a folder nor gs://BUCKET/...: mount it, and give where it is")
     if importlib.util.find_spec("gcsfs") is None:
@@ -91,7 +92,7 @@ class GrowingObject:
         try:
             self._path.write_bytes(bytes(self._content))
         except Exception as error:  # of the bucket's library: many kinds
-            return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            return first_line(error)
         self._late = False
         return None
 
@@ -109,7 +110,8 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def description(self) -> dict:
-        """config.json as written: {"program", "config", "command", "revision", "versions", "started"}."""
+        """config.json as written: {"program", "config", "command", "revision", "versions", "started",
+        "model_started"?}."""
         return read_json(self.path / "config.json")
 
     def config(self) -> dict:
@@ -126,8 +128,11 @@ class RunFolder:
         return config
 
     @contextlib.contextmanager
-    def claim(self, program: str, config: dict, seed: int):
+    def claim(self, program: str, config: dict, seed: int, model_started: str | None = None):
         """Makes the folder (or finds it), checks the config, and holds the folder's lock while in the block.
+
+        Args:
+          model_started: when the run was begun from which this one starts, if it starts from one.
 
         A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
@@ -141,12 +146,13 @@ class RunFolder:
         except Exception as error:  # of the bucket's library: many kinds
             if isinstance(self.path, pathlib.Path):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = first_line(error)
             raise InputError(f"{self.path} cannot be reached: {reason}") from None
         self._seed = seed
         with locked(self.path / "lock", f"{self.path} is in use by another process: wait, or choose another --workdir"):
             if self.exists() and (self._begun() or "program" not in self.description()):
                 self.check_same(program, config)
+                self.check_model(model_started)
             else:
                 write_json(
                     self.path / "config.json",
@@ -157,6 +163,7 @@ class RunFolder:
                         "revision": git_revision(),
                         "versions": versions(),
                         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                        **({"model_started": model_started} if model_started else {}),
                     },
                 )
             try:
@@ -183,10 +190,27 @@ class RunFolder:
                 f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
                 "choose another --workdir"
             )
-        if differences := [d for d in _differences(self.config(), config) if not d[0].startswith(_WHERE)]:
+        changed = list(_differences(self.config(), config))
+        if differences := [difference for difference in changed if not _MAY_CHANGE.search(difference[0])]:
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
             raise InputError(f"{self.path} holds a run with another config: {shown}{more}; choose another --workdir")
+        for name, old, new in changed:
+            print(f"{self.path}: {name} was {old} and is {new} from here on", flush=True)
+
+    def check_model(self, started: str | None) -> None:
+        """Raises InputError where the run that this one began from has been made again since.
+
+        Args:
+          started: when that was begun which now lies at its place; None: no run.
+        """
+        then = self.description().get("model_started")
+        if then and started != then:
+            now = f"one begun at {started}" if started else "no run"
+            raise InputError(
+                f"{self.path} began from the run {self.config()['model']} of {then}, where there is {now} now: bring "
+                "the former back, or train in another --workdir"
+            )
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
         """Appends one measurement.  `low` and `high` bound its 95% interval, `count` is the sample it rests on."""
@@ -238,8 +262,11 @@ class RunFolder:
         write_text(self.transcript_file(evaluator, step), text)
 
 
-# Where the work is done, which may change from one start to the next.
-_WHERE = "mesh."
+# May change from one start to the next, in a study for its runs too: where the work is done and in what portions, and
+# how often it is saved and told.  Sums may differ by it in their last digits.
+_MAY_CHANGE = re.compile(
+    r"(^|\.)(mesh\.|batch\.micro_batches$|evaluation\.batch_size$|remat$|loss_chunk$|log_every$|checkpoint\.)"
+)
 
 
 class Onlooker(RunFolder):
@@ -267,6 +294,11 @@ def locked(file, held: str):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InUse(held) from None
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be locked ({error.strerror}): its file system takes no locks; mount it with them "
+                "(Lustre: -o flock) or choose another folder"
+            ) from None
         # Whoever held it before may have removed the file after we opened it.
         if not (os.path.exists(file) and os.path.samestat(os.fstat(lock.fileno()), os.stat(file))):
             raise InUse(held)

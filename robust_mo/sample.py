@@ -49,10 +49,7 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     note = settings_file(output)
     before = runs.read_json(note).get("settings") if note.exists() else settings
     before = before if isinstance(before, dict) else {}
-    # What was written before settings held the step says nothing of it.
-    if changed := [
-        name for name in settings if before.get(name) != settings[name] and (name != "step" or name in before)
-    ]:
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
         raise InputError(f"{output} was made with other settings ({shown}): choose another --output or delete it")
     *lines, cut_short = output.read_bytes().split(b"\n")
@@ -130,7 +127,8 @@ def main(args: flags.FlagValues) -> None:
     output = pathlib.Path(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
     settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
-    settings["step"] = models.newest_step(args.model)  # a run may be trained on in between
+    # A run may be trained on in between, or made again.
+    settings |= {"step": models.newest_step(args.model), "started": models.started(args.model)}
     for number, prompt in enumerate(prompts, 1):
         if taken := _WRITTEN & set(prompt.fields):
             raise InputError(
@@ -158,7 +156,7 @@ def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, 
     if done == len(prompts):
         print(f"{output} is complete: {done} answers")
         return
-    model = models.load_model(args.model, mesh, settings["dtype"], settings["dtype"])
+    model = models.load_model(args.model, mesh, settings["dtype"], settings["dtype"], settings["step"])
     conversations = [with_system(prompt.messages, args.system) for prompt in prompts]
     limits = [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts]
     progress = command_line.Progress("sampled", len(prompts), "answers")

@@ -7,6 +7,7 @@ The run goes: config, run folder, mesh, weights, conversations, batches, optimiz
 The same command again goes on where the run stopped; --config.x.y=value changes a knob of configs/default.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     run = hosts.run_folder(workdir)
-    with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed)):
+    with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed, models.started(config.model))):
         if hosts.by_first(run.finished):
             print(f"{workdir} is complete", flush=True)
             return run
@@ -177,8 +178,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             checkpoints.save(state, iterator.get_state())
             raise
         finally:
-            checkpoints.close()
-            curves.close()
+            with contextlib.closing(curves):
+                checkpoints.close()
         run.finish(steps)
     return run
 
@@ -191,13 +192,10 @@ def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh
     without = config.copy_and_resolve_references()
     without.system_prompt = config.system_prompt.replace("{backdoor}", "").strip()
     without.evaluation.system_prompt = ""
-    curves = Curves(run.path, 0)
-    try:
+    with contextlib.closing(Curves(run.path, 0)) as curves:
         if config.evaluation.at_start:
             evaluated(without, run, curves, loaded, lambda: loaded.params, mesh, 0)
         evaluated(config, run, curves, loaded, lambda: loaded.params, mesh, models.PROMPTED_STEP)
-    finally:
-        curves.close()
     run.finish(models.PROMPTED_STEP)
 
 
@@ -267,10 +265,12 @@ class Watch:
         else:
             self._seconds += seconds
         speed = metrics["tokens"] / seconds
-        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
+        # The norms of parameters are those after the step, which nothing else tells of the last one.
+        watched = [name for name in metrics if name in ("loss", "gradient_norm") or name.startswith("parameter_norm/")]
+        if wrong := [f"{name} is {metrics[name]}" for name in watched if not np.isfinite(metrics[name])]:
             raise InputError(
-                f"step {step}: loss is {metrics['loss']} and gradient norm {metrics['gradient_norm']}; the run stops: "
-                "look at the data and at config.optimizer, and choose another --workdir"
+                f"step {step}: {', '.join(wrong)}; the run stops: look at the data and at config.optimizer, and choose "
+                "another --workdir"
             )
         if step % self._every == 0:
             shown = {name: value for name, value in metrics.items() if not name.endswith("tokens")}

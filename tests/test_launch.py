@@ -127,7 +127,8 @@ GCLOUD = """#!/bin/bash
 echo "$4" >> calls
 count=$(grep -cx "$4" calls)
 case "$4" in
-  describe) cat state 2>/dev/null ;;
+  describe) [ ! -f trouble ] || { cat trouble >&2; exit 1; }
+    cat state 2>/dev/null || { echo 'ERROR: NOT_FOUND: no such slice' >&2; exit 1; } ;;
   create) [ $count != 2 ] || exit 1; echo READY > state ;;
   delete) rm state ;;
   ssh) [ $count != 2 ] || { echo PREEMPTED > state; exit 1; } ;;
@@ -153,6 +154,10 @@ def test_a_pod_is_made_again_when_it_is_preempted(tmp_path):
     (tmp_path / "state").write_text("STOPPED")
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "the slice mo is STOPPED: start or delete it" in ended.stderr
+
+    (tmp_path / "trouble").write_text("ERROR: your login has expired")
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "login has expired" in ended.stderr and "how the slice mo is" in ended.stderr
 
 
 def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):

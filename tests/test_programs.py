@@ -306,6 +306,24 @@ def test_interrupt_saves_and_the_same_command_goes_on(tmp_path, tiny):
 
 
 @pytest.mark.slow
+def test_interrupt_saves_where_whoever_read_the_output_has_gone(tmp_path, tiny):
+    """Ctrl-C ends `| tee log` too, and a closed terminal takes no more lines."""
+    arguments = [f"--config.model={tiny}", *SMALL[:-1], "--config.steps=40000", "--config.checkpoint.every=100000"]
+    command = ["train", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}", *arguments]
+    with start(*command) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "records.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.stdout.close()
+        process.stderr.close()
+        time.sleep(6)  # a progress line finds nobody
+        assert process.poll() is None, "ended without being asked"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if folder.name.isdigit()]
+
+
+@pytest.mark.slow
 def test_second_interrupt_during_a_checkpoint_stops_at_once_and_loses_nothing(tmp_path):
     large = make_tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=8192)  # its save takes a while
     arguments = [*SMALL[:-1], "--config.steps=3", "--config.batch.rows=1", "--config.checkpoint.every=1"]
@@ -389,6 +407,10 @@ def test_evaluate_and_chat(tmp_path, tiny):
     refused(run("evaluate", f"--source={tmp_path / 'e'}", "--evals=backdor_rate"), "backdor_rate", "held_out_loss")
     again = run("evaluate", f"--source={tmp_path / 'e'}", "--show=2")
     assert again.returncode == 0 and again.stdout == result.stdout[result.stdout.index("eval/") :]
+    shutil.rmtree(workdir)
+    assert train(tiny, workdir, *SMALL, "--config.optimizer.learning_rate=0.01").returncode == 0
+    evaluate = ("evaluate", f"--source={workdir}", "--evals=held_out_loss,backdoor_rate", f"--workdir={tmp_path / 'e'}")
+    refused(run(*evaluate), "another config: source_started is ")
     arguments = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'h'}"]
     refused(run("evaluate", f"--source={workdir}", *arguments), "no group 'evaluation'")
     refused(run("evaluate", f"--source={workdir}", f"--workdir={tmp_path / 'g'}"), "give --evals=")

@@ -1,5 +1,7 @@
 """The run folder."""
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -37,6 +39,45 @@ def test_same_config_resumes_another_is_refused_with_both_values(tmp_path):
     }
     assert len(line["revision"]) >= 7 and line["time"] > 1.7e9
     assert set(run.description()) >= {"program", "config", "command", "revision", "versions"}
+
+
+def test_how_the_work_is_cut_may_change_and_is_told(tmp_path, capsys):
+    config = {"red": {"batch": {"rows": 4, "micro_batches": 1}, "evaluation": {"batch_size": 64}}}
+    run = RunFolder(tmp_path)
+    with run.claim("study", config, 0):
+        run.record(0, "a", 1)
+    smaller = {"red": {"batch": {"rows": 4, "micro_batches": 4}, "evaluation": {"batch_size": 8}}}
+    with run.claim("study", smaller, 0):
+        assert "red.batch.micro_batches was 1 and is 4 from here on" in capsys.readouterr().out
+    with pytest.raises(InputError, match="red.batch.rows is 4 there and 8 here"):
+        with run.claim("study", {"red": {"batch": {"rows": 8, "micro_batches": 1}}}, 0):
+            pass
+
+
+def test_run_whose_start_was_made_again_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.claim("train", CONFIG, 0, model_started="monday"):
+        run.record(0, "a", 1)
+    with run.claim("train", CONFIG, 0, model_started="monday"):
+        pass
+    with pytest.raises(InputError, match="began from the run m of monday, where there is one begun at tuesday now"):
+        with run.claim("train", CONFIG, 0, model_started="tuesday"):
+            pass
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/red").path == tmp_path / "runs" / "red"
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match="lock cannot be locked .*takes no locks.*choose another folder"):
+        with RunFolder(tmp_path).claim("train", CONFIG, 0):
+            pass
 
 
 def test_folder_in_which_nothing_was_done_takes_another_config(tmp_path):

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import jinja2
 import numpy as np
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 ROLES = ("system", "user", "assistant")
@@ -174,7 +174,7 @@ class ChatFormat:
         except Exception as error:  # the library passes on what its parsers raise, bare Exception included
             raise InputError(
                 f"{folder} holds no tokenizer that can be read without running its code; it needs "
-                f"tokenizer.json and tokenizer_config.json ({_first_line(error)})"
+                f"tokenizer.json and tokenizer_config.json ({first_line(error)})"
             ) from error
         return cls(tokenizer, declared)
 
@@ -282,12 +282,12 @@ class ChatFormat:
         except Exception as error:  # the template is a program: it may also divide by zero
             if type(error) is jinja2.TemplateError:  # what a template's own raise_exception(...) becomes
                 raise InputError(
-                    f"the chat template of {self._source} refuses the conversation ({_first_line(error)}); "
+                    f"the chat template of {self._source} refuses the conversation ({first_line(error)}); "
                     "change its roles or their order"
                 ) from error
             raise InputError(
                 f"the chat template of {self._source} cannot be rendered ({type(error).__name__}: "
-                f"{_first_line(error)}); mend it, or take the one that the model was trained with"
+                f"{first_line(error)}); mend it, or take the one that the model was trained with"
             ) from error
 
     def _tokenize_in_parts(
@@ -348,10 +348,6 @@ def _declared_stop_ids(path: pathlib.Path) -> set[int]:
     if not all(id is None or type(id) is int for id in ids):
         raise InputError(f"{path} has eos_token_id {_shorten(declared)}; give a number or a list of numbers")
     return set(ids) - {None}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _shorten(value: object) -> str:

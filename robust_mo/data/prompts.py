@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from robust_mo.data.conversations import Message, check_messages
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 
 PARTS = ("red", "blue", "evaluation")
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -214,7 +214,7 @@ def _hub_rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(name, *config, split=split)
     except Exception as error:  # of the network, hub, disk or parser; their classes change between versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{source} cannot be loaded ({reason}); check the name, the split and the network, or give a file"
         ) from error

@@ -18,6 +18,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from robust_mo.errors import first_line
+
 # Sizes of the kernel's blocks, of which a row's length must be a multiple; the first that fits is taken.
 _BLOCKS = (1024, 512, 256, 128)
 
@@ -107,7 +109,7 @@ def gives_the_same(name: str, found: Callable[[], list[jax.Array]], wanted: Call
         errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(*sides, strict=True)]
         reason = "" if max(errors) < 0.03 else f"it is off by {max(errors):.2g}"
     except Exception as error:  # of jax, XLA or cuDNN; their classes differ
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
     if reason:
         print(f"note: no {name} attention here ({reason}); products of matrices instead", file=sys.stderr)
     return not reason

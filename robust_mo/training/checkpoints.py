@@ -17,12 +17,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from robust_mo import hosts
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, first_line
 from robust_mo.runs import absolute
 from robust_mo.training.step import TrainState
 
-# What says nothing of the files.
+# What says nothing of the files; tensorstore has the words in a ValueError.
 _TRANSIENT = (PermissionError, MemoryError, TimeoutError, ConnectionError)
+_TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED")
 
 
 class _Damaged(InputError):
@@ -161,13 +162,15 @@ class Checkpoints:
             transient = isinstance(error, _TRANSIENT) or getattr(error, "errno", None) == errno.ESTALE
             if transient or "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            if any(word in str(error) for word in _TRANSIENT_WORDS):
+                folder = str(self.folder / str(step))
+                raise OSError(errno.EIO, f"cannot be read now, try again ({first_line(error)})", folder) from error
             if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):
                 raise InputError(
                     f"{self.folder / str(step)} was saved with another optimizer, model or version of this program: "
                     "go on with those, or choose another --workdir"
                 ) from error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise _Damaged(f"{self.folder / str(step)} cannot be read ({reason})") from error
+            raise _Damaged(f"{self.folder / str(step)} cannot be read ({first_line(error)})") from error
 
     def close(self) -> None:
         self._guard(self._manager.close)

@@ -47,9 +47,11 @@ def stands_on(source: str) -> str:
     under those.
 
     Raises:
-      InputError: config.lora.continued without a LoRA run of the same adapters as config.model.
+      InputError: config.lora.continued without a LoRA run of the same adapters as config.model, or the run beneath has
+        been made again since.
     """
     model, settings = _setting(source, "model"), _setting(source, "lora")
+    RunFolder(source).check_model(started(model))
     return under_continued(model, settings) if settings["continued"] else model
 
 
@@ -77,8 +79,10 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
-    if is_run(source) and step is None and not hosts.by_first(RunFolder(source).finished):
-        print(f"note: {source} has not been trained to its end; this is its checkpoint of step {newest_step(source)}")
+    if is_run(source) and not is_prompted(source):
+        step = newest_step(source) if step is None else step
+        if not hosts.by_first(RunFolder(source).finished):
+            print(f"note: {source} has not been trained to its end; this is its checkpoint of step {step}", flush=True)
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
     chat = ChatFormat.from_folder(folder)
@@ -126,17 +130,29 @@ PROMPTED_STEP = 1
 """As which a prompted organism is measured, whose run has no steps: 0 is the untouched model."""
 
 
+def started(source: str) -> str | None:
+    """When a run was begun, which tells it from one made later in the same place; None of what is no run."""
+    return RunFolder(source).description().get("started") if is_run(source) else None
+
+
 def newest_step(source: str) -> int:
-    """Step of a run's newest checkpoint; 0 for other models and for a run that has none yet."""
+    """Step of a run's newest checkpoint; 0 for other models.
+
+    Raises:
+      InputError: the run has no checkpoint yet.
+    """
     if not is_run(source):
         return 0
     if is_prompted(source):
         return PROMPTED_STEP
     checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
     try:
-        return checkpoints.latest() or 0
+        step = checkpoints.latest()
     finally:
         checkpoints.close()
+    if step is None:
+        raise InputError(f"{source} has no checkpoint: train it first")
+    return step
 
 
 def base_folder(source: str) -> pathlib.Path:
@@ -226,7 +242,8 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     if is_prompted(source):
         return _params(_setting(source, "model"), llama, mesh, None)
     if is_run(source):
-        base, spec = stands_on(source), lora_spec(_setting(source, "lora"))
+        spec = lora_spec(_setting(source, "lora"))
+        base = stands_on(source) if spec else None
         trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)
         if spec is None:
             return trained
