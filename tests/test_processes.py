@@ -32,6 +32,17 @@ def write(file, text: str, seconds: float = 0.0) -> list[str]:
     return [sys.executable, "-c", f"import time; time.sleep({seconds}); open({str(file)!r}, 'a').write({text!r})"]
 
 
+@pytest.mark.parametrize("name", ["XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_a_gpu_is_shared_out(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "0.8")
+    file = tmp_path / "found"
+    look = f"import os; open({str(file)!r}, 'w').write(str({{k: v for k, v in os.environ.items() if 'MEM_FR' in k}}))"
+    processes.run(
+        {"a": ([sys.executable, "-c", look], ())}, 4, tmp_path, on_wait=lambda: None, on_change=lambda *_: None
+    )
+    assert file.read_text() == str({name: "0.200"})
+
+
 def test_commands_wait_for_what_they_come_after_and_for_a_place(tmp_path):
     file, beside, most = tmp_path / "order", set(), []
 
