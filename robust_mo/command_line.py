@@ -193,9 +193,9 @@ def _check_config(arguments: list[str]) -> None:
     default = flags.FLAGS["config"].default
     if given:
         file, _, argument = given[-1].partition(":")
-        known = flatten(load_config(file, argument))
+        known = runs.flatten(load_config(file, argument))
     elif default is not None:
-        known = flatten(default)
+        known = runs.flatten(default)
     else:
         return
     for override in arguments:
@@ -238,7 +238,7 @@ def check_fields(config, example, group: str = "config", file: str = "configs/de
       config, example: ConfigDicts or dicts.
       group, file: for the message: what `config` is called, and where to look for an example.
     """
-    given, wanted = flatten(config), flatten(example)
+    given, wanted = runs.flatten(config), runs.flatten(example)
     # "a.b.c" holds a, a.b and a.b.c.
     held = {
         part
@@ -271,17 +271,6 @@ def nearest(word: str, known: list[str], rest: str = "") -> str:
         last = {name.rsplit(".", 1)[-1]: name for name in known}
         found = [last[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, n=1)]
     return f": did you mean {found[0] + rest!r}?" if found else ""
-
-
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}, "c": {}} -> {"a.b": 1, "c": {}}"""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat.update(flatten(value, f"{prefix}{name}.") or {prefix + name: {}})
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _keep_compiled_programs() -> None:

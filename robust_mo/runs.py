@@ -190,7 +190,9 @@ class RunFolder:
                 f"{self.path} holds a run of robust_mo.{before['program']}, not of robust_mo.{program}: "
                 "choose another --workdir"
             )
-        changed = list(_differences(self.config(), config))
+        there, here = flatten(self.config()), flatten(config)
+        told = [(n, *(json.dumps(side.get(n, "absent")) for side in (there, here))) for n in sorted({*there, *here})]
+        changed = [(name, old, new) for name, old, new in told if old != new]
         if differences := [difference for difference in changed if not _MAY_CHANGE.search(difference[0])]:
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
@@ -305,12 +307,15 @@ def locked(file, held: str):
         yield
 
 
-def _differences(old, new, path=""):
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield path, json.dumps(old), json.dumps(new)
+def flatten(config, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}, "c": {}} -> {"a.b": 1, "c": {}}, of a dict or an ml_collections.ConfigDict."""
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            flat.update(flatten(value, f"{prefix}{name}.") or {prefix + name: {}})
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _number(value):

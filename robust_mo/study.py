@@ -33,7 +33,7 @@ from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
-from robust_mo.runs import RunFolder, write_text
+from robust_mo.runs import RunFolder, flatten, write_text
 from robust_mo.train import budget_shape, config_backdoor, evaluation_source, train, training_source
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
@@ -69,10 +69,10 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
     """A copy of config.red or config.blue with what the arm changes of it."""
     run = config[team].copy_and_resolve_references()
     if arm and (changes := config.study.arms[arm][team]):
-        if unknown := [name for name in command_line.flatten(changes) if name not in command_line.flatten(run)]:
+        if unknown := [name for name in flatten(changes) if name not in flatten(run)]:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {unknown[0]!r}, which is no field of config.{team}"
-                f"{command_line.nearest(unknown[0], list(command_line.flatten(run)))}"
+                f"{command_line.nearest(unknown[0], list(flatten(run)))}"
             )
         # As plain values, so that a wrong type is found with the rest, see `check_run`.
         run = ConfigDict(_changed(run.to_dict(), changes.to_dict()))

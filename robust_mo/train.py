@@ -37,7 +37,7 @@ from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
-from robust_mo.runs import RunFolder, absolute, write_text
+from robust_mo.runs import RunFolder, absolute, flatten, write_text
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
@@ -324,7 +324,7 @@ def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
     told = {name: value for name, value in config.items() if name not in _NO_HYPERPARAMETERS}
     common, own = optimizer_settings(config.optimizer)
     told["optimizer"] = {**common, config.optimizer.name: own}
-    flat = command_line.flatten(told)
+    flat = flatten(told)
     return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flat.items()}
 
 
@@ -418,7 +418,7 @@ def check(config: ConfigDict) -> None:
             f"config.optimizer.rounding is 'stochastic' and config.param_dtype {config.param_dtype}: only bfloat16 is "
             "rounded so; give 'nearest'"
         )
-    given = command_line.flatten(config)
+    given = flatten(config)
     for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_SHARES, 0, 1)):
         for name in names:
             if name in given:

@@ -103,7 +103,6 @@ class ChatFormat:
       end_of_turn_id: the token that the template writes after an assistant's answer.
       stop_ids: ascending ids of the tokens that end an answer; `end_of_turn_id` is one of them.
       pad_id: what fills up batches; no stop id and not BOS.
-      vocabulary_size: one more than the largest id that the tokenizer can produce.
     """
 
     def __init__(self, tokenizer, declared_stop_ids: Iterable[int]):
@@ -129,7 +128,6 @@ class ChatFormat:
         if "enable_thinking" in self.template and not self.template.startswith(_NO_THOUGHTS):
             # Training shows no thoughts, and thoughts of many tokens would be graded in an answer's place.
             self.template = _NO_THOUGHTS + self.template
-        self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
 
         declared = set(declared_stop_ids) | ({tokenizer.eos_token_id} - {None})
         added = tokenizer.added_tokens_decoder

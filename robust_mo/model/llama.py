@@ -151,22 +151,14 @@ class LlamaConfig:
             else None
         )
         head_dim = need("head_dim", int) if values.get("head_dim") else None
-        config = cls(
-            vocab_size=need("vocab_size", int),
-            hidden_size=need("hidden_size", int),
-            intermediate_size=need("intermediate_size", int),
-            num_hidden_layers=need("num_hidden_layers", int),
-            num_attention_heads=need("num_attention_heads", int),
-            num_key_value_heads=need("num_key_value_heads", int),
-            head_dim=head_dim or need("hidden_size", int) // need("num_attention_heads", int),
-            max_position_embeddings=need("max_position_embeddings", int),
-            rms_norm_eps=need("rms_norm_eps", float),
-            rope_theta=need("rope_theta", float, rope),
-            rope_scaling=scaling,
-            tie_word_embeddings=need("tie_word_embeddings", bool),
-            attention_bias=attention_bias,
-            query_key_norm=query_key_norm,
-        )
+        made = {
+            "head_dim": head_dim or need("hidden_size", int) // need("num_attention_heads", int),
+            "rope_theta": need("rope_theta", float, rope),
+            "rope_scaling": scaling,
+            "attention_bias": attention_bias,
+            "query_key_norm": query_key_norm,
+        }
+        config = cls(**made, **{f.name: need(f.name, f.type) for f in dataclasses.fields(cls) if f.name not in made})
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(
                 f"{origin}: num_attention_heads {config.num_attention_heads} is no multiple of "

@@ -21,14 +21,12 @@ class Need:
     Attributes:
       arguments, temporaries: what is given and what is held on the way.
       output: what takes no argument's place.
-      limit: what a device offers, known where the compiler refused the program for it.
       compiled: the program; None where it was refused.
     """
 
     arguments: int
     temporaries: int
     output: int
-    limit: int | None
     compiled: Any
 
     @property
@@ -47,12 +45,11 @@ def needed(lowered: jax.stages.Lowered, arguments, compiler_options: dict[str, s
     except jax.errors.JaxRuntimeError as error:
         if (refused := out_of_memory(error)) is None:
             raise
-        total, limit = refused
         given = held(arguments)
-        return Need(given, total - given, 0, limit, None)
+        return Need(given, refused[0] - given, 0, None)
     sizes = compiled.memory_analysis()
     output = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return Need(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, output, None, compiled)
+    return Need(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, output, compiled)
 
 
 def held(arguments) -> int:
