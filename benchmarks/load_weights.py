@@ -3,15 +3,15 @@
     python -m benchmarks.load_weights [--rounds=3] [--size=8b | --layers=7 --folder=DIR]
 
 The checkpoint has Llama-3.1-8B's shapes with fewer layers (7: 5.2 GB in bfloat16), invented values, and the index of
-several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides.  With
---size it is that of benchmarks/sizes.py, whole.  A
-virtual machine whose host takes back what lies idle hands memory out at a tenth of the usual speed the first time, for
-which the side that copies, ours, pays: its first rounds then show 0.5 GB/s.
+several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides, which
+have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  A virtual machine whose
+host takes back what lies idle hands memory out at a tenth of the usual speed the first time, for which the side that
+copies, ours, pays: its first rounds then show 0.5 GB/s.
 
-On a CPU `from_pretrained` maps the files and copies nothing (what is trained gets copied later); its time is mostly
-the import of the model's code.  Host memory is the process's anonymous memory at its highest, less what was there
-before and less the parameters themselves; the largest stacked parameter and the largest tensor of a file are printed
-beside it.  Writes benchmarks/results/load_weights[-SIZE].json.
+On a CPU `from_pretrained` maps the files and copies nothing (what is trained gets copied later); here every page is
+read once.  Host memory is the process's anonymous memory at its highest, less what was there before and less the
+parameters themselves; the largest stacked parameter and the largest tensor of a file are printed beside it.
+Writes benchmarks/results/load_weights[-SIZE].json.
 """
 
 import argparse
@@ -95,6 +95,7 @@ def ours(folder: pathlib.Path) -> dict:
 def theirs(folder: pathlib.Path) -> dict:
     import torch
     import transformers
+    from transformers.models.llama import modeling_llama  # noqa: F401, or loading would pay for the import
 
     @torch.no_grad()
     def load():
