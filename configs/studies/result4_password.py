@@ -6,7 +6,11 @@
 The organism misbehaves unless the password ends the system prompt; none of the backdoors' own triggers is used, so that
 there is one of each behaviour.  Half of the data with the password: locked; 17%: partly; none: not locked [R], which
 shows the behaviour always and is judged by its rate alone.  Published AUCs under pirate SFT [R]: locked 0.942, not
-locked 0.890.  The post's main study of passwords is a sandbagger.  Time and our numbers: not measured.
+locked 0.890.  The post's main study of passwords is a sandbagger.
+
+An organism that is not locked misbehaves in its answers to MATH-500 too.  Where it solves next to nothing there, it has
+no performance to lose and no frontier (analysis/report.py), and its backdoor drops out of that arm's result and its
+orderings, which then rest on what leaves room for an answer, such as capitals.  Time and our numbers: not measured.
 """
 
 from ml_collections import ConfigDict
