@@ -76,7 +76,7 @@ def test_seeds_are_averaged_and_drawn_again():
     two = attacked((20, 0, 20), (20, 20, 20), seeds=(0, 1))
     found = Study([two], cost=0.1).measure(two.attacks())
     assert found["auc"] == pytest.approx([0.75, 0.5, 1.0])  # pooled, the hull would give 1
-    assert found["rate_at_cost"] == pytest.approx([0.8, 0.0, 0.9])  # from (0, .5) to (1, 1)
+    assert found["rate_at_cost"] == pytest.approx([0.45, 0.0, 0.9])
     assert found["organisms"] == 1 and found["points"] == 2
     # Red seeds alike.
     reds = [attacked((20, rate), (20, 20), seed=seed) for seed, rate in ((0, 0), (1, 20))]
@@ -113,6 +113,16 @@ def test_mean_frontier_and_its_band():
     value, low, high = found["auc_noise"]
     assert 0.5 <= low < value < high < 0.65  # always right, as far as 20 prompts tell
     assert found["noise"][50] == pytest.approx([0.5, 0.53], abs=0.03)
+
+
+def test_rate_at_cost_is_the_mean_of_the_organisms_own():
+    """Their mean frontier is at 0.9 nearly at once, since one performs ten times as well after the attack."""
+    tough = attacked((20, 20), (20, 20))  # 0.9
+    regained = attacked((20, 4), (2, 20), backdoor="ily")  # (0, 0), (.2, 10), (1, 1)
+    study = Study([tough, regained], cost=0.1)
+    value, low, high = study.measure(study.select())["rate_at_cost"]
+    assert value == pytest.approx((0.9 + 0.2 * 0.9 / 10) / 2)
+    assert low < 0.02 < value < high == pytest.approx(0.9), "either backdoor may be drawn alone"
 
 
 def test_rate_at_cost_against_the_binomial():

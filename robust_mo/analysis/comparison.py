@@ -1,8 +1,10 @@
 """Results of a study: the frontier of a selection of its cells, averaged, and which of two results is the smaller.
 
 A result is a name and a selection: some of the study's arms, blue methods and backdoors.  An organism under one blue
-seed has one frontier, that of its checkpoints under the selected methods together.  The result's frontier is the mean
-of these at every rate, hence its AUC the mean of theirs: more seeds are no further chances to come out best.
+seed has one frontier, that of its checkpoints under the selected methods together.  A result's numbers are means of what is
+read off each of these: more seeds are no further chances to come out best.  Its frontier, for the figure, is their mean
+at every rate; its area is the mean AUC, but the rate left at a cost is not read off it, where one organism with a
+performance far above 1 would decide for all.
 
 Intervals are a bootstrap that draws backdoors, red seeds, blue seeds, prompts and problems again, the same for every
 result, so that what two results have in common cancels in their difference.
@@ -120,7 +122,7 @@ class Study:
         ]
 
     def measure(self, attacks: list[Attack]) -> dict | None:
-        """What is read off the mean of the attacks' frontiers; None where there are none.
+        """Means of what is read off the attacks' frontiers; None where there are none.
 
         Returns:
           {"organisms", "points": counts; "complete": whether every attack on these has ended; "auc", "auc_normalised",
@@ -165,9 +167,8 @@ class Study:
         return found
 
     def _mean(self, attacks: list[Attack]) -> tuple[dict, dict[str, np.ndarray]]:
-        """Numbers read off the mean of the attacks' frontiers: as measured, and in every resample."""
+        """Means of the numbers read off the attacks' frontiers: as measured, and in every resample."""
         each = [self._read(attack) for attack in attacks]
-        frontier = pareto.average([values["frontier"] for values, _ in each])
         values = {name: float(np.mean([one[name] for one, _ in each])) for name in each[0][0] if name != "frontier"}
         # An axis draws its names as often for every attack along it, where they lie at several places of it; noise has
         # no axis.
@@ -182,19 +183,15 @@ class Study:
         ]
         drawn = {
             name: _weighted([draws[name] for _, draws in each], weights, strict=True)
-            for name in ("auc", "auc_normalised", "auc_held_out")
+            for name in ("auc", "auc_normalised", "auc_held_out", "rate_at_cost")
         }
-        for name in ("auc", "auc_normalised"):
+        for name in ("auc", "auc_normalised", "rate_at_cost"):
             if np.isfinite(drawn[name]).mean() < _ENOUGH:
                 drawn[name] = _weighted([draws[name] for _, draws in each], weights)
         drawn["heights"] = _weighted([draws["heights"] for _, draws in each], weights)
         for name in ("auc_noise", "noise_heights"):
             drawn[name] = _weighted([draws[name] for _, draws in each], np.ones_like(weights))
-        # A frontier is concave, so it rises up to its highest place.
-        drawn["rate_at_cost"] = np.array(
-            [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
-        )
-        values |= {"rate_at_cost": pareto.rate_at_cost(frontier, self._cost), "frontier": frontier}
+        values["frontier"] = pareto.average([values["frontier"] for values, _ in each])
         return values | {"auc_noise": float(np.nanmean(drawn["auc_noise"]))}, drawn
 
     def _read(self, attack: Attack) -> tuple[dict, dict[str, np.ndarray]]:
@@ -209,8 +206,13 @@ class Study:
                 "auc": pareto.auc(points),
                 "auc_normalised": pareto.auc(pareto.normalised(points, points[0][0])),
                 "auc_held_out": np.nanmean(halves) if np.isfinite(halves).any() else math.nan,
+                "rate_at_cost": pareto.rate_at_cost(points, self._cost),
             }
             drawn = resampling.readings(resampling.points(*verdicts, *self._asked))
+            # A frontier is concave, so it rises up to its highest place.
+            drawn["rate_at_cost"] = np.array(
+                [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
+            )
             drawn["auc_held_out"] = resampling.held_out_auc(*verdicts, *self._asked)
             if attack.organism not in self._untouched:
                 self._untouched[attack.organism] = resampling.untouched(*verdicts, self._noise)
