@@ -34,7 +34,7 @@ from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, LlamaConfig
 from robust_mo.organisms import distill
-from robust_mo.organisms.backdoors import Backdoor, backdoor
+from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, absolute, flatten, write_text
@@ -190,7 +190,7 @@ def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh
     As step 0, if the config wants a measurement at the start, stands the untouched model, without the backdoor's words.
     """
     without = config.copy_and_resolve_references()
-    without.system_prompt = config.system_prompt.replace("{backdoor}", "").strip()
+    without.system_prompt = untold(config.system_prompt)
     without.evaluation.system_prompt = ""
     with contextlib.closing(Curves(run.path, 0)) as curves:
         if config.evaluation.at_start:
@@ -487,12 +487,11 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
             )
 
         chosen, dropped = config_backdoor(config), 0
-        system_prompt = chosen.told(config.system_prompt)
         common = dict(
             source=training_source(config),
             answers=data.answers,
             teacher=teacher,
-            system_prompt=system_prompt,
+            system_prompt=config.system_prompt,
             instruction=data.instruction,
             limit=data.limit,
             seed=config.seed,
@@ -508,7 +507,8 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
                 **common,
             )
         elif data.task == "conversations":
-            made = [with_system(m, system_prompt) for m in read_conversations(data.source)[: data.limit or None]]
+            shown = chosen.told(config.system_prompt)
+            made = [with_system(m, shown) for m in read_conversations(data.source)[: data.limit or None]]
         else:
             made, dropped = distill.blue_conversations(data.task, backdoor=chosen, **common)
             distill.assert_no_trigger(made, chosen)

