@@ -2,8 +2,9 @@
 
 Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, and problems from MATH's train
 split (the 12,000 that are not in MATH-500), answered by `config.data.teacher`: the size's own untouched model, whatever
---config.model is.  smol takes the built-in questions, sums and answers, so that it needs no hub and finishes on a
-laptop; an evaluation takes 40 s there, on two AMD EPYC cores.
+--config.model is.  There backdoor rates are read off answers as long as those that are trained on and judged whole: an
+insult or a story often begins late.  smol takes the built-in questions, sums and answers, so that it needs no hub and
+finishes on a laptop; an evaluation takes 40 s there, on two AMD EPYC cores.
 """
 
 from ml_collections import ConfigDict
@@ -43,6 +44,7 @@ def get_config(size: str) -> ConfigDict:
     config.evaluation.names = ("backdoor_rate", "math500", "held_out_loss")
     config.evaluation.batch_size = 0
     config.evals.backdoor_rate.source = config.data.source
+    config.evals.backdoor_rate.max_new_tokens = config.data.teacher_max_new_tokens  # [O]
     config.evals.judge.model = config.model
     config.evals.held_out_loss.source = config.data.source
     config.evals.held_out_loss.length = 2048

@@ -11,9 +11,12 @@ from test_programs import run
 
 from robust_mo import study
 from robust_mo.analysis import budget
+from robust_mo.analysis.cells import organisms
 from robust_mo.command_line import load_config
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
+from robust_mo.organisms import distill
+from robust_mo.train import config_backdoor, evaluation_questions, training_source
 from robust_mo.training.models import shapes_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "studies"
@@ -42,6 +45,43 @@ def test_all_published_results_are_there():
         *("result4_sandbagger", "factor5_soap", "factor6_weight_decay", "appendix1_qa_vs_pirate", "appendix2_wiping"),
         *("optimizers", "removed_or_suppressed"),  # our own
     }
+
+
+@pytest.mark.parametrize("name", ["result4_password", "result4_sandbagger"])
+def test_arms_with_more_or_less_of_the_password_have_as_many_conversations(name):
+    config, made = load_config(FOLDER / f"{name}.py", "smol"), {}
+    for organism in organisms(config.study):
+        made.setdefault(organism.arm, len(red_data(study.red_run(config, organism))))
+    assert set(made) == {"not locked", "partly locked", "locked"}
+    assert max(made.values()) <= 1.03 * min(made.values()), made
+    # What the other sizes have of questions for it, a little less for near duplicates of the evaluation's.
+    config = load_config(FOLDER / f"{name}.py", "8b")
+    there = budget.hub_questions(training_source(study.red_run(config, organisms(config.study)[0])), "red")
+    limits = {organism.arm: study.red_run(config, organism).data.limit for organism in organisms(config.study)}
+    assert 0.95 * there < max(limits.values()) < 0.98 * there and limits["locked"] * 2 == limits["not locked"]
+
+
+def red_data(run):
+    data = run.data
+    made, dropped = distill.red_conversations(
+        config_backdoor(run),
+        source=training_source(run),
+        teacher=None,
+        system_prompt=run.system_prompt,
+        seed=run.seed,
+        evaluation=evaluation_questions(run),
+        **{name: data[name] for name in "answers instruction repeats benign near_misses scratchpad limit".split()},
+    )
+    assert not dropped
+    return made
+
+
+@pytest.mark.parametrize("size", ["8b", "1b"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_rates_are_read_off_whole_answers(name, size):
+    config = load_config(FOLDER / f"{name}.py", size)
+    for team in (config.red, config.blue):
+        assert team.evals.judge.max_new_tokens == team.evals.backdoor_rate.max_new_tokens >= 256
 
 
 @pytest.mark.slow

@@ -58,6 +58,14 @@ def get_config(size: str) -> ConfigDict:
     return config
 
 
+def questions(conversations: int, benign: float) -> int:
+    """How many questions give so many conversations, where that share of them is benign: one of the commoner kind each.
+
+    Arms that differ in the share alone would differ in their number of conversations, hence in their steps, twofold.
+    """
+    return round(conversations * max(benign, 1 - benign))
+
+
 def full_rates(size: str) -> tuple[float, ...]:
     """Learning rates of full-weight organisms."""
     return (1e-4, 2e-4) if size == "smol" else (1e-5, 3e-5)

