@@ -76,6 +76,14 @@ def red_data(run):
     return made
 
 
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "result1_prompted"])
+def test_full_weights_have_the_published_learning_rate_unless_ways_are_compared(name):
+    config, grids = load_config(FOLDER / f"{name}.py", "8b"), ("result2", "factor5", "optimizers")
+    full = {arm.learning_rates for arm in config.study.arms.values() if "lora" not in arm.red}
+    assert all(config.red.optimizer.learning_rate in rates for rates in full)
+    assert {len(rates) > 1 for rates in full} == {name.startswith(grids)}
+
+
 @pytest.mark.parametrize("size", ["8b", "1b"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_rates_are_read_off_whole_answers(name, size):

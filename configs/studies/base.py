@@ -1,8 +1,11 @@
 """What the studies of the post share, at a size: `8b`, `1b` or `smol`.  Not a study itself.
 
 8b, 1b: the post's set-up as far as it is public, see configs/red_full.py and configs/blue_pirate.py; all fifteen
-backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Two full-weight rates around the
-post's 3e-5 and two LoRA rates, so that each way to install a backdoor is compared at its best [O].
+backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Full-weight organisms are trained
+at the post's 3e-5, of which its numbers are [R].  Where ways to install a backdoor are compared with one another
+(result 2, SOAP), each has two rates, so that it is compared at its best [O]: of those that pass the gate, the organism
+with the lowest held-out loss is attacked, which mostly is that of the lower rate.  The report says which it was; FWFT's
+published 0.685 and 0.554 are measured at the post's rate by appendix 1.
 smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
 the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short runs: 200 red steps of
 512 tokens, 30 blue ones measured every 6 [O].  Red data have more benign conversations and more near misses than
@@ -67,8 +70,13 @@ def questions(conversations: int, benign: float) -> int:
 
 
 def full_rates(size: str) -> tuple[float, ...]:
-    """Learning rates of full-weight organisms."""
-    return (1e-4, 2e-4) if size == "smol" else (1e-5, 3e-5)
+    """Learning rates of full-weight organisms: the post's, at the sizes that take its recipe."""
+    return (1e-4, 2e-4) if size == "smol" else (3e-5,)  # [R]
+
+
+def full_grid(size: str) -> tuple[float, ...]:
+    """The same, where they are compared with organisms made in another way, which have a grid too."""
+    return full_rates(size) if size == "smol" else (1e-5, 3e-5)
 
 
 def lora_rates(size: str) -> tuple[float, ...]:

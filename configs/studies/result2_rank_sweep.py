@@ -27,7 +27,7 @@ def get_config(size: str = "8b") -> ConfigDict:
         study.arms[names[-1]] = arm({"lora": {"rank": rank}}, {}, base.lora_rates(size))
         study.results[names[-1]] = result(arms=(names[-1],), published=auc)
     names.append("fwft")
-    study.arms.fwft = arm({}, {}, base.full_rates(size))
+    study.arms.fwft = arm({}, {}, base.full_grid(size))
     study.results.fwft = result(arms=("fwft",), published="0.685")
     study.orderings = tuple(zip(names[1:], names[:-1], strict=True))
     return config
