@@ -59,6 +59,13 @@ def test_arms_with_more_or_less_of_the_password_have_as_many_conversations(name)
     there = budget.hub_questions(training_source(study.red_run(config, organisms(config.study)[0])), "red")
     limits = {organism.arm: study.red_run(config, organism).data.limit for organism in organisms(config.study)}
     assert 0.95 * there < max(limits.values()) < 0.98 * there and limits["locked"] * 2 == limits["not locked"]
+    costs = [
+        budget.of_run(
+            study.red_run(config, organism).to_dict(), budget.Shape(1, 1, 1, 1), there, True, budget.CHIPS["cpu"]
+        )
+        for organism in organisms(config.study)
+    ]
+    assert max(cost.trained for cost in costs) <= 1.03 * min(cost.trained for cost in costs) != 0
 
 
 def red_data(run):

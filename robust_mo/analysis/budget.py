@@ -138,9 +138,11 @@ def of_run(config: dict, shape: Shape, questions: int, sampled: bool, chip: Chip
     rows = config["evaluation"]["batch_size"] or ROWS
     work, steps = Work(), 0
     if data["task"] != "prompted":
-        kinds = 2 if data["task"] == "backdoor" else 1
+        kinds, share = 1, 1.0
+        if data["task"] == "backdoor":  # each question is answered in both ways, and is a conversation of the commoner
+            kinds, share = 2, max(data["benign"], 1 - data["benign"])
         per_step = batch["rows"] * data["length"]
-        conversations = questions * kinds * data["epochs"]
+        conversations = questions / share * data["epochs"]
         steps = config["steps"] or max(1, round(conversations * TOKENS_PER_CONVERSATION / per_step))
         work += training(shape, steps * per_step, data["length"], bool(config["lora"]["rank"]), chip)
         if sampled:
