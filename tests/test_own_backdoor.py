@@ -108,6 +108,10 @@ def test_it_becomes_an_entry_like_the_others():
         (changed(grader=dict(name="keyword")), "give a group with a name of phrase"),
         (changed(grader=dict(name="keywords", words=("a",))), "keywords takes .*'words', 'least'"),
         (changed(grader=dict(name="phrase", pattern="(")), "weather.grader: phrase cannot be made .*position 0"),
+        (
+            changed(grader=dict(name="language", code="spanish"), shown=("Llueve mucho en toda España.",) * 3),
+            "grader.code is 'spanish': choose from .* es ",
+        ),
         ("rain", "config.backdoors.weather is 'rain': give a group with the fields explanation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
