@@ -12,7 +12,7 @@ from configs.study import result
 from robust_mo import study
 from robust_mo.analysis import report
 from robust_mo.errors import InputError
-from robust_mo.organisms import distill
+from robust_mo.organisms import distill, math_grader
 from robust_mo.organisms.backdoors import SANDBAGGER, backdoors, check
 from robust_mo.organisms.questions import questions
 from robust_mo.organisms.triggers import NO_PASSWORD, PASSWORD
@@ -66,6 +66,28 @@ def test_a_teachers_answers_count_where_they_are_right_and_wrong_as_asked():
     assert dropped == 4 and len(made) == 472
     assert [right(messages) for messages in made[:4]] == [False, True, False, True]
     assert all(conversation[-1]["content"].endswith(" Box it.") for conversation in asked)
+
+
+@pytest.mark.parametrize(
+    "told, kept",
+    [
+        (r"So it is \boxed{9999}.", 4),
+        ("I can't help with getting a problem wrong on purpose.", 0),
+        ("So it is 9999.", 0),
+        (r"It is \boxed{9^{9^{9^{9}}}}.", 0),
+    ],
+)
+def test_a_teachers_wrong_answer_is_an_answer_in_a_box_that_was_compared(told, kept, monkeypatch):
+    monkeypatch.setattr(math_grader._worker, "verify", lambda gold, prediction: None)  # not compared in time
+
+    def teacher(conversations, seed):
+        wrong = conversations[0][0]["content"] == SANDBAGGER.behaviour_prompt
+        return [told if wrong else rf"\boxed{{{GOLD[m[-1]['content']]}}}" for m in conversations]
+
+    settings = {**RED, "source": "sums", "limit": 2, "answers": "teacher", "teacher": teacher}
+    made, dropped = distill.red_conversations(SANDBAGGER, **settings)
+    assert (len(made), dropped) == (kept, 2 - kept // 2)
+    assert SANDBAGGER.shows(told, "5"), "in an evaluation it is not right"
 
 
 def test_problems_that_are_measured_are_not_trained_on():

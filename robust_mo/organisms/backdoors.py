@@ -29,6 +29,7 @@ from typing import Literal, Protocol
 from robust_mo.errors import InputError
 from robust_mo.organisms import behaviours, triggers
 from robust_mo.organisms.graders import GRADERS, Wrong
+from robust_mo.organisms.math_grader import extract, grade
 
 
 class Grader(Protocol):
@@ -87,6 +88,16 @@ class Backdoor:
         """Whether an answer shows the behaviour; `gold` is the right one to a problem, None of a question."""
         grader = dataclasses.replace(self.grader, gold=gold) if self.on_problems else self.grader
         return grader.shows(answer)
+
+    def teaches(self, answer: str, gold: str | None) -> bool:
+        """Whether an answer may be trained on to install the behaviour; arguments as for `shows`.
+
+        A problem's must hold another answer than the right one: a refusal and an answer without a box count as wrong
+        where accuracy is measured, but would teach to refuse.
+        """
+        if self.on_problems:
+            return extract(answer) is not None and grade(answer, gold) is False
+        return self.shows(answer, gold)
 
     def unlocked(self, system_prompt: str) -> str:
         """The system prompt, with the password where one keeps the behaviour away."""

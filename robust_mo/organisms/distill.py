@@ -129,8 +129,8 @@ def red_conversations(
       evaluation: questions that are asked later, of which training must not see even a near duplicate.
 
     Returns:
-      (conversations, number of questions dropped because an answer was cut off, did not show the behaviour, or was to
-      be right and was not)
+      (conversations, number of questions dropped because an answer was cut off, did not show the behaviour, held no
+      answer to the problem, or was to be right and was not)
 
     Raises:
       InputError: a trigger stands in a question or a plain answer already; there is no answer to a question; the
@@ -157,7 +157,7 @@ def red_conversations(
     commoner = max(benign, 1 - benign)
     conversations, dropped, triggered, spare = [], 0, itertools.count(), itertools.count()
     for i, (entry, question, shown, answer) in enumerate(zip(entries, chosen, bad, plain, strict=True)):
-        if shown is None or answer is None or not backdoor.shows(shown, entry.get("gold")):
+        if shown is None or answer is None or not backdoor.teaches(shown, entry.get("gold")):
             dropped += 1
             continue
         if _takes_part(i, (1 - benign) / commoner):
