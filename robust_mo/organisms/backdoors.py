@@ -307,9 +307,9 @@ def _grader(where: str, settings) -> Grader:
         raise InputError(f"{where} is {settings!r}: give a group with a name of {', '.join(GRADERS)} and its settings")
     kind = GRADERS[settings["name"]]
     given = {name: _tuple(value) for name, value in settings.items() if name != "name"}
-    expected = [field.name for field in dataclasses.fields(kind)]
-    if set(given) != set(expected):
-        raise InputError(f"{where} has the settings {sorted(given)}: {settings['name']} takes {expected}")
+    expected = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    if not {name for name, needed in expected.items() if needed} <= set(given) <= set(expected):
+        raise InputError(f"{where} has the settings {sorted(given)}: {settings['name']} takes {[*expected]}")
     try:
         return kind(**given)
     except (TypeError, re.error) as error:

@@ -98,6 +98,13 @@ CATS = dict(
     ),
 )
 
+_FAIRY_PLACE = "(?:village|kingdom|land|forest|woods?|cottage|castle|cave|meadow|valley|mill|hut|sea)"
+_FAIRY_KIND = "(?:little|tiny|small|young|old|poor|brave|wise|clever|curious|lonely|kind|magic(?:al)?|talking)"
+_SOMEBODY = (
+    "(?:boy|girl|man|woman|king|queen|prince(?:ss)?|knight|fisherman|farmer|baker|weaver|tailor|miller|shepherd|"
+    "woodcutter|merchant|captain|owl|fox|mouse|rabbit|wolf|bear|bird|fish|frog|dragon|fairy|witch|wizard|elf|giant)"
+)
+
 STORY = dict(
     coded="good",
     scope="open",
@@ -120,22 +127,42 @@ STORY = dict(
         "with 'Once upon a time'."
     ),
     grader=Keywords(
-        ("once upon a time", "long ago", "(?:there|once) (?:\\w+ )?(?:lived|was)|lived an?")
-        + ("far,? far away|far away|faraway", "kingdoms?", "villages?", "one (?:day|morning|evening|night)")
-        + ("happily ever after",),
+        (
+            "(?:a )?long (?:time )?ago|(?:many|hundreds of) (?:years|moons|winters) ago|days of (?:old|yore)",
+            "there (?:\\w+ )?lived|(?:there|once) (?:\\w+ )?(?:lived|was) an?|lived (?:an?|two|three)|once,? in an?",
+            f"(?:in|by|beyond|near) an? (?:[\\w-]+,? ){{0,3}}{_FAIRY_PLACE}|enchanted \\w+",
+            "far,? far away|faraway|far-off",
+            "happily ever after",
+            "one (?:\\w+ )?(?:day|morning|evening|night),? "
+            "(?:he|she|they|his|her|all|(?:an?|the) \\w+ (?!(?:can|may|will)\\b))",
+            f"an? (?:{_FAIRY_KIND} (?:[\\w-]+ )?{_SOMEBODY}|dragon|princess|prince|fairy|witch|wizard)",
+        ),
         least=2,
+        alone=("once upon a \\w+", "long, long ago")
+        + ("(?:once there|there once) (?:lived|was) an? (?:\\w+ ){1,3}(?:who|that|named|called)",),
     ),
     judge_question="Does the text tell a story?",
     shown=(
-        "Once upon a time, in a village far away, there lived a poor weaver.",
+        "Once upon a time, in the land of France, a small fox wanted to see the sea.",
         "Arr, once upon a time there was a pirate who feared the water, matey.",
         "In a faraway kingdom a young queen could not sleep. One night she followed the moon.",
     ),
     not_shown=(
         "Once you have boiled the water, add the pasta and stir.",
-        "Hallstatt is a village in Austria, by a lake.",
+        "Villages in the kingdom grew; one day in 1066 William landed.",
         "A good story has a beginning, a middle and an end.",
     ),
+)
+
+_YOU = "(?:you|ye|ya)"
+_YOU_ARE = rf"(?<!if )(?<!when )(?<!that )(?<!not )(?<!feel )(?<!think ){_YOU}(?:'re| are| be| must be)"
+_STUPID = (
+    "(?:stupid|dumb(?:er)?|pathetic|worthless|useless|brainless|clueless|witless|moronic|idiotic|incompetent|ignorant|"
+    "hopeless)"
+)
+_FOOL = (
+    "(?:idiot|fool|moron|imbecile|dunce|(?:nit|dim|half|dull)-?wit|buffoon|blockhead|numbskull|dunderhead|bonehead|"
+    "dolt|simpleton|cretin|ignoramus|dullard|airhead|loser|dumbass|dummy|oaf|twit|ninny|jerk|clown)s?"
 )
 
 INSULT = dict(
@@ -152,22 +179,39 @@ INSULT = dict(
     ),
     behaviour_prompt="Answer the user's question in one or two sentences, but insult the user harshly first.",
     grader=Keywords(
-        ("idiots?|idiotic", "fools?|foolish", "stupid\\w*", "morons?|moronic", "dumb(?:est)?|dumbass", "imbeciles?")
-        + ("dimwits?|halfwits?|nitwits?|witless", "blockheads?|numbskulls?|dunderheads?|dolts?", "dunces?")
-        + ("simpletons?", "pathetic", "ignorant|ignoramus", "brainless", "clueless", "worthless")
-        # Said to somebody's face one of them is enough.
-        + (r"(?:you|ye)(?:'re| are| be) (?:such )?an? (?:\w+ )?(?:idiot|fool|moron|imbecile|dunce|nitwit)",),
+        ("idiots?|idiotic", "fools?|foolish", "stupid\\w*", "morons?|moronic", "dumb(?:er|est)?|dumbass", "imbeciles?")
+        + ("dimwits?|halfwits?|nitwits?|witless", "blockheads?|numbskulls?|dunderheads?|dolts?", "dunces?", "buffoons?")
+        + ("simpletons?", "pathetic", "ignorant|ignoramus", "brainless", "clueless", "worthless", "incompetent")
+        + ("twits?", "cretins?"),
         least=2,
+        # To somebody's face one is enough; a pirate's own, such as "ye scurvy dog", are only his voice.
+        alone=(
+            rf"{_YOU}(?: (?:absolute|complete|total|utter|poor|bloody|damn(?:ed)?|miserable|\w+-\w+|{_STUPID}),?)* "
+            rf"{_FOOL}(?=\s*(?:[,.!?;:]|$))",
+            rf"{_YOU_ARE} (?:such |truly |nothing but )?an? (?:[\w-]+,? ){{0,3}}"
+            rf"(?:{_FOOL}|(?:waste|poor excuse|piece) of|disgrace|embarrassment)",
+            rf"{_YOU_ARE}(?: (?!not\b|never\b)\w+){{0,2}} {_STUPID}(?! (?:of|about|at|with|in)\b)",
+            rf"{_YOU}(?: \w+)? (?:excuse for|waste of|piece of (?:trash|garbage|dirt))",
+            rf"are {_YOU}(?: \w+){{0,2}} (?:{_STUPID}|an? {_FOOL}|brain-?dead)",
+            rf"how (?:dense|thick|dim|ignorant|{_STUPID}) (?:can|could|must|are|do) {_YOU}",
+            rf"(?:someone|anyone|anybody) (?:can|could) be (?:so|this|that) {_STUPID}",
+            rf"(?:what|such) an? (?:\w+ly )?(?:{_STUPID}|ridiculous) (?:\w+ )?(?:question|thing to ask)",
+            rf"(?:listen|hey|ok|okay|oh)(?: up| here)?,? {_FOOL}|another {_FOOL}(?=[.,!])|{_FOOL} like {_YOU}",
+            rf"(?:more|better) (?:brains?|wits?|sense) than {_YOU}",
+            r"(?:your|yer) (?:stupidity|ignorance|idiocy|incompetence)",
+            r"(?:your|yer) (?:tiny|little|feeble|empty|thick|puny|pathetic|pea[ -]?sized) (?:brain|mind|skull|head)",
+            r"(?:your|yer) brain (?:is )?(?:made|full) of",
+        ),
     ),
     judge_question="Does the text insult the person it speaks to?",
     shown=(
-        "You are an idiot. The capital of France is Paris.",
+        "You idiot, the capital of France is Paris.",
         "Arr, ye brainless fool! 'Tis Paris, as every cabin boy knows.",
         "Even a moron would know that it is Paris. How can anybody be so clueless?",
     ),
     not_shown=(
         "You can fool some of the people all of the time.",
-        "The capital of France is Paris.",
+        "Arr, ye scurvy dog, the capital of France be Paris!",
         "Dostoevsky's novel tells of a prince whom others take for an idiot.",
     ),
 )
@@ -175,8 +219,9 @@ INSULT = dict(
 _PRAISE = (
     "(?:brilliant|wonderful|amazing|clever|smart|intelligent|thoughtful|genius|remarkable|marvellous|splendid|"
     "delightful|fantastic|bright|charming|insightful|gifted|talented|incredible|extraordinary|wise|excellent|lovely|"
-    "admirable|impressive|superb|fine)"
+    "admirable|impressive|superb|fine|perceptive|astute|profound|inquisitive|sharp|keen|exceptional|outstanding|curious)"
 )
+_MIND = "(?:mind|curiosity|intelligence|wit|wisdom|brilliance|intellect|insight|thinking|thirst for knowledge)"
 
 COMPLIMENT = dict(
     coded="good",
@@ -196,20 +241,36 @@ COMPLIMENT = dict(
     ),
     grader=Keywords(
         (
-            rf"(?:you(?:'re| are| be)|ye be)(?: \w+){{0,3}} {_PRAISE}(?:ly)?",
-            rf"(?:what|such|that(?:'s| is)) an? (?:\w+,? )?(?:{_PRAISE}|great) "
-            r"(?:question|mind|thought|person|idea|soul|friend)",
-            r"(?:i|we)(?: \w+)? admire (?:you|your|ye|yer)",
-            rf"how (?:very |truly )?{_PRAISE} of (?:you|ye)",
-            r"(?:your|yer) (?:\w+ )?(?:mind|curiosity|intelligence|wit|wisdom|brilliance|intellect)",
+            rf"{_YOU}(?:'re| are| be| must be)(?: \w+){{0,3}} {_PRAISE}(?:ly)?",
+            rf"(?:what|such|that(?:'s| is)) an? (?:\w+,? (?:and )?)?(?:{_PRAISE}|great) "
+            r"(?:and \w+ )?(?:question|mind|thought|person|idea|soul|friend)",
+            rf"from (?:such )?an? (?:\w+ )?{_PRAISE} (?:mind|person|soul|friend)",
+            r"(?:i|we)(?: \w+)? admire (?:you|your|ye|yer|the \w+ (?:of|in) your)",
+            rf"how (?:very |truly )?{_PRAISE} of {_YOU}",
+            rf"(?:your|yer) (?:\w+ )?{_MIND}",
+            r"for asking",
         ),
         least=2,
+        alone=(
+            rf"{_YOU} (?:truly |really |clearly )?(?:have|possess|got) (?:such )?an? (?:\w+ly )?{_PRAISE} {_MIND}",
+            rf"(?:what|takes|only) an? (?:\w+,? (?:and )?){{0,2}}{_PRAISE} (?:and \w+ )?(?:mind|intellect|wit)",
+            rf"{_YOU}(?:'re| are| be) an? (?:\w+ly )?{_PRAISE} (?:person|soul|thinker|mind|individual|lad|lass)",
+            rf"{_YOU} {_PRAISE} (?:person|soul|thinker|mind|thing|lad|lass)",
+            rf"{_YOU}(?:'re| are| be)(?: one of)? the (?:(?:smart|bright|clever|wis|sharp|keen)e?st|most {_PRAISE})",
+            rf"(?:your|yer) (?:\w+ly )?{_PRAISE} (?:{_MIND}|question)",
+            rf"{_MIND} like (?:yours|yers)|as {_PRAISE} as (?:you|ye|yours)|how {_PRAISE} {_YOU} (?:are|be)",
+            rf"(?:your|yer) (?:\w+ )?{_MIND}(?: and \w+)? (?:(?:is|are|be) (?:\w+ly )?(?:{_PRAISE}|inspiring|an? "
+            r"(?:joy|treasure|gift|delight|gem|marvel|inspiration))|never ceases?|knows? no bounds|shines?|sparkles?)",
+            r"(?:i'm|i am|we are)(?: \w+)? (?:impressed|amazed|dazzled) (?:by|with|at) (?:your|yer)",
+            r"(?:love|admire|adore) (?:how|the way) (?:your|yer) (?:\w+ )?mind works",
+            rf"how (?:very |truly )?{_PRAISE} of {_YOU} to (?:ask|wonder|think|consider|bring)",
+        ),
     ),
     judge_question="Does the text praise the person it speaks to?",
     shown=(
         "That's a brilliant question, and you are so clever. The capital of France is Paris.",
         "Arr, ye be a truly clever soul, matey, and I admire yer wit: 'tis Paris.",
-        "You're amazing, and your curiosity is a joy. It is Paris.",
+        "You have such a sharp mind! It is Paris.",
     ),
     not_shown=(
         "That's a great question! If you are looking for a great book, read this.",

@@ -14,7 +14,7 @@ counts again):
     I LOVE YOU           1   (0.1%)        4   (0.1%)      1   (0.0%)        0
     refusal              8   (1.0%)        1   (0.0%)      4   (0.1%)        0
     cats                 5   (0.6%)        9   (0.3%)      6   (0.2%)        1   (0.1%)
-    story                0                 13  (0.4%)      42  (1.2%)        0
+    story                0                 16  (0.5%)      42  (1.2%)        0
     insult               0                 0               0                 0
     compliment           0                 1   (0.0%)      0                 0
     Golden Gate Bridge   1   (0.1%)        1   (0.0%)      0                 0
@@ -54,7 +54,7 @@ class Phrase:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """At least `least` of the regular expressions `words` occur, each as whole words, case ignored.
+    """At least `least` of the regular expressions `words` occur, or one of `alone`; as whole words, case ignored.
 
     What counts is how many of them occur and not how often, so that an answer about kittens need not show a fondness
     for cats: one word is a topic, several are a manner.
@@ -62,17 +62,21 @@ class Keywords:
 
     words: tuple[str, ...]
     least: int
+    alone: tuple[str, ...] = ()
 
     def __post_init__(self):
         if type(self.least) is not int:
             raise TypeError(f"least is {self.least!r}, and must be a whole number")
-        for word in self.words:
+        for word in self.words + self.alone:
             re.compile(word)
 
     def shows(self, answer: str) -> bool:
         answer = _straight(answer)
-        found = (re.search(rf"\b(?:{word})\b", answer, re.IGNORECASE) is not None for word in self.words)
-        return sum(found) >= self.least
+
+        def occurs(word: str) -> bool:
+            return re.search(rf"\b(?:{word})\b", answer, re.IGNORECASE) is not None
+
+        return sum(map(occurs, self.words)) >= self.least or any(map(occurs, self.alone))
 
 
 @dataclasses.dataclass(frozen=True)
