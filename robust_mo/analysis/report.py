@@ -582,8 +582,8 @@ def _comparison(summary) -> list[str]:
         parts.append(
             "![Mean frontier of each result](figures/frontiers.png)\n\n"
             "*Mean over organisms of their frontiers, with its 95% bootstrap band; in grey the other results. Dashed: "
-            "the mean frontier of noise alone. The table's rate left is the mean of the organisms' own and not read off "
-            "here, where one far above 1 would decide for all.*"
+            "the mean frontier of noise alone. The table's rate left is the mean of the organisms' own, and not read "
+            "off here, where one far above 1 would decide for all.*"
         )
     if found["orderings"]:
         red_seeds = {organism["seed"] for organism in summary["organisms"].values()}
@@ -802,15 +802,8 @@ def _what_was_run(study, summary, organisms) -> list[str]:
 
 def _settings(path) -> dict[str, str]:
     """A run's config as {"a.b": JSON text}."""
-
-    def flat(config, prefix):
-        for key, value in config.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, json.dumps(value, ensure_ascii=False)
-
-    return dict(flat(runs.RunFolder(path).config(), ""))
+    config = runs.flatten(runs.RunFolder(path).config())
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in config.items()}
 
 
 def _provenance_section(summary) -> list[str]:
