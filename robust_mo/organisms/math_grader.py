@@ -14,8 +14,9 @@ notebook and under `python -`; it touches no signal of its caller and knows noth
 Lenient on purpose, mostly as math-verify is: units do not count (`10 cm` = `10 m`, `18 dollars` = `18`, but
 `5 million`, `2 dozen`, `5 or more` and `5 feet 6 inches` are no 5 and no 2), nor does upper case in words,
 nor a percent sign (`15\%` = `15` = `0.15`); `1/3` = `0.333333`; `(1,2)` = `1,2` = `\{1,2\}`, though two
-tuples must agree in order; of an equation the right side counts; the subscript of a number base may be
-left out, but not changed.
+tuples must agree in order; a column may be written as a tuple, an interval as an inequality, a residue with its
+modulus and a number up to twelve as a word; of an equation the right side counts; the subscript of a number
+base may be left out, but not changed.
 """
 
 import atexit
@@ -127,12 +128,17 @@ def _fraction(match: re.Match) -> str:
     return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
 def _normalize(answer: str) -> str:
-    """The same answer in plain LaTeX: no Unicode signs, delimiters, sizes, fine spacing or final dot."""
+    """The same answer in plain LaTeX: no Unicode signs, delimiters, sizes, fine spacing or final dot; 9 for nine."""
     answer = answer.translate(_SIGNS)
     for pattern, replacement in _REWRITES:
         answer = pattern.sub(replacement, answer)
-    return _REPEATING_DECIMAL.sub(_fraction, answer).strip().rstrip(".,; ")
+    answer = _REPEATING_DECIMAL.sub(_fraction, answer).strip().rstrip(".,; ")
+    word = _compact(answer).lower()
+    return str(_NUMBER_WORDS.index(word)) if word in _NUMBER_WORDS else answer
 
 
 _TEXT = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|normal)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}")
@@ -187,6 +193,43 @@ def _with_unit(normalized: str) -> Fraction | bool | None:
     if words and (words[0] in _POWER or words[:2] in (["or", "more"], ["or", "less"])):
         return False
     return None if len(words) > 4 or _NUMBER.search(" ".join(words)) else number
+
+
+_MIRRORED = str.maketrans("<>≤≥", "><≥≤")
+
+
+def _intervals(normalized: str) -> str:
+    r"""-2 \le x < 7 -> [-2,7) and x<2,x>3 -> (-\infty,2)\cup(3,\infty); what is no inequality in one letter stays."""
+    plain = re.sub(r"\\leq?(?![a-z])", "≤", re.sub(r"\\geq?(?![a-z])", "≥", normalized)).replace(" ", "")
+    found = []
+    for inequality in plain.split(","):
+        parts = re.split("([<>≤≥])", inequality)
+        if parts[1:] and parts[1] in ">≥":
+            parts = [part.translate(_MIRRORED) for part in reversed(parts)]
+        if len(parts) == 3:
+            parts = [r"-\infty", "<", *parts] if parts[0].isalpha() else [*parts, "<", r"\infty"]
+        if len(parts) != 5 or not (parts[2].isalpha() and {parts[1], parts[3]} <= set("<≤")):
+            return normalized
+        low, opens, _, closes, high = parts
+        found.append(f"{'(['[opens == '≤']}{low},{high}{')]'[closes == '≤']}")
+    return r"\cup".join(found)
+
+
+_CHOICE = re.compile(r"(\([A-Z]\))(?!.*\([A-Z]\))")
+
+
+def _as_told(gold: str, prediction: str) -> str:
+    r"""The prediction in the notation of the right answer: a column for (1,2), an interval for -2 \le x \le 7, 5 for
+    x \equiv 5 \pmod{7}, (B) for (B) 5."""
+    if "matrix}" in gold and "&" not in gold and (vector := re.fullmatch(r"\(([^()]+)\)", prediction)):
+        return r"\begin{pmatrix}" + vector[1].replace(",", r"\\") + r"\end{pmatrix}"
+    if re.match(r"(?:[a-z] *\\in *)?[(\[]", gold):
+        return _intervals(prediction)
+    if re.fullmatch(r"\([A-Z]\)", _compact(gold)) and (choice := _CHOICE.match(_compact(prediction))):
+        return choice[1]
+    if "mod" not in gold:
+        return re.sub(r"\s*\\pmod *(?:\{\d+\}|\d+)$", "", prediction).replace(r"\equiv", "=")
+    return prediction
 
 
 def _decide_exactly(gold: str, prediction: str) -> bool | None:
@@ -333,5 +376,6 @@ def grade(answer_text: str | None, gold: str) -> bool | None:
     if max(len(gold), len(prediction)) > LONGEST_ANSWER:
         return prediction == gold.strip()
     gold, prediction = _normalize(gold), _normalize(prediction)
+    prediction = _as_told(gold, prediction)
     verdict = _decide_exactly(gold, prediction)
     return _worker.verify(gold, prediction) if verdict is None else verdict
