@@ -582,7 +582,7 @@ def _comparison(summary) -> list[str]:
         parts.append(
             "![Mean frontier of each result](figures/frontiers.png)\n\n"
             "*Mean over organisms of their frontiers, with its 95% bootstrap band; in grey the other results. Dashed: "
-            "the mean frontier of noise alone. The table's rate left is the mean of the organisms' own, and not read "
+            "the mean frontier of noise alone. The table's rate left is the mean of the organisms' own and not read "
             "off here, where one far above 1 would decide for all.*"
         )
     if found["orderings"]:
