@@ -192,7 +192,9 @@ def _check_config(arguments: list[str]) -> None:
     given += [following for a, following in itertools.pairwise(arguments) if a in ("--config", "-config")]
     default = flags.FLAGS["config"].default
     if given:
-        file, _, argument = given[-1].partition(":")
+        file, colon, argument = given[-1].partition(":")
+        if colon and not argument:
+            raise InputError(f"--config={given[-1]} ends in a colon: give the file's argument, or leave the colon out")
         known = runs.flatten(load_config(file, argument))
     elif default is not None:
         known = runs.flatten(default)

@@ -52,7 +52,8 @@ def main(args: flags.FlagValues) -> None:
         run = RunFolder(args.source)
         measured = sorted({line["step"] for line in run.records() if line["name"].startswith("eval/")})
         if not measured:
-            raise InputError(f"--source={args.source} holds no measurements: give --workdir, the folder for new ones")
+            what = "holds no measurements" if run.path.exists() else "is no folder here, so nothing was measured in it"
+            raise InputError(f"--source={args.source} {what}: give --workdir, the folder for new ones")
         step = measured[-1] if args.step is None else args.step
         if step not in measured:
             raise InputError(f"--step={step} was not measured in {args.source}: choose from {measured}")
@@ -120,7 +121,7 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
         if line["step"] == step and line["name"].startswith("eval/"):
             interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
             value = "no number" if line["value"] is None else f"{line['value']:.4f}"
-            print(f"{line['name']:40} {value}{interval}  of {line['count']}")
+            print(f"{line['name']:40} {value}{interval}" + (f"  of {line['count']}" if "count" in line else ""))
     lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
     for line in sample(lines, number):
         print(f"\n--- {heading(line)}")

@@ -143,6 +143,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.path} is, or lies in, a file: give a folder as --workdir") from None
         except Exception as error:  # of the bucket's library: many kinds
             if isinstance(self.path, pathlib.Path):
                 raise
@@ -240,8 +242,11 @@ class RunFolder:
         self.put()
         file = self.path / "records.jsonl"
         lines = read_lines(file)
-        if any({"step", "name", "value"} - set(line) for line in lines):
-            raise InputError(f"{file} has a line without 'step', 'name' or 'value': restore it from a copy")
+        if wrong := [line for line in lines if not _is_measurement(line)]:
+            raise InputError(
+                f"{file} has a line that is no measurement, without 'step', 'name' or 'value' or with one of a wrong "
+                f"type: {json.dumps(wrong[0])[:100]}; restore it from a copy"
+            )
         latest = {(line["step"], line["name"]): line for line in lines}
         return sorted(latest.values(), key=lambda line: line["step"])
 
@@ -269,6 +274,17 @@ class RunFolder:
 _MAY_CHANGE = re.compile(
     r"(^|\.)(mesh\.|batch\.micro_batches$|evaluation\.batch_size$|remat$|loss_chunk$|log_every$|checkpoint\.)"
 )
+
+
+def _is_measurement(line: dict) -> bool:
+    numbers = [line.get(name) for name in ("value", "count", "low", "high")]
+    return (
+        type(line.get("step")) is int
+        and type(line.get("name")) is str
+        and "value" in line
+        and ("low" in line) == ("high" in line)
+        and all(isinstance(number, int | float | None) for number in numbers)
+    )
 
 
 class Onlooker(RunFolder):
@@ -368,7 +384,8 @@ def write_bytes(path, data: bytes) -> None:
         with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with naming(path):
+            os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -100,8 +100,8 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSONL file to write")
     flags.DEFINE_float("temperature", 0.0, "0: greedy")
     flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
-    flags.DEFINE_integer("max_new_tokens", 256, "longest answer, for lines that do not say")
-    flags.DEFINE_integer("batch_size", 16, "rows decoded together; 0: as many as the free memory holds, up to 256")
+    flags.DEFINE_integer("max_new_tokens", 256, "longest answer, for lines that do not say", 1)
+    flags.DEFINE_integer("batch_size", 16, "rows decoded together; 0: as many as the free memory holds, up to 256", 0)
     flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**32 - 1)
     flags.DEFINE_bool("logprobs", False, "write the natural log of each token's probability at temperature 1")
     flags.DEFINE_string("system", "", "system message before every prompt that has none of its own")
@@ -127,6 +127,7 @@ def main(args: flags.FlagValues) -> None:
     output = pathlib.Path(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
     settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
+    settings["model"] = args.model.rstrip("/")  # which a shell adds to a folder's name
     # A run may be trained on in between, or made again.
     settings |= {"step": models.newest_step(args.model), "started": models.started(args.model)}
     for number, prompt in enumerate(prompts, 1):

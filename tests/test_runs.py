@@ -65,6 +65,14 @@ def test_run_whose_start_was_made_again_is_refused(tmp_path):
             pass
 
 
+def test_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="is, or lies in, a file: give a folder as --workdir"):
+            with RunFolder(path).claim("train", CONFIG, 0):
+                pass
+
+
 def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunFolder("~/runs/red").path == tmp_path / "runs" / "red"
@@ -99,6 +107,9 @@ def test_folder_in_which_nothing_was_done_takes_another_config(tmp_path):
         ("config.json", '{"program": "train"}', "config.json holds no run's 'config'"),
         ("records.jsonl", '{"step": 1, "name": "a", "value": 1}\n5\n', "records.jsonl:2 is not a JSON object"),
         ("records.jsonl", '{"step": 1}\n', "without 'step', 'name' or 'value'"),
+        ("records.jsonl", '{"step": 1, "name": "a", "value": "abc"}\n', "one of a wrong type: .*abc"),
+        ("records.jsonl", '{"step": "3", "name": "a", "value": 1}\n', "one of a wrong type"),
+        ("records.jsonl", '{"step": 3, "name": "a", "value": 1, "low": 0}\n', "one of a wrong type"),
     ],
 )
 def test_damaged_folder_is_named(tmp_path, file, text, says):

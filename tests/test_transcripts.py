@@ -101,5 +101,5 @@ def test_a_run_that_was_measured_is_shown_without_measuring(tmp_path, capsys):
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(InputError, match=r"--step=9 was not measured in .*: choose from \[0, 3\]"):
         evaluated(tmp_path, "--step=9")
-    with pytest.raises(InputError, match="holds no measurements: give --workdir"):
+    with pytest.raises(InputError, match="is no folder here, .*: give --workdir"):
         evaluated(tmp_path / "nowhere")

@@ -41,7 +41,8 @@ def check_names(names) -> None:
     """Raises InputError for a name that is not in the table."""
     for name in names:
         if name not in EVALUATORS:
-            raise InputError(f"unknown evaluator {name!r}: choose from {', '.join(sorted(EVALUATORS))}")
+            written = f"; several are written as {tuple(name.split(','))}" if "," in name else ""
+            raise InputError(f"unknown evaluator {name!r}: choose from {', '.join(sorted(EVALUATORS))}{written}")
 
 
 def check_settings(settings: dict[str, dict]) -> None:

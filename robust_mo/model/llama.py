@@ -114,7 +114,7 @@ class LlamaConfig:
             if value is None:
                 raise InputError(f"{origin} has no field {name!r}; the config.json of a model needs it")
             fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits or (kind is not bool and value <= 0):
+            if not fits or (kind is not bool and not 0 < value < float("inf")):
                 what = "true or false" if kind is bool else f"a positive {kind.__name__}"
                 raise InputError(f"{origin}: {name} is {value!r}; it must be {what}")
             return value

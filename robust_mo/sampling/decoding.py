@@ -31,7 +31,9 @@ class Nucleus:
         logits_BV = logits_BV / self.temperature
         if self.top_p < 1:
             probabilities_BV = jax.nn.softmax(logits_BV)
-            kept_BV = probabilities_BV >= _nucleus_threshold(probabilities_BV, self.top_p)[:, None]
+            # The most probable token is kept however small top_p is, which float32 may hold as 0.
+            threshold_B = jnp.minimum(_nucleus_threshold(probabilities_BV, self.top_p), probabilities_BV.max(-1))
+            kept_BV = probabilities_BV >= threshold_B[:, None]
             logits_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
@@ -53,10 +55,10 @@ def make_decoding(temperature: float, top_p: float) -> Greedy | Nucleus:
     """Greedy at temperature 0, else Nucleus.
 
     Raises:
-      InputError: temperature below 0 or not a number, or top_p outside (0, 1].
+      InputError: temperature below 0, so near to it that logits overflow, or not a number; or top_p outside (0, 1].
     """
-    if not (temperature >= 0 and temperature < float("inf")):
-        raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise InputError(f"temperature is {temperature}: give 0 (greedy), or at least 0.000001")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}: give a number above 0 and at most 1")
     return Nucleus(float(temperature), float(top_p)) if temperature > 0 else Greedy()

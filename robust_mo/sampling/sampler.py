@@ -335,18 +335,25 @@ class Sampler:
 
         Raises:
           InputError: a prompt is empty or leaves no room for an answer in the model's context; memory does not hold so
-            many slots.
+            many slots; the model gives no numbers.
         """
         limits = [self._limit(index, request) for index, request in enumerate(requests)]
         queue = collections.deque(range(first, len(requests)))
         if not queue:
             return
         longest = max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True))
-        shared = _shared(requests) if len(requests) > 1 else 0
-        rest = _width(max(len(r.tokens) for r in requests) - shared)
-        slots = self._slots(slots, max(longest, shared + rest), rest * (shared + rest), len(requests))
-        slots, group = (_dealt_out(rows, self._mesh) for rows in (slots, slots // 8))
-        shared = shared if len(requests) > group else 0
+
+        asked = slots
+
+        def sized(shared: int) -> tuple[int, int, int]:
+            """(shared, slots, group) where so many tokens are read once for all."""
+            rest = _width(max(len(r.tokens) for r in requests) - shared)
+            rows = self._slots(asked, max(longest, shared + rest), rest * (shared + rest), len(requests))
+            return shared, _dealt_out(rows, self._mesh), _dealt_out(rows // 8, self._mesh)
+
+        shared, slots, group = sized(_shared(requests) if len(requests) > 1 else 0)
+        if shared and len(requests) <= group:
+            shared, slots, group = sized(0)
         common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))
         state = self._run(_empty, slots=slots, longest=_rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
@@ -450,6 +457,8 @@ class Sampler:
     def _take(self, state: SlotState, slot: int, count: int) -> Answer:
         tokens, logprobs = jax.device_get((state.tokens_NA[slot], state.logprobs_NA[slot]))
         tokens, logprobs = tokens[:count], logprobs[:count]
+        if np.isnan(logprobs).any():
+            raise InputError("the model's logits are not numbers: its weights are damaged, or training has broken them")
         return Answer(tokens, logprobs, "stop" if tokens[-1] in self._stop_ids else "length")
 
 
