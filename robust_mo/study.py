@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
-from robust_mo.analysis.cells import Attack, Organism, attacks, method_before, organisms
+from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
 from robust_mo.errors import InputError, InUse
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
@@ -276,7 +276,7 @@ def cell(config: ConfigDict, workdir: pathlib.Path, job: Job) -> tuple[str, Conf
 def best(config: ConfigDict, workdir: pathlib.Path, rivals: tuple[Organism, ...]) -> Organism | None:
     """The one that is attacked; None as for `cell`."""
     verdicts = {rival: _verdict(config, RunFolder(workdir / rival.folder)) for rival in rivals}
-    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / report.FAILURE).exists()]
+    open_yet = [r for r, v in verdicts.items() if v is None and not (workdir / r.folder / FAILURE).exists()]
     return None if open_yet else gate.choose(verdicts)
 
 
@@ -316,9 +316,9 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
                 f"the device failed ({' '.join(why.split())[:300]}): where it was out of memory, raise "
                 "config.batch.micro_batches or lower evaluation.batch_size"
             )
-        write_text(path / report.FAILURE, f"{why}\n")
+        write_text(path / FAILURE, f"{why}\n")
         raise InputError(why) from error
-    (path / report.FAILURE).unlink(missing_ok=True)
+    (path / FAILURE).unlink(missing_ok=True)
     done[work(run.to_dict())] = path.resolve()
     if not job.attacks:
         print(told(_verdict(config, trained), config.study.gate), flush=True)
@@ -432,7 +432,7 @@ def conclude(config: ConfigDict, workdir: pathlib.Path, folder: RunFolder) -> No
     for job in jobs(config):
         found = cell(config, workdir, job)
         if found and not RunFolder(workdir / found[0]).finished():
-            why = workdir / found[0] / report.FAILURE
+            why = workdir / found[0] / FAILURE
             failures[found[0]] = why.read_text(encoding="utf-8").strip() if why.is_file() else "stopped before its end"
     draw(workdir, failures)
     if failures:

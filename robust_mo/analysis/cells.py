@@ -10,6 +10,8 @@ Knows names only: nothing of configs of training, of records, or of jax.
 import dataclasses
 import itertools
 
+FAILURE = "failure.txt"  # in the folder of a run that could not be trained: why
+
 
 @dataclasses.dataclass(frozen=True)
 class Organism:

@@ -1,6 +1,6 @@
 """The figures of a study, drawn from its summary alone.
 
-`organism` below is one value of summary.json's "organisms", as report.py writes it.  Read of it are "points", each
+`organism` below is one value of summary.json's "organisms", as summary.py makes it.  Read of it are "points", each
 with "method", "learning_rate", "seed", "step", "on_frontier", "rate", "performance" and the intervals of these two
 (performance is None where it is undefined); "start", the point of the organism before blue training; and "measures"
 (name -> {"auc": [value, low, high], "frontier": corners, ...}, see comparison.py), where the name "all" stands for all
