@@ -1,10 +1,16 @@
-"""The chunked loss against torch's cross-entropy, value and gradients."""
+"""The chunked loss against torch's cross-entropy, value and gradients; what devices tell each other for it."""
+
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from robust_mo.training.loss import summed_cross_entropy
 
@@ -55,3 +61,49 @@ def test_logits_of_the_whole_batch_are_never_there():
     program = str(jax.make_jaxpr(gradient)(hidden, head))
     assert "f32[32,999]" in program
     assert "64,999" not in program and "128,999" not in program
+
+
+EIGHT_DEVICES = """
+import json
+import jax, jax.numpy as jnp
+from robust_mo.analysis.programs import collectives
+from robust_mo.model import mesh as meshes
+from robust_mo.training.loss import summed_cross_entropy
+
+mesh, found = meshes.make_mesh(2, 2, 2), {}
+
+def shape(dtype, *sizes, names):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=meshes.sharding(sizes, names, mesh))
+
+def program(kind, chunk, hidden, head, targets, mask):
+    loss = lambda hidden, head: summed_cross_entropy(hidden, head, targets, mask, chunk)
+    return {"trained": jax.grad(loss, (0, 1)), "frozen": jax.grad(loss), "value": loss}[kind](hidden, head)
+
+hidden = shape(jnp.float32, 8, 64, 32, names=("batch", None, None))
+head = shape(jnp.float32, 1024, 32, names=("vocab", "embed"))
+targets, mask = (shape(dtype, 8, 64, names=("batch", None)) for dtype in (jnp.int32, bool))
+for kind in ("trained", "frozen", "value"):
+    for chunks in (1, 8):
+        with meshes.in_force(mesh):
+            lowered = jax.jit(program, static_argnums=(0, 1)).lower(kind, 64 // chunks, hidden, head, targets, mask)
+        told = collectives(lowered.compile().as_text())
+        found[f"{kind} {chunks}"] = {name: told[name]["bytes"] for name in ("all-gather", "all-reduce")}
+print(json.dumps(found))
+"""
+
+
+def test_devices_tell_each_other_the_head_once():
+    """However many chunks there are: the half with which a device works is gathered, and its gradient summed."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    half = 1024 // 2 * 32 * 4
+    assert {told["all-gather"] for told in found.values()} == {half}
+    for chunks in (1, 8):
+        assert found[f"trained {chunks}"]["all-reduce"] - found[f"frozen {chunks}"]["all-reduce"] == half

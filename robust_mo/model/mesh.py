@@ -112,6 +112,19 @@ def everywhere(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, (None,) * x.ndim)
 
 
+def constrained(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Within a compiled program under `in_force`: the array cut along these logical axes; without a mesh as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, sharding(x.shape, names, mesh))
+
+
+def parts_of(rows: int) -> int:
+    """Within a compiled program: into how many parts of the same size the mesh in force cuts so many rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    apart = 1 if mesh.empty else rows_apart(mesh)
+    return apart if rows % apart == 0 else 1
+
+
 def shardings(abstract, mesh: Mesh):
     """NamedShardings for a tree of `jax.eval_shape(model.init, ...)` whose leaves carry logical axes."""
     return jax.tree.map(

@@ -2,16 +2,20 @@
 
 Promises: sums of losses and of counts, never means, so that micro-batches, hosts and packed rows of any fill can be
 added up and divided once.  The gradient is formed chunk by chunk in the forward pass (the logits of a chunk are there
-anyway), so nothing is recomputed; chunks in which no token carries a loss are skipped.
+anyway), so nothing is recomputed; chunks in which no token carries a loss are skipped.  Devices tell each other the
+head and its gradient once, however many chunks there are.
 Does not know about models, batches or optimizers.
 
-Shape letters: B rows, T positions, N positions of a chunk in all rows, D hidden, V vocabulary.
+Shape letters: B rows, T positions, N positions of a chunk in all rows, D hidden, V vocabulary, P parts of the rows that
+lie on different devices.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+
+from robust_mo.model import mesh as meshes
 
 
 def summed_cross_entropy(hidden_BTD, head_VD, targets_BT, mask_BT, chunk: int) -> jax.Array:
@@ -42,6 +46,8 @@ def summed_cross_entropy(hidden_BTD, head_VD, targets_BT, mask_BT, chunk: int) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, chunk):
+    head_VD = _gathered(head_VD, hidden_BTD.dtype)
+
     def add(total, piece):
         hidden_ND, targets_N, mask_N = piece
 
@@ -53,8 +59,12 @@ def _chunked(hidden_BTD, head_VD, targets_BT, mask_BT, chunk):
     return jax.lax.scan(add, jnp.float32(0), _split(chunk, hidden_BTD, targets_BT, mask_BT))[0]
 
 
+def _gathered(head_VD, dtype):
+    """The head as the products read it.  Before the scan: in it, it would be gathered for every chunk."""
+    return meshes.constrained(head_VD.astype(dtype), ("vocab", None))
+
+
 def _logits(hidden_ND, head_VD):
-    head_VD = head_VD.astype(hidden_ND.dtype)
     return jnp.einsum("nd,vd->nv", hidden_ND, head_VD, preferred_element_type=jnp.float32)
 
 
@@ -75,12 +85,14 @@ def _split(chunk, *arrays):
 
 def _forward(hidden, head, targets, mask, chunk):
     """Loss, and its gradients as residuals.  `perturbed` tells whether the head is being trained at all."""
-    head_VD, train_head = head.value, head.perturbed
     hidden_BTD, targets_BT, mask_BT = hidden.value, targets.value, mask.value
+    head_VD, train_head = _gathered(head.value, hidden_BTD.dtype), head.perturbed
+    rows, _, width = hidden_BTD.shape
+    parts = meshes.parts_of(rows)
 
     def add(carry, piece):
         hidden_ND, targets_N, mask_N = piece
-        total, grad_head_VD = carry
+        total, grad_head_PVD = carry
 
         def compute():
             logits_NV = _logits(hidden_ND, head_VD)
@@ -88,25 +100,32 @@ def _forward(hidden, head, targets, mask, chunk):
             one_hot_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[-1])
             grad_NV = jnp.where(mask_N[:, None], jnp.exp(logits_NV - log_z_N[:, None]) - one_hot_NV, 0.0)
             grad_NV = grad_NV.astype(hidden_ND.dtype)
-            grad_hidden_ND = grad_NV @ head_VD.astype(grad_NV.dtype)
+            grad_hidden_ND = grad_NV @ head_VD
             if not train_head:
                 return loss, None, grad_hidden_ND
-            product_VD = jnp.einsum("nv,nd->vd", grad_NV, hidden_ND, preferred_element_type=jnp.float32)
-            return loss, grad_head_VD + product_VD, grad_hidden_ND
+            by_part = (x.reshape(parts, -1, x.shape[-1]) for x in (grad_NV, hidden_ND))
+            product_PVD = jnp.einsum("pnv,pnd->pvd", *by_part, preferred_element_type=jnp.float32)
+            return loss, grad_head_PVD + product_PVD, grad_hidden_ND
 
         def skip():
-            return jnp.float32(0), grad_head_VD, jnp.zeros_like(hidden_ND)
+            return jnp.float32(0), grad_head_PVD, jnp.zeros_like(hidden_ND)
 
-        loss, grad_head_VD, grad_hidden_ND = jax.lax.cond(mask_N.any(), compute, skip)
-        return (total + loss, grad_head_VD), grad_hidden_ND
+        loss, grad_head_PVD, grad_hidden_ND = jax.lax.cond(mask_N.any(), compute, skip)
+        return (total + loss, grad_head_PVD), grad_hidden_ND
 
-    grad_head_VD = jnp.zeros(head_VD.shape, jnp.float32) if train_head else None
-    pieces = _split(chunk, hidden_BTD, targets_BT, mask_BT)
-    (total, grad_head_VD), grad_hidden = jax.lax.scan(add, (jnp.float32(0), grad_head_VD), pieces)
-    rows, _, width = hidden_BTD.shape
-    grad_hidden_BTD = grad_hidden.reshape(-1, rows, chunk, width).swapaxes(0, 1).reshape(hidden_BTD.shape)
+    # Each device adds up what its own rows give, and all devices' sums are added after the scan.
+    grad_head_PVD = None
     if train_head:
-        grad_head_VD = grad_head_VD.astype(head_VD.dtype)
+        zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)
+        grad_head_PVD = meshes.constrained(zeros_PVD, ("batch", "vocab", None))
+    pieces = _split(chunk, hidden_BTD, targets_BT, mask_BT)
+    (total, grad_head_PVD), grad_hidden = jax.lax.scan(add, (jnp.float32(0), grad_head_PVD), pieces)
+    grad_hidden_BTD = grad_hidden.reshape(-1, rows, chunk, width).swapaxes(0, 1).reshape(hidden_BTD.shape)
+    if not train_head:
+        return total, (grad_hidden_BTD, None)
+    grad_head_VD = meshes.constrained(grad_head_PVD.sum(0), ("vocab", "embed")).astype(head.value.dtype)
+    if parts > 1:  # or the sum would be put off to the end of the step, and a whole head lie there until then
+        grad_hidden_BTD, grad_head_VD = jax.lax.optimization_barrier((grad_hidden_BTD, grad_head_VD))
     return total, (grad_hidden_BTD, grad_head_VD)
 
 
