@@ -118,11 +118,10 @@ def constrained(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, sharding(x.shape, names, mesh))
 
 
-def parts_of(rows: int) -> int:
-    """Within a compiled program: into how many parts of the same size the mesh in force cuts so many rows."""
+def parts_of(name: str, size: int) -> int:
+    """Within a compiled program: into how many parts the mesh in force cuts a logical axis of this size."""
     mesh = jax.sharding.get_abstract_mesh()
-    apart = 1 if mesh.empty else rows_apart(mesh)
-    return apart if rows % apart == 0 else 1
+    return 1 if mesh.empty else size // sharding((size,), (name,), mesh).shard_shape((size,))[0]
 
 
 def shardings(abstract, mesh: Mesh):

@@ -11,11 +11,14 @@ lie on different devices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from robust_mo.model import mesh as meshes
+
+_PIECES = 16  # of the head's gradient, in which devices sum it
 
 
 def summed_cross_entropy(hidden_BTD, head_VD, targets_BT, mask_BT, chunk: int) -> jax.Array:
@@ -88,7 +91,7 @@ def _forward(hidden, head, targets, mask, chunk):
     hidden_BTD, targets_BT, mask_BT = hidden.value, targets.value, mask.value
     head_VD, train_head = _gathered(head.value, hidden_BTD.dtype), head.perturbed
     rows, _, width = hidden_BTD.shape
-    parts = meshes.parts_of(rows)
+    parts = meshes.parts_of("batch", rows)
 
     def add(carry, piece):
         hidden_ND, targets_N, mask_N = piece
@@ -123,10 +126,24 @@ def _forward(hidden, head, targets, mask, chunk):
     grad_hidden_BTD = grad_hidden.reshape(-1, rows, chunk, width).swapaxes(0, 1).reshape(hidden_BTD.shape)
     if not train_head:
         return total, (grad_hidden_BTD, None)
-    grad_head_VD = meshes.constrained(grad_head_PVD.sum(0), ("vocab", "embed")).astype(head.value.dtype)
-    if parts > 1:  # or the sum would be put off to the end of the step, and a whole head lie there until then
-        grad_hidden_BTD, grad_head_VD = jax.lax.optimization_barrier((grad_hidden_BTD, grad_head_VD))
+    grad_head_VD = _summed(grad_head_PVD).astype(head.value.dtype)
     return total, (grad_hidden_BTD, grad_head_VD)
+
+
+def _summed(grad_head_PVD):
+    """The sum over P, cut as the head is.  Piece by piece of the vocabulary, or another whole head would lie beside
+    what the scan has left."""
+    parts, vocabulary, width = grad_head_PVD.shape
+    if parts == 1:
+        return grad_head_PVD[0]
+    cuts = meshes.parts_of("vocab", vocabulary)
+    pieces = math.gcd(vocabulary // cuts, _PIECES)
+    split = grad_head_PVD.reshape(parts, cuts, pieces, -1, width)
+
+    def summed(piece):
+        return meshes.constrained(split[:, :, piece].sum(0), ("vocab", None, "embed"))
+
+    return jax.lax.map(summed, jnp.arange(pieces)).swapaxes(0, 1).reshape(vocabulary, width)
 
 
 def _backward(chunk, residuals, cotangent):
