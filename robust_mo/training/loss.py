@@ -127,6 +127,8 @@ def _forward(hidden, head, targets, mask, chunk):
     if not train_head:
         return total, (grad_hidden_BTD, None)
     grad_head_VD = _summed(grad_head_PVD).astype(head.value.dtype)
+    if parts > 1:  # or the sum would be put off to the end of the step, and a whole head lie there until then
+        grad_hidden_BTD, grad_head_VD = jax.lax.optimization_barrier((grad_hidden_BTD, grad_head_VD))
     return total, (grad_hidden_BTD, grad_head_VD)
 
 
