@@ -19,8 +19,10 @@ def get_config() -> ConfigDict:
 
     # --- the model
     config.model = "smollm2-135m"  # a Hugging Face or PEFT folder, a GGUF file, a hub id, a run folder, or smollm2-135m
-    config.param_dtype = "float32"  # in which parameters, adapters and optimizer state are kept
-    config.compute_dtype = "float32"  # of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow)
+    config.param_dtype = "float32"  # in which what is trained and its optimizer state are kept; all else: compute_dtype
+    # Of activations and products; "bfloat16" on GPU and TPU, never on a CPU (slow).  Products of "float32" are TF32 on
+    # a GPU and one pass of bfloat16 on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    config.compute_dtype = "float32"
     config.remat = "matmuls"  # what the backward pass keeps of a layer (model/llama.py); auto: the most that fits
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: train all weights

@@ -12,6 +12,7 @@ one change after another and names the first that does.  The model's shapes come
 of config.model, or from a folder that is here.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -32,7 +33,7 @@ from robust_mo.errors import InputError, first_line
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
-from robust_mo.sampling.sampler import decode_program
+from robust_mo.sampling.sampler import decode_program, own_copy
 from robust_mo.training import models
 from robust_mo.training.memory import Need, held, needed, out_of_memory
 
@@ -83,7 +84,8 @@ def sample_program(config: ConfigDict, mesh: Mesh):
     if not any(asked):
         raise InputError("--program=sample: config.evaluation.names has no evaluator that samples, such as math500")
     slots = config.evaluation.batch_size or _ROWS
-    return decode_program(llama, models.abstract(llama, mesh, "params"), mesh, slots, _LONGEST_PROMPT, max(asked))
+    params = own_copy(models.abstract(llama, mesh, "params"), llama.compute_dtype, chip_limit(mesh))
+    return decode_program(llama, params, mesh, slots, _LONGEST_PROMPT, max(asked))
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
@@ -139,15 +141,14 @@ def as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def measure(program, mesh: Mesh, limit: int | None) -> dict:
+def measure(program, mesh: Mesh, limit: int) -> dict:
     """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
     compiled, and temporaries, output and collectives are None.
 
     Args:
-      limit: bytes of a chip, None where the compiler is to be asked.
+      limit: bytes of a chip.
     """
     function, arguments, settings = program
-    limit = limit or chip_limit(mesh)
     with meshes.in_force(mesh):
         traced = function.trace(*arguments, **settings)
         flops = product_flops(traced.jaxpr.jaxpr)
@@ -189,8 +190,12 @@ def _compile(lowered: jax.stages.Lowered, arguments) -> tuple[Need, str]:
         return need, written.read_text()
 
 
+@functools.cache
 def chip_limit(mesh: Mesh) -> int:
-    """Bytes that a program may use of one chip, out of the compiler's refusal of one that asks for a petabyte."""
+    """Bytes that a program may use of one chip, out of the compiler's refusal of one that asks for a petabyte; of a
+    pretend device its share of the host's."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
     huge = jax.ShapeDtypeStruct((2**20, 2**30), jnp.int8, sharding=meshes.replicated(mesh))
     try:
         jax.jit(lambda x: x + jnp.int8(1)).lower(huge).compile()
@@ -233,9 +238,7 @@ def main(args: flags.FlagValues) -> None:
     train.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of a look-up
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(args.topology))
-    limit = None
-    if args.topology.startswith("cpu"):
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
+    limit = chip_limit(mesh)
     automatic = args.program == "train" and config.remat == "auto"
     for remat in AUTOMATIC_REMAT if automatic else [config.remat]:
         config.remat = remat

@@ -73,8 +73,10 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 + ("" if config.lora.continued else ", or train on what robust_mo.export makes of its checkpoint")
             )
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
-        loaded = models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
         spec = models.lora_spec(config.lora)
+        # Of what is not trained only that is kept which products read.
+        kept = config.compute_dtype if spec else config.param_dtype
+        loaded = models.load_model(source, mesh, config.compute_dtype, kept)
         prompted = config.data.task == "prompted"  # and nothing trained
         remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)
@@ -347,7 +349,7 @@ def step_program(config: ConfigDict, shapes: LlamaConfig, mesh, remat: str):
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     arguments = (
         TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable), mesh)),
-        None if spec is None else models.abstract(llama, mesh, "params"),
+        None if spec is None else models.abstract(llama.clone(param_dtype=llama.compute_dtype), mesh, "params"),
         trainable if keeps_start(config) else None,
         rows,
         *[jax.ShapeDtypeStruct((), jnp.float32)] * 2,
@@ -479,7 +481,7 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
 
         def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
             own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
-            model = loaded if own else models.load_model(source, mesh, config.compute_dtype, config.param_dtype)
+            model = loaded if own else models.load_model(source, mesh, *[config.compute_dtype] * 2)
             on_progress = command_line.evaluation_progress()
             return teacher_answers(
                 model,

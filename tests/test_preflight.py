@@ -81,6 +81,17 @@ def test_flops_are_xlas_where_every_loop_runs_once(tmp_path):
     assert 0.8 * theirs < ours < theirs
 
 
+def test_frozen_weights_are_held_as_products_read_them(tmp_path):
+    """Adapters and their optimizer's state as they are stored, which is wider."""
+    changes = {"lora.rank": 2, "compute_dtype": "bfloat16", "param_dtype": "float32"}
+    config, mesh = config_of(tmp_path, layers=1, **changes), meshes.make_mesh(1, -1, 1)
+    _, (state, frozen, *_), _ = preflight.train_program(config, mesh)
+    kinds = ({leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim} for tree in (frozen, state))
+    assert list(kinds) == [{"bfloat16"}, {"float32"}]
+    _, (params, *_), _ = preflight.sample_program(config, mesh)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("size, most", [("8b", 0.70), ("1b", 0.71)])
 def test_flops_are_those_that_are_counted_on_paper(size, most):
     """With nothing recomputed the step does what 6N and masked attention, executed whole, come to, within 5%: so the

@@ -2,7 +2,11 @@
 
 import dataclasses
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import QWEN, make_tiny_model
+from conftest import QWEN, REPOSITORY, make_tiny_model
 
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
@@ -190,6 +194,66 @@ def test_decoding_copies_neither_weights_nor_caches(tiny):
     large = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((params, state.cache)) if leaf.ndim > 1}
     copied = [line for line in lines if (m := re.search(r"\w+\[([\d,]+)\]\S* copy\(", line)) and m[1] in large]
     assert not copied
+
+
+def test_own_copy_is_rounded_to_the_dtype_of_products_and_says_the_same(tiny):
+    """Half the stored weights' bytes, and not one bit of an answer: products would round them the same."""
+    _, params = load(tiny)
+    model = hugging_face.build(hugging_face.read_config(tiny), None, "bfloat16", "float32", "none")
+    sampler = Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+    leaves = [leaf for held in (sampler._params, sampler._decoded) for leaf in jax.tree.leaves(held)]
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+    ours = sample(sampler, requests(), Greedy(), slots=4)
+    sampler._params, sampler._decoded = params, unstack_layers(params)
+    for index, answer in sample(sampler, requests(), Greedy(), slots=4).items():
+        np.testing.assert_array_equal(ours[index].tokens, answer.tokens)
+        np.testing.assert_array_equal(ours[index].logprobs, answer.logprobs)
+
+
+def test_nothing_is_copied_of_parameters_that_lie_as_products_read_them(tiny):
+    model, params = load(tiny)
+    sampler = Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+    ours, given = ([x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)] for tree in (sampler._params, params))
+    assert ours == given
+
+
+EIGHT_DEVICES = """
+import json, pathlib, sys
+import jax
+from robust_mo.analysis.programs import collectives
+from robust_mo.model import hugging_face, mesh as meshes
+from robust_mo.sampling.sampler import decode_program, own_copy
+from robust_mo.training import models
+from robust_mo.training.memory import held
+
+mesh, found = meshes.make_mesh(1, -1, 1), []
+model = hugging_face.build(hugging_face.read_config(pathlib.Path(sys.argv[1])), None, "float32", "float32", "none")
+given = models.abstract(model, mesh, "params")
+whole = held(own_copy(given, model.compute_dtype, None))
+for free in (None, 2 * whole, 2 * whole - 1):
+    params = own_copy(given, model.compute_dtype, free)
+    decode, arguments, settings = decode_program(model, params, mesh, slots=8, prompt=70, longest=50)
+    with meshes.in_force(mesh):
+        text = decode.lower(*arguments, **settings).compile().as_text()
+    found.append((held(params), collectives(text).get("all-gather", {"bytes": 0})["bytes"]))
+print(json.dumps(found))
+"""
+
+
+def test_decoding_gathers_no_weights_where_they_fit_whole(tiny):
+    """For a token devices tell each other its rows' state.  Where memory has the weights cut, all of them beside it."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-c", EIGHT_DEVICES, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (whole, gathered), enough, (cut, gathered_cut) = json.loads(done.stdout.splitlines()[-1])
+    assert enough == [whole, gathered] and gathered < whole / 30
+    assert cut < whole / 7 and gathered_cut > 0.99 * whole
 
 
 def test_limits_are_kept(sampler, tiny):

@@ -1,6 +1,7 @@
 """Teachers' answers: sampled once, found again, gone on with after a stop."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from robust_mo import runs
 from robust_mo.model import mesh as meshes
-from robust_mo.organisms.teacher import fingerprint, teacher_answers
+from robust_mo.organisms.teacher import fingerprint as digest
+from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.training.models import load_model
 
 PROMPTS = [[{"role": "user", "content": f"Say {n}."}] for n in range(7)]
@@ -69,7 +71,7 @@ def test_who_wants_the_same_answers_waits_for_them(model, tmp_path):
 
 
 def test_fingerprint_tells_models_apart_and_not_places(model):
-    params = model.params
+    params, fingerprint = model.params, functools.partial(digest, dtype="float32")
     same = jax.tree.map(lambda leaf: jnp.array(np.array(leaf)), params)
     assert fingerprint(same) == fingerprint(params)
     kernel = params["layers"]["q_proj"]["kernel"]
@@ -78,9 +80,11 @@ def test_fingerprint_tells_models_apart_and_not_places(model):
         "two places swapped": kernel.at[0, 0, 0].set(kernel[0, 0, 1]).at[0, 0, 1].set(kernel[0, 0, 0]),
         "layers swapped": kernel[::-1],
         "transposed": kernel.swapaxes(1, 2),
-        "type": kernel.astype(jnp.bfloat16),
+        "rounded": kernel.astype(jnp.bfloat16),
     }
     found = {fingerprint(params)}
     for changed in changes.values():
         found.add(fingerprint(params | {"layers": params["layers"] | {"q_proj": {"kernel": changed}}}))
     assert len(found) == len(changes) + 1
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert digest(params, "bfloat16") == digest(narrow, "bfloat16") != fingerprint(narrow), "as products read them"

@@ -42,7 +42,7 @@ def judge(subject: Subject, *, model: str, **sampling) -> Measurement:
     backdoor = subject.backdoor
     if not backdoor.judge_question:
         return Measurement([], [])
-    frozen = _frozen(model, subject.mesh, subject.llama.compute_dtype.name, subject.llama.param_dtype.name)
+    frozen = _frozen(model, subject.mesh, subject.llama.compute_dtype.name)
 
     def scores(answers: list[str]) -> np.ndarray:
         return probabilities(
@@ -128,5 +128,5 @@ def _first_tokens(chat: ChatFormat, word: str) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=1)  # loaded once, however many checkpoints it judges
-def _frozen(source: str, mesh, compute_dtype: str, param_dtype: str) -> LoadedModel:
-    return load_model(source, mesh, compute_dtype, param_dtype)
+def _frozen(source: str, mesh, dtype: str) -> LoadedModel:
+    return load_model(source, mesh, dtype, dtype)

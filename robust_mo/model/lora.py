@@ -42,7 +42,7 @@ class Projection(nn.Module):
       features: size of the output.
       axes: logical names of the kernel's two axes (see model/mesh.py).
       lora: adapters to add, or None.
-      compute_dtype: dtype of the product; kernel, bias and adapters are stored as `param_dtype`.
+      compute_dtype: dtype of the product, to which kernel, bias and adapters are cast; they begin as `param_dtype`.
       bias: whether a bias `[out]` is added.
     """
 

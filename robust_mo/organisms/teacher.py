@@ -9,6 +9,7 @@ Does not know what the answers are for.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -47,7 +48,7 @@ def teacher_answers(
       InputError: a conversation does not fit the model.
     """
     depends_on = {
-        "parameters": fingerprint(model.params),
+        "parameters": fingerprint(model.params, model.llama.compute_dtype),
         "config": dataclasses.asdict(model.llama.config),
         "dtype": str(jnp.dtype(model.llama.compute_dtype)),
         "prompts": [model.chat.prompt(messages).tolist() for messages in conversations],
@@ -105,20 +106,21 @@ def _turn(file: pathlib.Path, on_wait: Callable[[], None]):
         yield
 
 
-def fingerprint(params) -> str:
-    """Digest of the parameters' names, shapes, types and bits, summed up where they lie: hexadecimal.
+def fingerprint(params, dtype) -> str:
+    """Digest of the parameters' names, shapes and bits as numbers of `dtype`, summed up where they lie: hexadecimal.
 
     Two sums of 32 bits a parameter, each bit pattern weighted by its place, tell apart what training tells apart; they
     are no protection against somebody who looks for two models with the same sums.
     """
-    shapes = jax.tree.map(lambda leaf: [list(leaf.shape), str(leaf.dtype)], params)
-    sums = jax.tree.map(np.ndarray.tolist, jax.device_get(_sums(params)))
+    shapes = jax.tree.map(lambda leaf: [list(leaf.shape), str(dtype)], params)
+    sums = jax.tree.map(np.ndarray.tolist, jax.device_get(_sums(params, jnp.dtype(dtype))))
     return hashlib.sha256(json.dumps([shapes, sums], sort_keys=True).encode()).hexdigest()
 
 
-@jax.jit
-def _sums(params):
+@functools.partial(jax.jit, static_argnames="dtype")
+def _sums(params, dtype):
     def of(leaf):
+        leaf = leaf.astype(dtype)
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
         place, stride = jnp.uint32(0), 1
         for axis in reversed(range(leaf.ndim)):

@@ -7,9 +7,11 @@ while; when no prompt is left to admit, slots are given up by halves (`_only`), 
 than another program costs.  The host only moves prompts in and answers out.
 
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
-how often the same prompt came before in the list, not on its slot or its neighbours (float32).
+how often the same prompt came before in the list, not on its slot or its neighbours (float32, its products exact: off
+a CPU with JAX_DEFAULT_MATMUL_PRECISION=highest).
 The slots are dealt out among the devices of the mesh on which the parameters lie; of several hosts each makes the same
-calls and gets all answers.
+calls and gets all answers.  What the programs read is a copy of the parameters, see `own_copy`, where they do not lie
+like that already.
 Does not know about text, templates or files: prompts and answers are token ids.
 
 Shape letters: N slots, R prompts admitted at once, C tokens that all prompts begin with, P padded length of the rest,
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
@@ -233,9 +236,37 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
     return _placed(jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1])
 
 
+def own_copy(params, dtype, free: int | None):
+    """Shapes and places of the parameters that a sampler reads: in the dtype of the products, and not cut along `fsdp`,
+    where for every token every layer would have to be gathered again.  They stay cut where they would else take more
+    than half of the memory that is free on a device, the caches' as well; None: no one knows how much that is."""
+
+    def kept(axes):
+        axes = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis not in ("fsdp", None))
+        return axes or None
+
+    def whole(sharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*map(kept, sharding.spec)))
+
+    def lying(place):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place(x.sharding)), params)
+
+    copy = lying(whole)
+    size = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(copy))
+    return copy if free is None or 2 * size <= free else lying(lambda sharding: sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "places"))
+def _apart(params, *, dtype, places):
+    """Each layer's own parameters; `places`: those of the leaves of `params`."""
+    leaves, outline = jax.tree.flatten(params)
+    lying = [jax.lax.with_sharding_constraint(x.astype(dtype), at) for x, at in zip(leaves, places, strict=True)]
+    return unstack_layers(jax.tree.unflatten(outline, lying))
+
+
 def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest: int):
     """(function, arguments, static arguments) of greedy decoding, as shapes, where it needs most: every slot has room
-    for a prompt of so many tokens and for the longest answer.  `params`: shapes on the mesh."""
+    for a prompt of so many tokens and for the longest answer.  `params`: what `own_copy` gives, or of layers apart."""
     capacity = _room(min(prompt + longest, model.config.max_position_embeddings))
     with meshes.in_force(mesh):
         empty = functools.partial(_empty, model=model, slots=_dealt_out(slots, mesh), longest=longest)
@@ -304,15 +335,21 @@ class Sampler:
     """
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
-        self._model, self._params, self._mesh = model, params, meshes.of(params)
+        self._model, self._mesh = model, meshes.of(params)
+        own = own_copy(params, model.compute_dtype, meshes.free_memory())
         # Of stacked layers a CPU and a GPU copy each layer's kernels before they read them: a fifth of a step of
         # SmolLM2 on a CPU (122 ms against 100), 9.5 of the 20.7 ms of an 8B step of 128 rows on an H100.  There
         # decoding gets the layers apart.  On a GPU all programs do: whoever hands the stacked ones over and keeps
         # them holds both.
         backend = jax.default_backend()
-        self._decoded = params if backend == "tpu" else jax.jit(unstack_layers)(params)
+        apart = functools.partial(
+            _apart, dtype=model.compute_dtype, places=tuple(x.sharding for x in jax.tree.leaves(own))
+        )
         if backend == "gpu":
-            self._model, self._params = model.clone(scan_layers=False), self._decoded
+            self._model, self._params = model.clone(scan_layers=False), apart(params)
+        else:  # what lies so already is not copied
+            self._params = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, own)
+        self._decoded = apart(self._params) if backend == "cpu" else self._params
         self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
         self.idle = 0
 
@@ -342,18 +379,18 @@ class Sampler:
         if not queue:
             return
         longest = max(len(r.tokens) + n for r, n in zip(requests, limits, strict=True))
+        longest_prompt = max(len(r.tokens) for r in requests)
 
-        asked = slots
+        def fitting(shared: int) -> tuple[int, int]:
+            """(slots, how many are admitted at once), where so many tokens are read once for all prompts."""
+            rest = _width(longest_prompt - shared)
+            fit = self._slots(slots, max(longest, shared + rest), rest * (shared + rest), len(requests))
+            return _dealt_out(fit, self._mesh), _dealt_out(fit // 8, self._mesh)
 
-        def sized(shared: int) -> tuple[int, int, int]:
-            """(shared, slots, group) where so many tokens are read once for all."""
-            rest = _width(max(len(r.tokens) for r in requests) - shared)
-            rows = self._slots(asked, max(longest, shared + rest), rest * (shared + rest), len(requests))
-            return shared, _dealt_out(rows, self._mesh), _dealt_out(rows // 8, self._mesh)
-
-        shared, slots, group = sized(_shared(requests) if len(requests) > 1 else 0)
-        if shared and len(requests) <= group:
-            shared, slots, group = sized(0)
+        shared = _shared(requests)
+        if len(requests) <= fitting(shared)[1]:  # prompts that are all admitted at once are read as they are
+            shared = 0
+        slots, group = fitting(shared)
         common = self._run(_read, self._params, np.tile(requests[0].tokens[:shared], (_dealt_out(1, self._mesh), 1)))
         state = self._run(_empty, slots=slots, longest=_rounded_up(max(limits), parts=2))
         keys = _keys(requests, seed)
