@@ -435,11 +435,6 @@ def check(config: ConfigDict) -> None:
                 f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
                 "second moment is kept and would hardly forget: give at most 0.995"
             )
-    if config.optimizer.name == "adafactor" and config.param_dtype == "bfloat16":
-        raise InputError(
-            "config.optimizer.name is 'adafactor' and config.param_dtype bfloat16, in which its means are kept and "
-            "would stop following the gradient: give float32"
-        )
     command_line.check_range("config.seed", config.seed, 0, 2**32 - 1)
     config_backdoor(config)
     check_names(config.evaluation.names)

@@ -403,6 +403,24 @@ def test_first_moment_in_bfloat16(name):
     assert np.linalg.norm(apart) < 0.02 * np.linalg.norm(moved)
 
 
+def test_adafactor_goes_on_adapting_in_bfloat16():
+    """After 1,000 gradients a hundred smaller ones: its means are those of the same numbers in float32."""
+
+    def after(dtype):
+        kernel = jnp.ones((2, 128, 256), dtype)
+        params = {"layers": {"q_proj": {"kernel": kernel}}, "norm": {"scale": jnp.ones(8, dtype)}}
+        optimizer = optimizer_named("adafactor")
+
+        def one(state, step):
+            gradient = jax.tree.map(lambda p: jnp.full_like(p, jnp.where(step < 1000, 1.0, 0.125)), params)
+            at = dict(learning_rate=jnp.float32(1e-3), share=jnp.float32(1), start=None)
+            return optimizer.update(gradient, state, params, **at)[1], None
+
+        return jax.jit(lambda state: jax.lax.scan(one, state, jnp.arange(1100))[0])(optimizer.init(params))
+
+    jax.tree.map(np.testing.assert_array_equal, after(jnp.bfloat16), after(jnp.float32))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32 updates", "bfloat16 updates"])
 def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(dtype):
     count, step = 2**16, 2.0**-7  # between two bfloat16 numbers from 1 to 2

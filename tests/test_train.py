@@ -394,7 +394,6 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
         ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),
         ({"evals.backdoor_rate.temperature": -1.0}, "config.evals.backdoor_rate: temperature"),
-        ({"optimizer.name": "adafactor", "param_dtype": "bfloat16"}, "adafactor' and config.param_dtype bfloat16"),
         ({"evaluation.names": ("a,b",)}, "unknown evaluator 'a,b'.*several are written as .'a', 'b'."),
         ({"evals.arithmetic.demonstrations": ("a",)}, "demonstrations holds 'a'"),
     ],

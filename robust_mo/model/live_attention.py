@@ -53,9 +53,9 @@ def _agrees(H: int, G: int, K: int, dtype) -> bool:
 
     def on(attend):
         keys = jax.random.split(jax.random.key(0), 3)
-        shapes = ((4, 1, H, K), (4, G, K, 256), (4, G, 256, K))  # two of the blocks that decoding takes
+        shapes = ((4, 1, H, K), (4, G, K, 384), (4, G, 384, K))  # blocks of the size that decoding's caches have
         q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
-        return [attend(q, k, v, jnp.array([[0], [15], [100], [255]]))]
+        return [attend(q, k, v, jnp.array([[0], [127], [200], [383]]))]
 
     kernel = functools.partial(_by_kernel_here, kernel=on_gpu)
     return attention.gives_the_same("Triton", lambda: on(kernel), lambda: on(_by_products))

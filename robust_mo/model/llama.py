@@ -328,7 +328,8 @@ class Llama(nn.Module):
     Attributes:
       config: shapes and constants.
       lora: adapters, in the collection "lora", or None.
-      compute_dtype: dtype of activations and products.
+      compute_dtype: dtype of activations and products; of float32 a GPU takes products in TF32 and a TPU in one pass of
+        bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
       param_dtype: dtype in which parameters are stored.
       remat: a key of REMAT_POLICIES.
       scan_layers: whether the layers are stacked and run in a loop; otherwise each has parameters (see

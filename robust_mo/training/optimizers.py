@@ -33,7 +33,16 @@ def _adam(b1, b2, eps, moment_dtype):
 def _adafactor(decay_rate, clipping_threshold, parameter_scale):
     """arXiv 1804.04235: no first moment; parameter_scale makes steps relative to the size of what they change."""
     steps = [optax.scale_by_factored_rms(decay_rate=decay_rate), optax.clip_by_block_rms(clipping_threshold)]
-    one = optax.chain(*steps, *[optax.scale_by_param_block_rms()] * parameter_scale)
+    inner = optax.chain(*steps, *[optax.scale_by_param_block_rms()] * parameter_scale)
+
+    # optax keeps its means in the parameters' dtype, and in bfloat16 they would stand still after some hundred steps.
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    one = optax.GradientTransformation(
+        lambda params: inner.init(wide(params)),
+        lambda gradient, state, params: inner.update(wide(gradient), state, wide(params)),
+    )
     # Its means are those of a matrix, not of the stack.
     each = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
     return optax.partition({True: each, False: one}, _map_paths(lambda names: names[0] == "layers"))

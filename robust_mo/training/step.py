@@ -90,11 +90,10 @@ def train_step(state, frozen, start, batch, learning_rate, share, *, model, opti
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
         (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0), zeros), parts)
     loss_tokens = jnp.maximum(batch["loss_mask"].sum(), 1)
-
-    def mean(g, p):
-        return (g.astype(jnp.float32) / loss_tokens).astype(p.dtype)  # bfloat16 would round the number of tokens
-
-    gradient = jax.tree.map(mean, gradient, state.trainable)
+    # In float32: bfloat16 cannot tell most numbers of tokens from their neighbours.
+    gradient = jax.tree.map(
+        lambda g, p: (g.astype(jnp.float32) / loss_tokens).astype(p.dtype), gradient, state.trainable
+    )
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.trainable, learning_rate=learning_rate, share=share, start=start
     )
