@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 
-# Names of how much of a GPU's memory a process of jax takes; jax refuses both at once.
+# Names of how much of a GPU's memory a process of jax takes; every program of ours has set one (command_line.py).
 _GPU_SHARE = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 
 
@@ -31,8 +31,8 @@ def run(
       on_wait: called again and again; may raise to stop.
       on_change: called with (name, None) when a command begins, with (name, exit status) when it has ended.
     """
-    name = next((name for name in _GPU_SHARE if name in os.environ), _GPU_SHARE[0])
-    environment = os.environ | {name: f"{float(os.environ.get(name, 0.92)) / at_once:.3f}"}
+    shares = {name: f"{float(os.environ[name]) / at_once:.3f}" for name in _GPU_SHARE if name in os.environ}
+    environment = os.environ | shares
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running = dict(commands), {}
     try:

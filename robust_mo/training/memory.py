@@ -39,6 +39,7 @@ def needed(lowered: jax.stages.Lowered, arguments, compiler_options: dict[str, s
 
     Args:
       arguments: what it was lowered for, arrays or their shapes with shardings.
+      compiler_options: XLA's, by name, beside those in force.
     """
     try:
         compiled = lowered.compile(compiler_options)
