@@ -28,7 +28,7 @@ PARTS = {
     "full": "training --size={size} --checkpointing --rounds=1",
     "evaluation": "sampling --size={size} --forced --peer=static --rounds=1",
     "start": "start --size={size} --lora --rounds=1",
-    "load": "load_weights --size={size} --rounds=1",
+    "load": "load_weights --size={size} --dtype=bfloat16 --rounds=1",
     "own": "training --size={size} --own --rounds=1",
     "compiled": "training --size={size} --lora --compiled --rounds=1",
     "soap": "optimizer_step --size=1b --rows=8 --length=2048 --without per_tensor",

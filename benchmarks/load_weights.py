@@ -1,17 +1,19 @@
 """Loading a sharded checkpoint beside transformers' `from_pretrained`, in one run: time, and host memory on the way.
 
-    python -m benchmarks.load_weights [--rounds=3] [--size=8b | --layers=7 --folder=DIR]
+    python -m benchmarks.load_weights [--rounds=3] [--dtype=bfloat16] [--size=8b | --layers=7 --folder=DIR]
 
 The checkpoint has Llama-3.1-8B's shapes with fewer layers (7: 5.2 GB in bfloat16), invented values, and the index of
 several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides, which
-have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  A virtual machine whose
-host takes back what lies idle hands memory out at a tenth of the usual speed the first time, for which the side that
-copies, ours, pays: its first rounds then show 0.5 GB/s.
+have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  Both sides load it in
+float32, in which training holds what it trains (config.param_dtype), or in --dtype.  In the dtype of the files
+`from_pretrained` on a CPU maps them and copies nothing (what is trained gets copied later; here every page is read
+once), so that bfloat16 sets a copy beside none.  A virtual machine whose host takes back what lies idle hands memory
+out at a tenth of the usual speed the first time: its first rounds show 0.5 GB/s and less on either side.
 
-On a CPU `from_pretrained` maps the files and copies nothing (what is trained gets copied later); here every page is
-read once.  Host memory is the process's anonymous memory at its highest, less what was there before and less the
-parameters themselves; the largest stacked parameter and the largest tensor of a file are printed beside it.
-Writes benchmarks/results/load_weights[-SIZE].json.
+The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
+there before and less the parameters themselves; allowed are the largest stacked parameter and the largest tensor, as
+the files have them.
+Writes benchmarks/results/load_weights[-SIZE][-bfloat16].json.
 """
 
 import argparse
@@ -65,41 +67,46 @@ def _measured(load):
     return loaded, memory, time.perf_counter() - begun
 
 
-def ours(folder: pathlib.Path) -> dict:
+def _stored(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def ours(folder: pathlib.Path, dtype: str) -> dict:
     import jax
 
     from robust_mo.model import hugging_face
     from robust_mo.model import mesh as meshes
     from robust_mo.model.llama import output_head
 
-    model = hugging_face.build(hugging_face.read_config(folder), None, "bfloat16", "bfloat16", "none")
+    model = hugging_face.build(hugging_face.read_config(folder), None, "bfloat16", dtype, "none")
     mesh = meshes.make_mesh(1, -1, 1)
 
     def load():
         return jax.block_until_ready(hugging_face.load_params(folder, model, mesh))
 
     params, memory, seconds = _measured(load)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    on_the_host = size if jax.default_backend() == "cpu" else 0
-    stacked = max(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
-    one = max(params["embed_tokens"].nbytes, stacked // len(params["layers"]["input_layernorm"]["scale"]))
+    on_the_host = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if jax.default_backend() == "cpu" else 0
+    itemsize = round(_stored(folder) / sum(leaf.size for leaf in jax.tree.leaves(params)))
+    stacked = itemsize * max(leaf.size for leaf in jax.tree.leaves(params["layers"]))
+    embeddings = itemsize * params["embed_tokens"].size
+    one = max(embeddings, stacked // len(params["layers"]["input_layernorm"]["scale"]))
     read = [np.asarray(output_head(params)[:64]), np.asarray(params["layers"]["down_proj"]["kernel"][-1, :, :8]).T]
     return {
-        "speed": size / 1e9 / seconds,
+        "speed": _stored(folder) / 1e9 / seconds,
         "host_bytes": memory.highest - on_the_host,
-        "allowed_bytes": max(stacked, params["embed_tokens"].nbytes) + one,
+        "allowed_bytes": max(stacked, embeddings) + one,
         "sums": [float(np.square(part.astype(np.float64)).sum()) for part in read],
     }
 
 
-def theirs(folder: pathlib.Path) -> dict:
+def theirs(folder: pathlib.Path, dtype: str) -> dict:
     import torch
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, or loading would pay for the import
 
     @torch.no_grad()
     def load():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         if torch.cuda.is_available():
             model = model.cuda()
         # Files that are mapped are read when first touched; a loader that copies has done so already.
@@ -108,11 +115,13 @@ def theirs(folder: pathlib.Path) -> dict:
         return model
 
     model, memory, seconds = _measured(load)
-    size = sum(tensor.nbytes for tensor in model.parameters())
+    # On the device, or the files themselves, which are no anonymous memory.
+    elsewhere = torch.cuda.is_available() or dtype == "bfloat16"
+    on_the_host = 0 if elsewhere else sum(tensor.nbytes for tensor in model.parameters())
     read = [model.lm_head.weight[:64], model.model.layers[-1].mlp.down_proj.weight[:8]]
     return {
-        "speed": size / 1e9 / seconds,
-        "host_bytes": memory.highest,  # mapped files are not anonymous memory
+        "speed": _stored(folder) / 1e9 / seconds,
+        "host_bytes": memory.highest - on_the_host,
         "sums": [float(part.detach().double().square().sum()) for part in read],
     }
 
@@ -131,6 +140,7 @@ def agree(a: dict, b: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--folder", type=pathlib.Path, default=TEMPORARY)
@@ -138,12 +148,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = sizes.folder(arguments.size) if arguments.size else arguments.folder
     if arguments.side:
-        print(json.dumps({"ours": ours, "theirs": theirs}[arguments.side](folder)))
+        print(json.dumps({"ours": ours, "theirs": theirs}[arguments.side](folder, arguments.dtype)))
         return
     try:
         if not arguments.size:
             sizes.invent(folder, "Llama-3.1-8B-Instruct", arguments.layers, "bfloat16")
-        compare("load_weights" + (f"-{arguments.size}" if arguments.size else ""), "GB/s", arguments.rounds, agree)
+        suffixes = (arguments.size, arguments.dtype if arguments.dtype == "bfloat16" else None)
+        name = "-".join(["load_weights", *filter(None, suffixes)])
+        compare(name, "GB/s", arguments.rounds, agree)
     finally:
         if folder == TEMPORARY:
             shutil.rmtree(TEMPORARY)

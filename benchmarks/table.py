@@ -22,7 +22,8 @@ TITLES = {
     "sampling-forced": ("200 answers of 1 to 512 tokens", "`generate`"),
     "sampling-static": ("64 prompts, at most 128 tokens", "`generate`, static cache"),
     "sampling-continuous": ("64 prompts, at most 128 tokens", "its continuous batching"),
-    "load_weights": ("reading 5.2 GB of weights", "`from_pretrained`"),
+    "load_weights": ("reading 5.2 GB of bfloat16 weights to be trained in float32", "`from_pretrained`"),
+    "load_weights-bfloat16": ("reading them as they are", "`from_pretrained`, which maps the files"),
 }
 STEPS = {
     "optimizer_step": "a SOAP step, all weights",

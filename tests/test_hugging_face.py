@@ -27,6 +27,7 @@ from robust_mo.model.llama import unembed
 folder = sys.argv[1]
 if sys.argv[3] == "on the device":
     hugging_face._transposed_on_the_way = lambda mesh: False
+hugging_face._BYTES_AT_ONCE = 1500  # several pieces of a tensor, of which the last is smaller
 model = hugging_face.build(hugging_face.read_config(__import__("pathlib").Path(folder)), None, *["float32"] * 2, "none")
 mesh = meshes.make_mesh(1, 4, 2)
 params = hugging_face.load_params(folder, model, mesh)
@@ -56,17 +57,27 @@ def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, tran
     np.testing.assert_allclose(np.load(output), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_several_files_and_other_dtypes(tmp_path, tiny, dtype):
+@pytest.mark.parametrize("on_the_way", [True, False])
+@pytest.mark.parametrize(
+    "dtype, into", [(torch.bfloat16, "float32"), (torch.float16, "float32"), (torch.float32, "bfloat16")]
+)
+def test_several_files_and_other_dtypes(tmp_path, tiny, monkeypatch, dtype, into, on_the_way):
+    monkeypatch.setattr(hugging_face, "_BYTES_AT_ONCE", 1500)  # several pieces of a tensor, the last of them smaller
+    monkeypatch.setattr(hugging_face, "_transposed_on_the_way", lambda mesh: on_the_way)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    llama = hugging_face.build(hugging_face.read_config(tmp_path), None, "float32", "float32", "none")
+    llama = hugging_face.build(hugging_face.read_config(tmp_path), None, "float32", into, "none")
     params = hugging_face.load_params(tmp_path, llama, meshes.make_mesh(1, -1, 1))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {into}
+
+    def expected(weight):
+        return weight.detach().to(getattr(torch, into)).float().numpy()
+
+    np.testing.assert_array_equal(params["embed_tokens"].astype("float32"), expected(model.model.embed_tokens.weight))
     for layer in range(3):
-        expected = model.model.layers[layer].mlp.up_proj.weight.detach().float().numpy().T
-        np.testing.assert_array_equal(params["layers"]["up_proj"]["kernel"][layer], expected)
+        kernel = params["layers"]["up_proj"]["kernel"][layer].astype("float32")
+        np.testing.assert_array_equal(kernel, expected(model.model.layers[layer].mlp.up_proj.weight).T)
 
 
 @pytest.mark.slow

@@ -33,7 +33,8 @@ _TOP = {
     "lm_head": "lm_head.weight",
 }
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
-_BYTES_AT_ONCE = 2**23
+_BYTES_AT_ONCE = 2**22
+"""A piece that fits the caches of a CPU: a page of memory that is new costs the host more than filling it."""
 _PARENT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
@@ -174,39 +175,11 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
         jax.tree.map_with_path(expect, nn.unbox(abstract))
         _check(folder, wanted, files, against)
 
-        on_the_way = _transposed_on_the_way(mesh)
-        # Every shard is read into the same memory: a page that is new costs the host more than filling it.
-        widest = max(_FLOATS[files[name].get_slice(name).get_dtype()].itemsize for name in wanted)
-        sizes = jax.tree.map(
-            lambda leaf, target: math.prod(target.shard_shape(leaf.shape)), nn.unbox(abstract), targets
-        )
-        scratch = np.empty(max(jax.tree.leaves(sizes)) * widest, np.uint8)
-
         def read(path, leaf, target):
-            name, transposed = tensor_name(_join(path)), path[-1].key in _TRANSPOSED
-
-            def as_stored(values):
-                return (*values[:-2], values[-1], values[-2]) if transposed else tuple(values)
-
-            def stored_shard(index):
-                index = [range(*part.indices(size)) for part, size in zip(index, as_stored(leaf.shape), strict=True)]
-                layers, within = ([None], index) if "{layer}" not in name else (index[0], index[1:])
-                tensors = [files[each].get_slice(each) for each in (name.format(layer=layer) for layer in layers)]
-                dtype, shape = _FLOATS[tensors[0].get_dtype()], [len(part) for part in index]
-                shard = scratch[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-                for place, tensor in zip(shard.reshape(len(layers), *map(len, within)), tensors, strict=True):
-                    _copy(tensor, within, place)
-                return shard
-
-            if on_the_way:
-                as_it_is = as_stored(range(leaf.ndim))
-                placed = _placed(leaf.shape, target, lambda index: stored_shard(as_stored(index)).transpose(as_it_is))
-                return placed.astype(leaf.dtype)
-            spec = (*target.spec, *(None,) * (leaf.ndim - len(target.spec)))
-            sharding = NamedSharding(mesh, PartitionSpec(*as_stored(spec)))
-            stored = _placed(as_stored(leaf.shape), sharding, stored_shard)
-            place = jax.jit(lambda x: x.transpose(as_stored(range(x.ndim))).astype(leaf.dtype), out_shardings=target)
-            return place(stored)
+            name = tensor_name(_join(path))
+            names = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
+            tensors = [files[name].get_slice(name) for name in names]
+            return _placed(tensors, leaf, target, transposed=path[-1].key in _TRANSPOSED)
 
         try:
             return jax.tree.map_with_path(read, nn.unbox(abstract), targets)
@@ -214,31 +187,74 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
             raise InputError(f"{folder}: a weight file cannot be read ({error}); get it again") from None
 
 
-def _copy(tensor, within: list[range], into: np.ndarray) -> None:
-    """Copies a part of a file's tensor by some rows at a time, so that what the file's library allocates for them is
-    used again and again."""
-    rows, *rest = within
-    rest = tuple(slice(part.start, part.stop) for part in rest)
-    step = max(1, _BYTES_AT_ONCE // max(1, into[:1].nbytes))
-    for begin in range(0, len(rows), step):
-        some = rows[begin : begin + step]
-        into[begin : begin + step] = tensor[(slice(some.start, some.stop), *rest)]
+def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
+    """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
+
+    All shards are filled at once by some rows of a tensor, which is all that the host holds of it beside them.
+    `transposed`: the tensors have the last two axes the other way round.
+    """
+
+    def swapped(values):
+        return (*values[:-2], values[-1], values[-2])
+
+    alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
+    shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
+    spec += (None,) * (len(shape) - len(spec))
+    filled_as = pieces_as = NamedSharding(target.mesh, PartitionSpec(*spec))
+    shard = filled_as.shard_shape(shape)
+    parts = [size // cut for size, cut in zip(shape, shard, strict=True)]
+    on_the_way = transposed and _transposed_on_the_way(target.mesh)
+    on_the_device = transposed and not on_the_way
+    if on_the_device:
+        pieces_as, parts = NamedSharding(target.mesh, PartitionSpec(*swapped(spec))), swapped(parts)
+
+    # The devices that hold the same, by where that begins in the tensors.
+    same: dict[tuple, list] = {}
+    for device, index in filled_as.addressable_devices_indices_map(shape).items():
+        begins = tuple(part.start or 0 for part in index)
+        same.setdefault(swapped(begins) if transposed else begins, []).append(device)
+
+    layers, rows, *beside = swapped(shard) if transposed else shard
+    step = max(1, _BYTES_AT_ONCE // (4 * math.prod(beside)))
+    filled = jnp.zeros(shape, _bits(leaf.dtype), device=filled_as)
+    for layer in range(layers):
+        for row in range(0, rows, step):
+            arrays = []
+            for (first_layer, first_row, *others), devices in same.items():
+                some = slice(first_row + row, first_row + min(row + step, rows))
+                whole = (slice(other, other + size) for other, size in zip(others, beside, strict=True))
+                piece = tensors[first_layer + layer][(some, *whole)][None]
+                piece = piece.swapaxes(-1, -2) if on_the_way else piece
+                arrays += [jax.device_put(piece, device) for device in devices]
+            together = tuple(size * count for size, count in zip(piece.shape, parts, strict=True))
+            pieces = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
+            place = (layer, row, *(0 for _ in beside))
+            place = swapped(place) if transposed else place
+            filled = _filled_in(filled, pieces, place, leaf.dtype, filled_as, pieces_as, on_the_device)
+        jax.block_until_ready(filled)
+
+    def finished(filled):
+        return jax.lax.bitcast_convert_type(filled, leaf.dtype).reshape(leaf.shape)
+
+    return jax.jit(finished, donate_argnums=0, out_shardings=target)(filled)
 
 
-def _placed(shape: tuple, sharding: NamedSharding, read: Callable) -> jax.Array:
-    """The array of which `read` returns the part at an index, in memory that it uses again for the next."""
-    devices: dict[str, list] = {}
-    indices = sharding.addressable_devices_indices_map(shape)
-    for device, index in indices.items():
-        devices.setdefault(str(index), []).append(device)
-    arrays = []
-    for same in devices.values():
-        part = read(indices[same[0]])
-        put = [jax.device_put(part, device) for device in same]
-        # A CPU takes over memory that lies as it wants it, even where told to copy.
-        taken_over = same[0].platform == "cpu" and put[0].unsafe_buffer_pointer() == part.ctypes.data
-        arrays += jax.block_until_ready([array.copy() for array in put] if taken_over else put)
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+def _bits(dtype) -> np.dtype:
+    """A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of."""
+    return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5, 6))
+def _filled_in(filled, pieces, place, dtype, filled_as, pieces_as, transposed):
+    """`filled`, the `_bits` of `dtype`, with each device's of `pieces` at `place` of its shard."""
+
+    def fill(shard, piece, place):
+        piece = (piece.swapaxes(-1, -2) if transposed else piece).astype(dtype)
+        return jax.lax.dynamic_update_slice(shard, jax.lax.bitcast_convert_type(piece, shard.dtype), place)
+
+    given = (filled_as.spec, pieces_as.spec, PartitionSpec())
+    fill = jax.shard_map(fill, mesh=filled_as.mesh, in_specs=given, out_specs=filled_as.spec, check_vma=False)
+    return fill(filled, pieces, place)
 
 
 def _transposed_on_the_way(mesh: Mesh) -> bool:
