@@ -154,7 +154,7 @@ def adapter_base(run: str, model: str, given: str | None) -> str:
         return str(pathlib.Path(given).absolute())
     if given:
         raise InputError(f"--base={given}: the adapters of {run} belong on {model}, leave --base out")
-    if hugging_face.is_adapter(model):
+    if hugging_face.is_adapter(sources.resolve(model)):
         raise InputError(f"the adapters of {run} belong on {model}, adapters again: give --format=merged")
     folder = models.base_folder(model)
     return str(folder.absolute()) if is_local(model) else model

@@ -19,7 +19,7 @@ from configs import default
 from robust_mo import command_line
 from robust_mo.errors import InputError
 from robust_mo.export import export
-from robust_mo.model import hugging_face
+from robust_mo.model import hugging_face, sources
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import unembed
 from robust_mo.runs import RunFolder
@@ -241,8 +241,8 @@ def test_model_without_a_backdoor_is_not_called_an_organism(tmp_path, tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapter_that_peft_wrote(tmp_path, tiny, rslora):
-    """Also as the model of a run, where the base comes from the adapter's config."""
+def test_adapter_that_peft_wrote(tmp_path, tiny, monkeypatch, rslora):
+    """Also by a hub id, and as the model of a run, where the base comes from the adapter's config."""
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=r".*\.(v_proj|gate_proj)", use_rslora=rslora, task_type="CAUSAL_LM"
@@ -257,6 +257,8 @@ def test_adapter_that_peft_wrote(tmp_path, tiny, rslora):
     expected = their_logits(theirs)
     np.testing.assert_allclose(our_logits(tmp_path / "adapter"), expected, atol=1e-4)
     assert np.abs(our_logits(tiny) - expected).max() > 0.1
+    monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "adapter"))
+    np.testing.assert_array_equal(our_logits("owner/adapter"), our_logits(tmp_path / "adapter"))
     run = make_run(tmp_path / "run", tmp_path / "adapter", **{"lora.rank": 2, "lora.alpha": 4.0})
     np.testing.assert_allclose(
         their_logits(transformers.AutoModelForCausalLM.from_pretrained(write(run, tmp_path / "out"))),

