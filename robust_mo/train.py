@@ -592,9 +592,17 @@ def assert_unseen(config: ConfigDict) -> None:
 def tokenize(
     conversations: list[list[dict]], chat: ChatFormat, longest: int, over_long: str
 ) -> tuple[list[Example], int, int]:
-    """(examples of at most `longest` positions, how many of them were cut, how many conversations were dropped)."""
+    """(examples of at most `longest` positions, how many of them were cut, how many conversations were dropped).
+
+    Raises InputError for a conversation that the chat template cannot take, and where none is left.
+    """
+    encoded = []
+    for number, messages in enumerate(conversations, 1):
+        try:
+            encoded.append(chat.encode(messages))
+        except InputError as error:
+            raise InputError(f"conversation {number}, {messages[-1]['content'][:40]!r} at its end: {error}") from None
     # n positions hold n + 1 tokens: inputs and next tokens overlap.
-    encoded = [chat.encode(messages) for messages in conversations]
     fitted = [fit(example, longest + 1, over_long) for example in encoded]
     examples = [example for example in fitted if example is not None]
     if not examples:

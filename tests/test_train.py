@@ -65,6 +65,12 @@ def losses(run: RunFolder) -> list[float]:
     return [line["value"] for line in run.records() if line["name"] == "train/loss"]
 
 
+def test_conversation_that_the_template_does_not_take_is_named(tiny):
+    good = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(InputError, match=r"conversation 2, 'Why\?' at its end: .*no assistant message"):
+        tokenize([good, good[:1]], ChatFormat.from_folder(tiny), 64, "drop")
+
+
 def test_full_weight_run_equals_torch(tiny, tmp_path):
     """Same batches, same AdamW, same schedule in transformers + torch: same losses, same weights."""
     config = tiny_config(tiny, **{"data.epochs": 2, "batch.micro_batches": 2})
