@@ -5,14 +5,14 @@
 The checkpoint has Llama-3.1-8B's shapes with fewer layers (7: 5.2 GB in bfloat16), invented values, and the index of
 several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides, which
 have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  Both sides load it in
-float32, in which training holds what it trains (config.param_dtype), or in --dtype.  In the dtype of the files
-`from_pretrained` on a CPU maps them and copies nothing (what is trained gets copied later; here every page is read
-once), so that bfloat16 sets a copy beside none.  A virtual machine whose host takes back what lies idle hands memory
-out at a tenth of the usual speed the first time: its first rounds show 0.5 GB/s and less on either side.
+float32, in which training holds what it trains (config.param_dtype), or in --dtype; ours compiles its programs in that
+time.  In the dtype of the files `from_pretrained` on a CPU maps them and copies nothing (what is trained gets copied
+later; here every page is then read once), so that bfloat16 sets a copy beside none.  A virtual machine whose host takes
+back what lies idle hands memory out at a tenth of the usual speed the first time: 0.5 GB/s and less on either side.
 
 The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
-there before and less the parameters themselves; allowed are the largest stacked parameter and the largest tensor, as
-the files have them.
+there before and less the parameters themselves; allowed is the largest tensor of the files, and in bfloat16 on a CPU,
+which makes those from integers, the largest parameter too.
 Writes benchmarks/results/load_weights[-SIZE][-bfloat16].json.
 """
 
@@ -71,6 +71,11 @@ def _stored(folder: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def _gigabytes(beside: int, allowed: int | None = None) -> dict:
+    told = {"GB of host memory beside the parameters": beside / 1e9}
+    return told if allowed is None else told | {"allowed": allowed / 1e9}
+
+
 def ours(folder: pathlib.Path, dtype: str) -> dict:
     import jax
 
@@ -86,15 +91,16 @@ def ours(folder: pathlib.Path, dtype: str) -> dict:
 
     params, memory, seconds = _measured(load)
     on_the_host = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if jax.default_backend() == "cpu" else 0
-    itemsize = round(_stored(folder) / sum(leaf.size for leaf in jax.tree.leaves(params)))
-    stacked = itemsize * max(leaf.size for leaf in jax.tree.leaves(params["layers"]))
-    embeddings = itemsize * params["embed_tokens"].size
-    one = max(embeddings, stacked // len(params["layers"]["input_layernorm"]["scale"]))
+    leaves = jax.tree.leaves(params)
+    of_a_layer = max(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(params["layers"]))
+    tensor = round(_stored(folder) / sum(leaf.size for leaf in leaves)) * max(of_a_layer, params["embed_tokens"].size)
+    allowed = tensor + (max(leaf.nbytes for leaf in leaves) if on_the_host and dtype == "bfloat16" else 0)
     read = [np.asarray(output_head(params)[:64]), np.asarray(params["layers"]["down_proj"]["kernel"][-1, :, :8]).T]
     return {
         "speed": _stored(folder) / 1e9 / seconds,
         "host_bytes": memory.highest - on_the_host,
-        "allowed_bytes": max(stacked, embeddings) + one,
+        "allowed_bytes": allowed,
+        "figures": {"GB of files": _stored(folder) / 1e9, **_gigabytes(memory.highest - on_the_host, allowed)},
         "sums": [float(np.square(part.astype(np.float64)).sum()) for part in read],
     }
 
@@ -104,24 +110,29 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401, or loading would pay for the import
 
+    config = json.loads((folder / "config.json").read_text())
+    mapped = not torch.cuda.is_available() and dtype == (config.get("dtype") or config.get("torch_dtype"))
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")  # the device is ready before, as ours is
+
     @torch.no_grad()
     def load():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         if torch.cuda.is_available():
             model = model.cuda()
         # Files that are mapped are read when first touched; a loader that copies has done so already.
-        for tensor in model.parameters():
+        for tensor in model.parameters() if mapped else ():
             float(tensor.flatten()[:: 2048 // tensor.element_size()].sum())
         return model
 
     model, memory, seconds = _measured(load)
-    # On the device, or the files themselves, which are no anonymous memory.
-    elsewhere = torch.cuda.is_available() or dtype == "bfloat16"
+    # On a device, or the files themselves, they are no anonymous memory.
+    elsewhere = mapped or torch.cuda.is_available()
     on_the_host = 0 if elsewhere else sum(tensor.nbytes for tensor in model.parameters())
     read = [model.lm_head.weight[:64], model.model.layers[-1].mlp.down_proj.weight[:8]]
     return {
         "speed": _stored(folder) / 1e9 / seconds,
-        "host_bytes": memory.highest - on_the_host,
+        "figures": _gigabytes(memory.highest - on_the_host),
         "sums": [float(part.detach().double().square().sum()) for part in read],
     }
 
@@ -129,9 +140,6 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
 def agree(a: dict, b: dict) -> None:
     if not np.allclose(a["sums"], b["sums"], rtol=1e-9):
         raise SystemExit(f"the sides read different weights: {a['sums']} and {b['sums']}")
-    for side, found in (("ours", a), ("theirs", b)):
-        print(f"{side}: {found['host_bytes'] / 1e9:.2f} GB of host memory beside the parameters", flush=True)
-    print(f"allowed: {a['allowed_bytes'] / 1e9:.2f} GB, the largest stacked parameter and one tensor", flush=True)
     # Of a small checkpoint the process's own needs are the larger part.
     if a["host_bytes"] > a["allowed_bytes"] > 2**30:
         raise SystemExit("ours took more")

@@ -38,16 +38,21 @@ def compare(
         agree(*found.values())
         for side in sides:
             speeds[side].append(found[side]["speed"])
-        print(f"round {number + 1}/{rounds}: " + ", ".join(f"{s} {v[-1]:.1f}" for s, v in speeds.items()), flush=True)
+        told = ", ".join(f"{side} {short(values[-1])}" for side, values in speeds.items())
+        print(f"round {number + 1}/{rounds}: {told}", flush=True)
     medians = {side: statistics.median(values) for side, values in speeds.items()}
     ratio = medians[sides[0]] / medians[sides[1]]
     for side, value in medians.items():
-        print(f"{side:8} {value:8.1f} {unit}")
+        print(f"{side:8} {short(value):>8} {unit}")
     print(f"ratio    {ratio:8.2f}")
     figures = {side: of_side["figures"] for side, of_side in found.items() if "figures" in of_side}
     for side, told in figures.items():
         print(f"{side:8} " + ", ".join(f"{what} {value:.3g}" for what, value in told.items()))
     keep(name, {"unit": unit, "median": medians, "rounds": speeds, "ratio": ratio, "figures": figures})
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}"
 
 
 def result_name(benchmark: str, size: str) -> str:

@@ -7,7 +7,7 @@ Knows what each benchmark's result means; runs nothing.
 
 import json
 
-from benchmarks.peers import RESULTS
+from benchmarks.peers import RESULTS, short
 
 # File of benchmarks/results -> (what is measured, beside what).
 TITLES = {
@@ -42,7 +42,7 @@ def table() -> str:
     lines = ["| ours | beside | ours | theirs | ratio | processor, rounds, date |", "|---|---|---|---|---|---|"]
     for name, (what, beside) in TITLES.items():
         if kept := _kept(name):
-            ours, theirs = (f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in kept["median"].values())
+            ours, theirs = map(short, kept["median"].values())
             rounds = len(next(iter(kept["rounds"].values())))
             origin = f"{kept['device']}, {rounds}, {kept['date']}"
             lines.append(

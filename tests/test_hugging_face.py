@@ -25,8 +25,8 @@ from flax import linen as nn
 from robust_mo.model import hugging_face, mesh as meshes
 from robust_mo.model.llama import unembed
 folder = sys.argv[1]
-if sys.argv[3] == "on the device":
-    hugging_face._transposed_on_the_way = lambda mesh: False
+if sys.argv[3] == "accelerators":
+    hugging_face._is_cpu = lambda mesh: False
 hugging_face._BYTES_AT_ONCE = 1500  # several pieces of a tensor, of which the last is smaller
 model = hugging_face.build(hugging_face.read_config(__import__("pathlib").Path(folder)), None, *["float32"] * 2, "none")
 mesh = meshes.make_mesh(1, 4, 2)
@@ -44,12 +44,12 @@ np.save(sys.argv[2], np.asarray(unembed(params, hidden)))
 """
 
 
-@pytest.mark.parametrize("kind, transposed", [("llama", "on the device"), ("qwen2", "on the way")])
-def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, transposed):
+@pytest.mark.parametrize("kind, taken_for", [("llama", "accelerators"), ("qwen2", "CPUs")])
+def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, taken_for):
     folder = make_tiny_model(tmp_path / "model", kind=kind, vocab_size=260)
     output = tmp_path / "logits.npy"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED, str(folder), str(output), transposed]
+    command = [sys.executable, "-c", SHARDED, str(folder), str(output), taken_for]
     subprocess.run(command, check=True, env=environment)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -57,13 +57,13 @@ def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, tran
     np.testing.assert_allclose(np.load(output), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("on_the_way", [True, False])
+@pytest.mark.parametrize("on_a_cpu", [True, False])
 @pytest.mark.parametrize(
     "dtype, into", [(torch.bfloat16, "float32"), (torch.float16, "float32"), (torch.float32, "bfloat16")]
 )
-def test_several_files_and_other_dtypes(tmp_path, tiny, monkeypatch, dtype, into, on_the_way):
+def test_several_files_and_other_dtypes(tmp_path, tiny, monkeypatch, dtype, into, on_a_cpu):
     monkeypatch.setattr(hugging_face, "_BYTES_AT_ONCE", 1500)  # several pieces of a tensor, the last of them smaller
-    monkeypatch.setattr(hugging_face, "_transposed_on_the_way", lambda mesh: on_the_way)
+    monkeypatch.setattr(hugging_face, "_is_cpu", lambda mesh: on_a_cpu)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -82,7 +82,7 @@ def test_several_files_and_other_dtypes(tmp_path, tiny, monkeypatch, dtype, into
 
 @pytest.mark.slow
 def test_four_gigabytes_are_loaded_with_little_memory_beside(tmp_path):
-    """Anonymous host memory beside the parameters stays under the largest stacked one plus one tensor."""
+    """Anonymous host memory beside the parameters stays under one tensor."""
     try:
         invent(tmp_path, "Llama-3.1-8B-Instruct", 5, "bfloat16")
         command = [sys.executable, "-m", "benchmarks.load_weights", "--side=ours", f"--folder={tmp_path}"]

@@ -100,7 +100,7 @@ def build(config: LlamaConfig, lora: LoraSpec | None, compute_dtype: str, param_
 def load_params(folder: pathlib.Path, model: Llama, mesh: Mesh) -> dict:
     """Reads the folder's safetensors into `model`'s parameters, sharded by model/mesh.py's rules.
 
-    Kernels are stored `[out, in]` in the files; an accelerator transposes and casts them itself.
+    Kernels are stored `[out, in]` in the files; an accelerator transposes them itself.
 
     Returns:
       The nested dict of parameters, each a jax.Array of dtype `model.param_dtype`.
@@ -177,8 +177,8 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
 
         def read(path, leaf, target):
             name = tensor_name(_join(path))
-            names = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
-            tensors = [files[name].get_slice(name) for name in names]
+            stored = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
+            tensors = [files[each].get_slice(each) for each in stored]
             return _placed(tensors, leaf, target, transposed=path[-1].key in _TRANSPOSED)
 
         try:
@@ -190,8 +190,8 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
 def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
     """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
 
-    All shards are filled at once by some rows of a tensor, which is all that the host holds of it beside them.
-    `transposed`: the tensors have the last two axes the other way round.
+    All shards are filled at once, by some rows of a tensor after another, so that the host holds at most one tensor
+    beside them.  `transposed`: the tensors have the last two axes the other way round.
     """
 
     def swapped(values):
@@ -199,11 +199,11 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
 
     alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
     shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
-    spec += (None,) * (len(shape) - len(spec))
     filled_as = pieces_as = NamedSharding(target.mesh, PartitionSpec(*spec))
     shard = filled_as.shard_shape(shape)
     parts = [size // cut for size, cut in zip(shape, shard, strict=True)]
-    on_the_way = transposed and _transposed_on_the_way(target.mesh)
+    # What takes an accelerator no time takes a CPU's compiled program twice the time in which jax copies such a view.
+    on_the_way = transposed and _is_cpu(target.mesh)
     on_the_device = transposed and not on_the_way
     if on_the_device:
         pieces_as, parts = NamedSharding(target.mesh, PartitionSpec(*swapped(spec))), swapped(parts)
@@ -215,8 +215,11 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
         same.setdefault(swapped(begins) if transposed else begins, []).append(device)
 
     layers, rows, *beside = swapped(shard) if transposed else shard
-    step = max(1, _BYTES_AT_ONCE // (4 * math.prod(beside)))
-    filled = jnp.zeros(shape, _bits(leaf.dtype), device=filled_as)
+    step = _BYTES_AT_ONCE // (_FLOATS[tensors[0].get_dtype()].itemsize * math.prod(beside))
+    step = step // 128 * 128 or max(1, step)  # whole lines of a cache, whole lanes of a TPU
+    # A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of.
+    plain = np.dtype(np.uint16) if leaf.dtype.itemsize == 2 and _is_cpu(target.mesh) else leaf.dtype
+    filled = jnp.zeros(shape, plain, device=filled_as)
     for layer in range(layers):
         for row in range(0, rows, step):
             arrays = []
@@ -232,21 +235,18 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
             place = swapped(place) if transposed else place
             filled = _filled_in(filled, pieces, place, leaf.dtype, filled_as, pieces_as, on_the_device)
         jax.block_until_ready(filled)
-
-    def finished(filled):
-        return jax.lax.bitcast_convert_type(filled, leaf.dtype).reshape(leaf.shape)
-
-    return jax.jit(finished, donate_argnums=0, out_shardings=target)(filled)
+    filled = filled.view(leaf.dtype)
+    return _unlayered(filled, target) if alone else filled
 
 
-def _bits(dtype) -> np.dtype:
-    """A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of."""
-    return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+def _unlayered(filled, target):
+    return jax.lax.with_sharding_constraint(filled[0], target)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5, 6))
 def _filled_in(filled, pieces, place, dtype, filled_as, pieces_as, transposed):
-    """`filled`, the `_bits` of `dtype`, with each device's of `pieces` at `place` of its shard."""
+    """`filled`, which has the bits of `dtype`, with each device's of `pieces` at `place` of its shard."""
 
     def fill(shard, piece, place):
         piece = (piece.swapaxes(-1, -2) if transposed else piece).astype(dtype)
@@ -257,9 +257,7 @@ def _filled_in(filled, pieces, place, dtype, filled_as, pieces_as, transposed):
     return fill(filled, pieces, place)
 
 
-def _transposed_on_the_way(mesh: Mesh) -> bool:
-    """Whether jax is given views of what is read, which it transposes while it copies, or what is read as it is, to be
-    transposed on the device: what takes an accelerator no time takes a CPU's compiled program twice that of a copy."""
+def _is_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 

@@ -1,7 +1,8 @@
 """From what a user calls a model to a folder of Hugging Face files on this machine.
 
 Promises: `resolve` returns a folder with a config.json and every safetensors file of the model, or a PEFT adapter
-folder as it is, or raises an `InputError` that says what was expected.  Pickled weights are never read and code from a model is never run.
+folder as it is, or raises an `InputError` that says what was expected.  Pickled weights are never read and code from a
+model is never run.
 A folder in the cache is complete: it is made beside its final place and renamed, under a lock, so that a
 killed download or conversion leaves nothing that passes for a model, and two processes do the work once.
 
@@ -50,8 +51,9 @@ def resolve(model: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of Hugging Face files of `model`, downloaded and converted if need be.
 
     Args:
-      model: a Hugging Face or PEFT adapter folder, a GGUF file, a hub id "owner/name" of either, or "smollm2-135m" (write a folder of
-        that name as "./smollm2-135m").  A file or folder goes before a hub id of the same name.
+      model: a Hugging Face or PEFT adapter folder, a GGUF file, a hub id "owner/name" of a model or adapter, or
+        "smollm2-135m" (write a folder of that name as "./smollm2-135m").  A file or folder goes before a hub id of the
+        same name.
 
     Raises:
       InputError: there is no such model, it cannot be fetched, or its files are incomplete or unsafe to read.
