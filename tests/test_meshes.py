@@ -149,6 +149,17 @@ def test_axis_that_does_not_divide_stays_whole(tiny):
     assert tuple(cut["layers"]["k_proj"]["kernel"].spec) == (None, "fsdp", "tensor")
 
 
+def test_adapters_of_less_rank_than_devices_are_cut_along_the_other_axis(tiny):
+    mesh = jax.sharding.AbstractMesh((1, 8, 2), meshes.AXES)
+    adapters = hugging_face.abstract_variables(build(tiny, LoraSpec(4, 1.0, PROJECTIONS)))["lora"]["layers"]
+    cut = meshes.shardings(adapters, mesh)
+    assert tuple(cut["up_proj"]["a"].spec) == (None, "fsdp", None)
+    assert tuple(cut["up_proj"]["b"].spec) == (None, None, ("tensor", "fsdp"))
+    assert tuple(cut["down_proj"]["a"].spec) == (None, ("tensor", "fsdp"), None)
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), meshes.AXES)
+    assert tuple(meshes.shardings(adapters, mesh)["up_proj"]["b"].spec) == (None, "fsdp", "tensor")
+
+
 if __name__ == "__main__":
     folder, output, *sizes = sys.argv[1:]
     np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes))))

@@ -29,7 +29,7 @@ AXES = ("replica", "fsdp", "tensor")
 RULES = (
     ("batch", ("replica", "fsdp")),  # rows of text: every device that holds different rows
     ("embed", "fsdp"),  # hidden size: where parameters are cut, gathered layer by layer when used
-    ("heads", "tensor"),  # query heads: whole heads per device, so attention needs no exchange
+    ("heads", "tensor"),  # query heads: whole ones where `tensor` divides them, so that attention needs no exchange
     ("kv_heads", "tensor"),  # key/value heads, cut beside the query heads that read them
     ("mlp", "tensor"),  # feed-forward width: column-cut going in, row-cut coming out
     ("vocab", "tensor"),  # vocabulary: the largest axis of embedding and head
@@ -137,13 +137,18 @@ def sharding(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh) -> N
     """Where an array with these logical axes lies.
 
     An axis that its devices do not divide evenly, such as an odd vocabulary, stays whole on each of them, and so does
-    one whose devices cut an earlier axis already.
+    one whose devices cut an earlier axis already.  Where there are more devices than LoRA's inner dimension can be cut
+    among, they cut the other one.
     """
     table, cut = dict(RULES), []
     for size, name in zip(shape, names, strict=True):
         axis = table[name] if name else None
         devices = math.prod(mesh.shape[part] for part in ([axis] if isinstance(axis, str) else axis or []))
         cut.append(axis if axis not in cut and size % devices == 0 else None)
+    if "rank" in names and "fsdp" not in cut:
+        other = len(names) - 1 if names[-1] != "rank" else len(names) - 2
+        if shape[other] % (mesh.shape["tensor"] * mesh.shape["fsdp"]) == 0:
+            cut[other] = ("tensor", "fsdp")
     return NamedSharding(mesh, PartitionSpec(*cut))
 
 
