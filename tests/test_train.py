@@ -504,6 +504,24 @@ def test_weights_that_the_last_step_broke_stop_the_run(tiny, tmp_path):
         watch.flush()
 
 
+def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, capsys):
+    """Which the files themselves do not show."""
+    config = tiny_config(tiny, steps=2, **{"checkpoint.every": 1, "checkpoint.keep": 3})
+    run = train(config, tmp_path)
+    largest = max((run.checkpoints / "2").glob("trainable/**/d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match=f"{run.checkpoints}/2 has other bits than were saved, in trainable .*delete"):
+        weights(run)
+    (run.path / "records.jsonl").unlink()  # not finished
+    capsys.readouterr()
+    train(config, run.path)
+    assert "has other bits than were saved, in trainable" in (said := capsys.readouterr().out)
+    assert "the one before it used, of step 1\n" in said
+    weights(run)
+
+
 @pytest.mark.parametrize("damage", ["manifest.ocdbt", "_METADATA", "."])
 def test_damaged_checkpoint_is_named(tiny, tmp_path, damage):
     run = train(tiny_config(tiny, steps=1), tmp_path)

@@ -1,10 +1,11 @@
 """Checkpoints of a training run, by Orbax.
 
 Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); no more are
-kept than was asked for; what is read back is bit for bit what was saved; a run whose newest one is damaged goes on from
-the one before it.
-Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step and the
-state of the data iterator.
+kept than was asked for; what is read back is bit for bit what was saved, or damaged; a run whose newest one is damaged
+goes on from the one before it.
+Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step, the
+state of the data iterator and the sums of all arrays' bits, since the files themselves do not show a bit that has
+changed.
 """
 
 import errno
@@ -12,6 +13,7 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
@@ -32,6 +34,26 @@ class _Damaged(InputError):
     def __init__(self, what: str, remedy: str = "train again in another --workdir"):
         super().__init__(f"{what}: restore its files from a copy, or {remedy}")
         self.what = what
+
+
+def _sums(tree) -> dict[str, list]:
+    """Of each leaf its dtype and the sum of its bits."""
+    sums = jax.device_get(_sum_bits(tree))
+    return {
+        jax.tree_util.keystr(path): [leaf.dtype.name, int(total)]
+        for (path, leaf), total in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(sums), strict=True)
+    }
+
+
+@jax.jit
+def _sum_bits(tree):
+    """Of each leaf the sum of its numbers' bits, of 32 bits itself, wherever it lies and however it is cut."""
+
+    def of(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(of, tree)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -84,10 +106,11 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        sums = {name: _sums(getattr(state, name)) for name in ("trainable", "optimizer")}
         items = ocp.args.Composite(
             trainable=ocp.args.StandardSave(state.trainable),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            progress=ocp.args.JsonSave({"step": step, "iterator": iterator_state}),
+            progress=ocp.args.JsonSave({"step": step, "iterator": iterator_state, "sums": sums}),
         )
         self._guard(lambda: self._manager.save(step, args=items))
 
@@ -110,16 +133,21 @@ class Checkpoints:
                 found = self._read(step, items)
             except _Damaged as error:
                 damage = error
-            if not hosts.anywhere(damage is not None):
+            if hosts.anywhere(damage is not None):
+                damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
+                continue
+            try:
+                self._check(step, found)
                 break
-            damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
+            except _Damaged as error:
+                damaged[step] = error
         else:
             raise damaged[max(damaged)]
         if damaged:
             self._put_aside(list(damaged))
             for damage in damaged.values():
                 print(f"{damage.what}: it is put aside as damaged, and the one before it used, of step {step}")
-        step = jax.device_put(jax.numpy.int32(found.progress["step"]), state.step.sharding)
+        step = jax.device_put(jnp.int32(found.progress["step"]), state.step.sharding)
         return TrainState(step, found.trainable, found.optimizer), found.progress["iterator"]
 
     def restore_trainable(self, trainable, step: int | None):
@@ -134,9 +162,11 @@ class Checkpoints:
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
-        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable))
+        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable), progress=ocp.args.JsonRestore())
         try:
-            return self._read(chosen, items).trainable
+            found = self._read(chosen, items)
+            self._check(chosen, found)
+            return found.trainable
         except _Damaged as error:
             # The one before is not taken unasked: what is made of it would pass for what the run came to.
             if earlier := [other for other in steps if other < chosen]:
@@ -171,6 +201,15 @@ class Checkpoints:
                     "go on with those, or choose another --workdir"
                 ) from error
             raise _Damaged(f"{self.folder / str(step)} cannot be read ({first_line(error)})") from error
+
+    def _check(self, step: int, found) -> None:
+        """Raises _Damaged where what was read of a checkpoint has not the bits that were saved."""
+        saved = found.progress.get("sums", {})  # the first versions of this program kept none
+        for name in [name for name in ("trainable", "optimizer") if name in saved and name in found.keys()]:
+            for path, (dtype, total) in _sums(found[name]).items():
+                # What was read in another dtype has other bits.
+                if saved[name][path][0] == dtype and saved[name][path][1] != total:
+                    raise _Damaged(f"{self.folder / str(step)} has other bits than were saved, in {name} {path}")
 
     def close(self) -> None:
         self._guard(self._manager.close)
