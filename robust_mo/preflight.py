@@ -5,11 +5,11 @@
 
 The real program is compiled by the TPU's own compiler, which the package libtpu brings, from shapes alone: no TPU, no
 weights, no network.  cpu:8 compiles for eight pretend devices of a CPU.  --program=train is the training step; sample
-is a step of decoding in the config's evaluations, with every slot at its longest answer (in the middle of training the
-optimizer's state lies beside it).  Prints bytes per chip beside the chip's limit, FLOPs, collectives, and how long
-compiling took; with --json, the last line is one JSON object with the same.  Where it does not fit, --suggest compiles
-one change after another and names the first that does.  The model's shapes come from configs/models by the last part
-of config.model, or from a folder that is here.
+is a step of decoding in the config's evaluations, with every slot at its longest answer, beside the model as it was
+loaded (in the middle of training the optimizer's state lies there too).  Prints bytes per chip beside the chip's limit,
+FLOPs, collectives, and how long compiling took; with --json, the last line is one JSON object with the same.  Where it
+does not fit, --suggest compiles one change after another and names the first that does.  The model's shapes come from
+configs/models by the last part of config.model, or from a folder that is here.
 """
 
 import functools
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import tempfile
 import time
 
@@ -32,7 +33,7 @@ from robust_mo.analysis.programs import collectives, product_flops
 from robust_mo.errors import InputError, first_line
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import AUTOMATIC_REMAT
+from robust_mo.model.llama import AUTOMATIC_REMAT, Llama
 from robust_mo.sampling.sampler import decode_program, own_copy
 from robust_mo.training import models
 from robust_mo.training.memory import Need, held, needed, out_of_memory
@@ -58,6 +59,10 @@ def devices_of(topology: str) -> list[jax.Device]:
             raise InputError(f"--topology={topology}: give a number of devices, as in cpu:8")
         jax.config.update("jax_num_cpu_devices", int(size))
         return jax.devices()
+    # Sides of 0 end libtpu, and it takes a third one of slices that have two.
+    sides = {"v5e": 2, "v6e": 2, "v5p": 3}.get(kind)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size) or sides not in (None, size.count("x") + 1):
+        raise InputError(f"--topology={topology} is no slice: known are {', '.join(TOPOLOGIES)}, cpu:N")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"--topology={topology} needs the TPU compiler: .venv/bin/python -m pip install libtpu")
     # What libtpu would else ask of the TPU machine that it takes this one for; and other programs may use it too.
@@ -78,14 +83,24 @@ def train_program(config: ConfigDict, mesh: Mesh):
 
 def sample_program(config: ConfigDict, mesh: Mesh):
     """(function, arguments, static arguments) of decoding, as the config's evaluations do it."""
-    dtypes = config.compute_dtype, config.param_dtype
-    llama = hugging_face.build(models.shapes_of(config.model), None, *dtypes, "none")
+    llama = _measured_model(config)
     asked = [config.evals[name].get("max_new_tokens", 0) for name in config.evaluation.names]
     if not any(asked):
         raise InputError("--program=sample: config.evaluation.names has no evaluator that samples, such as math500")
     slots = config.evaluation.batch_size or _ROWS
-    params = own_copy(models.abstract(llama, mesh, "params"), llama.compute_dtype, chip_limit(mesh))
+    loaded = models.abstract(llama, mesh, "params")
+    params = own_copy(loaded, llama.compute_dtype, chip_limit(mesh) - held(loaded))
     return decode_program(llama, params, mesh, slots, _LONGEST_PROMPT, max(asked))
+
+
+def _measured_model(config: ConfigDict) -> Llama:
+    dtypes = config.compute_dtype, config.param_dtype
+    return hugging_face.build(models.shapes_of(config.model), None, *dtypes, "none")
+
+
+def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
+    """Bytes of a chip that are taken while the program runs by what it is not given."""
+    return 0 if program == "train" else held(models.abstract(_measured_model(config), mesh, "params"))
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
@@ -121,19 +136,21 @@ def suggest(config: ConfigDict, program: str, mesh: Mesh, found: dict) -> dict |
     """The first of `changes` with which a program fits that was found not to; None where none does.  Prints what it
     tries."""
     limit = found["limit_bytes"]
-    if found["bytes_per_chip"]["arguments"] > limit and mesh.shape["replica"] == 1:
+    # What decoding is given has the answers' caches in it, which fewer answers make smaller.
+    if program == "train" and found["bytes_per_chip"]["arguments"] > limit and mesh.shape["replica"] == 1:
         print("weights and state alone are more than a chip holds: take more chips, LoRA, or a smaller model")
         return None
     for change in changes(config, program, mesh):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(change)
         tried_mesh = meshes.make_mesh(**changed.mesh, devices=list(mesh.devices.flat))
-        tried = measure(PROGRAMS[program](changed, tried_mesh), tried_mesh, limit)
+        taken = beside(changed, program, tried_mesh)
+        tried = measure(PROGRAMS[program](changed, tried_mesh), tried_mesh, limit, taken)
         gib = tried["bytes_per_chip"]["total"] / _GIB
         print(f"{as_flags(change)}: {gib:.2f} GiB, {'fits' if tried['fits'] else 'does not fit'}", flush=True)
         if tried["fits"]:
             return change
-    print("nothing tried fits: take more chips, LoRA, or a smaller model")
+    print(f"nothing tried fits: take more chips, {'LoRA, ' if program == 'train' else ''}or a smaller model")
     return None
 
 
@@ -141,29 +158,30 @@ def as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def measure(program, mesh: Mesh, limit: int) -> dict:
+def measure(program, mesh: Mesh, limit: int, beside: int = 0) -> dict:
     """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
     compiled, and temporaries, output and collectives are None.
 
     Args:
       limit: bytes of a chip.
+      beside: those of them that other things take; they are counted among the arguments.
     """
     function, arguments, settings = program
     with meshes.in_force(mesh):
         traced = function.trace(*arguments, **settings)
         flops = product_flops(traced.jaxpr.jaxpr)
-        given = held(arguments)
+        given = beside + held(arguments)
         sizes = {"arguments": given, "temporaries": None, "output": None, "total": given}
         fits, told, begun = False, None, time.monotonic()
         if given <= limit:
             need, text = _compile(traced.lower(), arguments)
             sizes = {
-                "arguments": need.arguments,
+                "arguments": beside + need.arguments,
                 "temporaries": need.temporaries,
                 "output": need.output,
-                "total": need.total,
+                "total": beside + need.total,
             }
-            fits = need.compiled is not None and need.total <= limit
+            fits = need.compiled is not None and sizes["total"] <= limit
             told = collectives(text) if text else {}
     return {
         "fits": fits,
@@ -206,12 +224,13 @@ def chip_limit(mesh: Mesh) -> int:
     raise AssertionError("the compiler found room for a petabyte")
 
 
-def report(found: dict, tokens: int) -> list[str]:
+def report(found: dict, program: str, tokens: int) -> list[str]:
+    given = ", optimizer state and batch" if program == "train" else " and caches"
     sizes, limit = found["bytes_per_chip"], found["limit_bytes"]
     spare = limit - sizes["total"]
     if sizes["temporaries"] is None:
         return [
-            f"DOES NOT FIT: weights, optimizer state and batch alone are {sizes['total'] / _GIB:.2f} GiB per chip, "
+            f"DOES NOT FIT: weights{given} alone are {sizes['total'] / _GIB:.2f} GiB per chip, "
             f"which holds {limit / _GIB:.2f}; not compiled"
         ]
     parts = ", ".join(f"{name} {sizes[name] / _GIB:.2f}" for name in ("arguments", "temporaries", "output"))
@@ -242,7 +261,7 @@ def main(args: flags.FlagValues) -> None:
     automatic = args.program == "train" and config.remat == "auto"
     for remat in AUTOMATIC_REMAT if automatic else [config.remat]:
         config.remat = remat
-        found = measure(PROGRAMS[args.program](config, mesh), mesh, limit)
+        found = measure(PROGRAMS[args.program](config, mesh), mesh, limit, beside(config, args.program, mesh))
         if found["fits"]:
             break
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -255,7 +274,7 @@ def main(args: flags.FlagValues) -> None:
     print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {about}")
     if automatic:
         print(f"config.remat auto: {config.remat}")
-    print("\n".join(report(found, tokens)), flush=True)
+    print("\n".join(report(found, args.program, tokens)), flush=True)
     if args.suggest and not found["fits"]:
         found["suggestion"] = suggest(config, args.program, mesh, found)
         if found["suggestion"]:

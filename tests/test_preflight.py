@@ -270,6 +270,35 @@ def test_what_is_suggested_fits(tmp_path, capsys):
     assert "smaller model" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_fewer_answers_are_suggested_where_their_caches_do_not_fit(tmp_path):
+    mesh = meshes.make_mesh(1, -1, 1)
+    config = config_of(tmp_path, layers=2, **{"evals.arithmetic.max_new_tokens": 1000, "evaluation.batch_size": 64})
+    loaded = preflight.beside(config, "sample", mesh)
+
+    def measured(slots, limit):
+        config.evaluation.batch_size = slots
+        return preflight.measure(preflight.sample_program(config, mesh), mesh, limit, loaded)
+
+    limit = measured(16, 2**40)["bytes_per_chip"]["total"]
+    found = measured(64, limit)
+    assert found["bytes_per_chip"]["arguments"] > limit and not found["fits"]
+    assert preflight.report(found, "sample", tokens=64)[0].startswith("DOES NOT FIT: weights and caches alone are")
+    assert preflight.suggest(config, "sample", mesh, found) == {"evaluation.batch_size": 16}
+
+
+@pytest.mark.parametrize("topology", ["v5e:0x0", "v5e:4x4x4", "v5p:2x2", "v5e:4", "v5e"])
+def test_what_is_no_slice_is_refused_before_libtpu_sees_it(topology):
+    with pytest.raises(InputError, match=f"--topology={topology} is no slice: known are v5e:2x2"):
+        preflight.devices_of(topology)
+
+
+def test_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--topology=v5e:4x4 needs the TPU compiler: .* install libtpu"):
+        preflight.devices_of("v5e:4x4")
+
+
 def test_what_is_given_is_more_than_a_chip_holds(tmp_path):
     mesh = meshes.make_mesh(1, -1, 1)
     program = preflight.train_program(config_of(tmp_path, layers=1), mesh)
@@ -277,7 +306,7 @@ def test_what_is_given_is_more_than_a_chip_holds(tmp_path):
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program[1]))
     assert not found["fits"] and found["bytes_per_chip"]["total"] == kept and found["compile_seconds"] < 0.1
     assert [found["bytes_per_chip"][part] for part in ("temporaries", "output")] == [None, None]
-    (line,) = preflight.report(found, tokens=1)
+    (line,) = preflight.report(found, "train", tokens=1)
     assert line.startswith("DOES NOT FIT: weights, optimizer state and batch alone are 0.00 GiB") and "not comp" in line
 
 
@@ -291,6 +320,9 @@ def test_sampler_is_compiled_with_room_for_the_longest_answer(tmp_path):
     assert found["fits"] and abs(found["bytes_per_chip"]["arguments"] - kept) < 100
     # all parameters but norms and biases once a token, of tied embeddings the head
     assert found["flops"] > 2 * 3 * models.shapes_of(config.model).product_parameters
+    loaded = preflight.beside(config, "sample", mesh)
+    more = preflight.measure(program, mesh, 2**34, loaded)["bytes_per_chip"]
+    assert loaded > 0 and more["total"] == loaded + found["bytes_per_chip"]["total"]
     config.evaluation.names = ("held_out_loss",)
     with pytest.raises(InputError, match="no evaluator that samples"):
         preflight.sample_program(config, mesh)
@@ -370,9 +402,7 @@ def test_program(tmp_path):
     refused(run("preflight", config, rows, "--topology=cpu:4"), "config.batch.rows is 2", "4 devices")
     refused(run("preflight", config, rows, "--topology=cpu:2", "--config.mesh.tensor=3"), "config.mesh", "2 devices")
     refused(run("preflight", config, rows, "--topology=cpu:2", "--config.model=a/b"), "'a/b'", "smollm2-135m")
-    if importlib.util.find_spec("libtpu") is None:
-        refused(run("preflight", config, rows, "--topology=v5e:4x4"), "pip install libtpu")
-    else:
+    if importlib.util.find_spec("libtpu"):
         refused(run("preflight", config, rows, "--topology=v5e:7x9"), "v5e:7x9", "v5e:4x4")
     result = run("preflight", config, rows, "--topology=cpu:2", "--json")
     assert result.returncode == 0, result.stderr
