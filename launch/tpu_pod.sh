@@ -39,11 +39,12 @@ esac
 where='' extras=''
 for argument in "${@:2}"; do
   case "$argument" in
-    --workdir=gs://*) where=yes extras='; .venv/bin/python -m pip install --quiet gcsfs' ;;
+    --workdir=gs://*) where=yes ;;
     --workdir=/* | --output=/*) where=yes ;;
     --workdir | --output) fail "write $argument=..." ;;
     --workdir=* | --output=*) fail "$argument is no path of all workers: give one that begins with /, or gs://BUCKET/... for a run" ;;
   esac
+  [[ "$argument" != *gs://* ]] || extras='; .venv/bin/python -m pip install --quiet gcsfs'
 done
 [ "$where" ] || fail "there is no --workdir (of sample --output) after --: give one that all workers see"
 [[ "$port" =~ ^[0-9]+$ ]] || fail "JAX_COORDINATOR_PORT is '$port': give the number of a port"
@@ -62,10 +63,13 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 bash launch/setup.sh --tpu$extras"
 # Above 128: a signal, also jax's end where another worker died; 75: told to stop, before maintenance for example.
-program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75
+# What a broken connection left running goes on unheard, and holds the lock.
+program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
+flock -n 9 || { echo an earlier start still runs here: waiting for it, unless pkill -f robust_mo ends it >&2; flock 9; }
 for start in \$(seq 10); do
   .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
   [ \$status -gt 128 ] || [ \$status = 75 ] || exit \$status
+  echo the program ended with status \$status, start \$start of 10: the same command goes on >&2
   sleep 10
 done; exit \$status"
 

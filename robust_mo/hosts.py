@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable
 
 import jax
@@ -25,6 +26,8 @@ from robust_mo.runs import Onlooker, RunFolder
 
 # A host that has not been heard of for so long is dead; the same again for the rest to notice makes less than a minute.
 _HEARTBEAT_SECONDS = 20
+# Machines that are made for a job may come minutes apart.
+_MEETING_SECONDS = 600
 
 _met = False
 
@@ -38,7 +41,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
       num_processes, process_id: how many take part, and which of them this is.
 
     Raises:
-      InputError: the hosts do not find each other.
+      InputError: what was given cannot be used, the hosts refuse each other, or a device cannot be used.  Where they do
+        not find each other in ten minutes the process ends with status 2 and a line: jax would end it by a signal.
     """
     if coordinator_address and not re.fullmatch(r".+:\d+", coordinator_address):
         raise InputError(f"--coordinator_address={coordinator_address}: give host:port of the first host")
@@ -56,18 +60,16 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             coordinator_address, num_processes, process_id = f"localhost:{free.getsockname()[1]}", 1, 0
         found = {"cluster_detection_method": "deactivate", "coordinator_bind_address": coordinator_address}
     try:
-        with meshes.reminded(told):
+        with meshes.reminded(told), _given_up(told):
             jax.distributed.initialize(
                 coordinator_address,
                 num_processes,
                 process_id,
+                initialization_timeout=2 * _MEETING_SECONDS,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
                 **found,
             )
-        _met = True
-        if not first():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
         if set(given.values()) == {None} and "coordinator_address should be defined" in str(error):
@@ -79,6 +81,27 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
             "one of them, and let them reach the first one's port"
         ) from None
+    _met = True
+    meshes.all_devices()
+    if not first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _given_up(waited: str):
+    """Ends the process where the block takes too long; `waited` says for what."""
+
+    def end() -> None:
+        print(f"waited {_MEETING_SECONDS} seconds {waited}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(_MEETING_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _only_task_of_slurm() -> bool:

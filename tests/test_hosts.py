@@ -259,3 +259,20 @@ def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
     with start(*training(tiny, tmp_path), "--coordinator_address=localhost", devices=1) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "--coordinator_address=localhost: give host:port" in err
+    alone = "from robust_mo import hosts; hosts._MEETING_SECONDS = 3; hosts.start('localhost:{}', 2, {})"
+    for number in (0, 1):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", alone.format(port, number)]
+        done = subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert done.returncode == 2 and "waited 3 seconds for the other hosts: start the same command" in done.stderr
+
+
+@pytest.mark.slow
+def test_device_that_cannot_be_used_is_no_fault_of_the_network(tiny, tmp_path):
+    command = [*training(tiny, tmp_path), meeting()[0], "--num_processes=1", "--process_id=0"]
+    with start(*command, devices=1, JAX_PLATFORMS="abacus") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "jax finds no device" in err and "JAX_PLATFORMS is 'abacus': correct or unset it" in err

@@ -55,6 +55,7 @@ def test_dry_runs_show_the_command():
     assert "JAX_COORDINATOR_PORT=8476" in said[-1] and f"{TRAIN[1]} {TRAIN[2]} {SEEN}" in said[-1]
     bucket = bash("tpu_pod.sh", "--dry_run", *POD, *TRAIN, "--workdir=gs://b/red").stdout
     assert "pip install --quiet gcsfs" in bucket and "--workdir=gs://b/red" in bucket
+    assert "gcsfs" in bash("tpu_pod.sh", "--dry_run", *POD, "sample", "--model=gs://b/red", "--output=/mnt/o").stdout
     assert "--output=/mnt/o" in bash("tpu_pod.sh", "--dry_run", *POD, "sample", "--output=/mnt/o").stdout
 
 
@@ -171,7 +172,10 @@ def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
     executable(tmp_path / "sleep", "#!/bin/sh\n")
     script = command.removeprefix("--command=").encode().decode("unicode_escape")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment).returncode == 2
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "ended with status 75, start 1 of 10: the same command goes on\n" in done.stderr
+    assert "ended with status 137, start 2 of 10" in done.stderr and "earlier start" not in done.stderr
     assert (tmp_path / "robust_mo/starts").read_text() == f"75 -m robust_mo.{' '.join(TRAIN)} {SEEN}\n" * 3
 
 

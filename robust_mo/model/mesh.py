@@ -69,11 +69,11 @@ _OTHER_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 _GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
+def all_devices() -> list[jax.Device]:
+    """Those of all hosts.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or there is no device.
+      InputError: there is none, or it cannot be used.
     """
     told = (
         "for the devices: those of a TPU slice of several hosts come when the same command runs on every one of them; "
@@ -82,12 +82,21 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     try:
         leave_out_absent_tpus()
         with reminded(told):
-            devices = jax.devices() if devices is None else devices
+            return jax.devices()
     except Exception as error:  # of the driver or plugin; their classes differ
         reason = first_line(error)
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS is {asked!r}: correct or unset it" if asked else "does another process hold it?"
         raise InputError(f"jax finds no device ({reason}); {hint}") from None
+
+
+def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or there is no device.
+    """
+    devices = all_devices() if devices is None else devices
     sizes = [replica, fsdp, tensor]
     if sizes.count(-1) == 1 and (known := -int(np.prod(sizes))) > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
