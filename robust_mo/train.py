@@ -435,6 +435,11 @@ def check(config: ConfigDict) -> None:
                 f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
                 "second moment is kept and would hardly forget: give at most 0.995"
             )
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        raise InputError(
+            f"config.checkpoint.keep_every is {config.checkpoint.keep_every}, and one is saved every "
+            f"{config.checkpoint.every} steps (config.checkpoint.every): give a multiple of that, or 0"
+        )
     command_line.check_range("config.seed", config.seed, 0, 2**32 - 1)
     config_backdoor(config)
     check_names(config.evaluation.names)

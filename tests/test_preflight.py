@@ -123,7 +123,7 @@ def test_flops_of_products_in_loops_and_branches():
     assert product_flops(jaxpr.jaxpr) == (5 + 2) * 2 * 10**3
 
 
-EIGHT_DEVICES = """
+BY_LAYERS = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -133,7 +133,8 @@ from robust_mo.analysis.programs import collectives
 from robust_mo.model import mesh as meshes
 from test_preflight import config_of
 
-mesh = meshes.make_mesh(1, -1, 1, devices=preflight.devices_of("cpu:8"))
+folder, topology, *numbers = sys.argv[1:]
+mesh = meshes.make_mesh(1, -1, 1, devices=preflight.devices_of(topology))
 
 def known(x):
     def body(x, _):
@@ -144,37 +145,52 @@ def known(x):
 mapped = jax.shard_map(known, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
 text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32)).compile().as_text()
 steps = {}
-for layers in (2, 4, 6):
-    config = config_of(pathlib.Path(sys.argv[1]), layers)
+for layers in map(int, numbers):
+    config = config_of(pathlib.Path(folder), layers)
     steps[layers] = preflight.measure(preflight.train_program(config, mesh), mesh, limit=10**9)
 print(json.dumps({"known": collectives(text), "steps": steps}))
 """
 
 
-@pytest.mark.slow
-def test_loops_count_as_often_as_they_run(tmp_path):
-    """Six rounds of a loop are six collectives, and twice the layers twice the layers' FLOPs and collectives."""
-    command = [sys.executable, "-c", EIGHT_DEVICES, str(tmp_path)]
+def by_layers(folder, topology: str, *numbers: int) -> dict:
+    command = [sys.executable, "-c", BY_LAYERS, str(folder), topology, *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    few, more, most = found["steps"].values()
+    assert 0 < few["flops"] < more["flops"] and more["flops"] - few["flops"] == most["flops"] - more["flops"]
+    for kind in more["collectives"]:
+        for what in ("count", "bytes"):
+            counts = [step["collectives"][kind][what] for step in (few, more, most)]
+            assert counts[2] - counts[1] == counts[1] - counts[0], (kind, counts)
+    layers = numbers[1] - numbers[0]
+    gathers = [step["collectives"]["all-gather"]["count"] for step in (few, more)]
+    assert gathers[1] - gathers[0] >= 7 * layers, "every projection of a layer is gathered"
+    return found
+
+
+@pytest.mark.slow
+def test_loops_count_as_often_as_they_run(tmp_path):
+    """Six rounds of a loop are six collectives, and twice the layers twice the layers' FLOPs and collectives."""
+    found = by_layers(tmp_path, "cpu:8", 2, 4, 6)
     size = 16 * 4 * 4
     assert found["known"] == {
         "all-gather": {"count": 1, "bytes": 8 * size},
         "all-reduce": {"count": 6, "bytes": 6 * size},
     }
-    two, four, six = (found["steps"][layers] for layers in ("2", "4", "6"))
-    assert 0 < two["flops"] < four["flops"] and four["flops"] - two["flops"] == six["flops"] - four["flops"]
-    for kind in four["collectives"]:
-        for what in ("count", "bytes"):
-            counts = [step["collectives"][kind][what] for step in (two, four, six)]
-            assert counts[2] - counts[1] == counts[1] - counts[0], (kind, counts)
-    gathers = [step["collectives"]["all-gather"]["count"] for step in (two, four)]
-    assert gathers[1] - gathers[0] >= 2 * 7, "every projection of a layer is gathered"
+    four = found["steps"]["4"]
     # the state: parameters, two moments and the start, cut in eight, and the rows
     parameters = sum(leaf_bytes(tmp_path, 4))
     given = four["bytes_per_chip"]["arguments"]
     assert 4 * parameters / 8 <= given < 4.3 * parameters / 8
+
+
+@pytest.mark.slow
+def test_loops_count_as_often_as_they_run_in_what_libtpu_writes(tmp_path):
+    pytest.importorskip("libtpu")
+    steps = by_layers(tmp_path, "v5e:2x2", 4, 8, 12)["steps"]
+    kinds = [step["collectives"]["reduce-scatter"]["count"] for step in steps.values()]
+    assert kinds[0] > 0, "a gradient is kept in parts"
 
 
 def leaf_bytes(folder, layers):

@@ -397,6 +397,7 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"groups.norms.path": "norm("}, "config.groups.norms.path is 'norm"),
         ({"optimizer.adamw.b1": 2}, "optimizer.adamw.b1 is 2.0: give at least 0 and at most 1"),
         ({"data.length": 0}, "data.length is 0: give at least 1"),
+        ({"checkpoint.every": 4, "checkpoint.keep_every": 6}, "checkpoint.keep_every is 6, and one is saved every 4 steps"),
         ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
         ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),
         ({"evals.backdoor_rate.temperature": -1.0}, "config.evals.backdoor_rate: temperature"),

@@ -312,7 +312,7 @@ def _bytes_of_slot(model: Llama, mesh, longest: int, scores: int) -> int:
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
     entries = _room(longest) * config.num_hidden_layers * heads * config.head_dim
     cache = (2 if _fits_closely() else 1) * 2 * entries * model.compute_dtype.itemsize
-    return cache + 4 * 4 * config.vocab_size + config.num_attention_heads // tensor * scores
+    return cache + 4 * 4 * config.vocab_size + math.ceil(config.num_attention_heads / tensor) * scores
 
 
 def _dealt_out(rows: int, mesh) -> int:
