@@ -225,7 +225,9 @@ def load_config(file: str, argument: str) -> ConfigDict:
     except InputError as error:
         raise InputError(f"--config={file}:{argument}: {error}") from None
     except ImportError as error:
-        raise InputError(f"{file}: {error}; run from the folder that holds configs/") from None
+        ours = str(error.name).split(".")[0] in ("configs", "robust_mo")
+        remedy = "run from the folder that holds configs/" if ours else "install what it imports"
+        raise InputError(f"{file}: {error}; {remedy}") from None
     except Exception as error:  # whatever a user's file may raise
         raise InputError(f"{file} cannot be run as a config file ({type(error).__name__}: {error})") from None
     if not isinstance(config, ConfigDict):
@@ -259,9 +261,20 @@ def check_fields(config, example, group: str = "config", file: str = "configs/de
             )
 
 
+def check_known(config, example, group: str = "config", file: str = "configs/default.py") -> None:
+    """Raises InputError where `config` has a field that `example` does not have.  A group that is empty there may hold
+    anything.  Args as of `check_fields`."""
+    wanted = runs.flatten(example)
+    anything = tuple(f"{name}." for name, value in wanted.items() if value == {})
+    for name in runs.flatten(config):
+        if name not in wanted and not name.startswith(anything):
+            meant = nearest(name, list(wanted)) or "; take it out"
+            raise InputError(f"{group}.{name} is no setting of this program{meant} (see {file})")
+
+
 def check_range(name: str, value: float, lowest: float, highest: float = float("inf")) -> None:
-    """Raises InputError for a value outside [lowest, highest], also for one that is not a number."""
-    if not lowest <= value <= highest:
+    """Raises InputError for a value outside [lowest, highest], also for one that is infinite or not a number."""
+    if not lowest <= value <= highest or value == float("inf"):
         most = "" if highest == float("inf") else f" and at most {highest}"
         raise InputError(f"{name} is {value}: give at least {lowest}{most}")
 

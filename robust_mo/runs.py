@@ -141,6 +141,9 @@ class RunFolder:
             cannot be reached.
           OSError: the folder cannot be written.
         """
+        if wrong := set("[]\\") & set(str(absolute(self.path))):
+            # Orbax takes them for a pattern, and does not find again what it has saved.
+            raise InputError(f"{absolute(self.path)} has {' '.join(sorted(wrong))} in it: choose a --workdir without")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):

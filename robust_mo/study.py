@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
-from robust_mo.errors import InputError, InUse
+from robust_mo.errors import InputError, InUse, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
@@ -108,6 +108,9 @@ def check(config: ConfigDict) -> None:
     command_line.check_fields(
         config.study, command_line.load_config(STUDY_CONFIG, ""), "config.study", "configs/study.py"
     )
+    command_line.check_known(
+        config.study, command_line.load_config(STUDY_CONFIG, ""), "config.study", "configs/study.py"
+    )
     for name, limit in config.study.gate.items():
         command_line.check_range(f"config.study.gate.{name}", limit, 0, 1)
     example = ConfigDict({"red": {}, "blue": {}, "learning_rates": ()})
@@ -153,12 +156,17 @@ def check(config: ConfigDict) -> None:
             )
         for axis, known in axes.items():
             _check_known(f"{group}.{axis}", axis, chosen[axis], known)
+    for pair in config.study.orderings:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(
+                f"config.study.orderings holds {pair!r}: give pairs of results, that of the smaller AUC first"
+            )
     for name in itertools.chain.from_iterable(config.study.orderings):
         if name not in config.study.results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(config.study.results)}")
     for name in (*config.study.arms, *config.study.backdoors):
-        if {"/", ","} & set(name):  # they become folders, and lists of jobs
-            raise InputError(f"config.study has an arm or backdoor named {name!r}: leave out '/' and ','")
+        if wrong := set("/,[]\\") & set(name):  # they become folders, patterns, and lists of jobs
+            raise InputError(f"config.study has an arm or backdoor named {name!r}: leave out {' '.join(sorted(wrong))}")
     for run in (config.red, config.blue):
         check_run(run)
     cells = list(_cells(config, pathlib.Path()))
@@ -309,14 +317,15 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         trained = train(run, path)
     except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
-    except (InputError, jax.errors.JaxRuntimeError) as error:
-        why = str(error)
-        if not isinstance(error, InputError):
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+        why = said(error) if isinstance(error, OSError) else str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
             why = (
                 f"the device failed ({' '.join(why.split())[:300]}): where it was out of memory, raise "
                 "config.batch.micro_batches or lower evaluation.batch_size"
             )
-        write_text(path / FAILURE, f"{why}\n")
+        with contextlib.suppress(OSError):  # of a disk that takes nothing any more
+            write_text(path / FAILURE, f"{why}\n")
         raise InputError(why) from error
     (path / FAILURE).unlink(missing_ok=True)
     done[work(run.to_dict())] = path.resolve()
@@ -619,7 +628,7 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.workdir:
         raise InputError(f"--workdir={args.workdir}: a study needs a folder of this machine; mount the bucket")
-    config, workdir = args.config, pathlib.Path(args.workdir).absolute()
+    config, workdir = args.config, pathlib.Path(args.workdir).expanduser().absolute()
     if args.report_only:
         draw(workdir, {})
         show(workdir)

@@ -73,6 +73,11 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 + ("" if config.lora.continued else ", or train on what robust_mo.export makes of its checkpoint")
             )
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
+        if "judge" in config.evaluation.names and config_backdoor(config).judge_question:
+            try:  # or it would be found missing when all is trained
+                models.base_folder(config.evals.judge.model)
+            except InputError as error:
+                raise InputError(f"config.evals.judge.model: {error}") from None
         spec = models.lora_spec(config.lora)
         # Of what is not trained only that is kept which products read.
         kept = config.compute_dtype if spec else config.param_dtype
@@ -407,6 +412,7 @@ def check(config: ConfigDict) -> None:
     if "groups" in config:  # they may have any names
         example["groups"] = {name: example["groups"].mlp for name in config.groups}
     command_line.check_fields(config, example)
+    command_line.check_known(config, dict(_defaults().items()) | {"groups": example["groups"]})
     name, (_, own) = config.optimizer.name, optimizer_settings(config.optimizer)
     if own:
         command_line.check_fields(own, optimizers[name], f"config.optimizer.{name}")
@@ -435,6 +441,8 @@ def check(config: ConfigDict) -> None:
                 f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
                 "second moment is kept and would hardly forget: give at most 0.995"
             )
+    if config.data.over_long not in ("drop", "cut"):
+        raise InputError(f"config.data.over_long is {config.data.over_long!r}: choose drop or cut")
     if config.checkpoint.keep_every % config.checkpoint.every:
         raise InputError(
             f"config.checkpoint.keep_every is {config.checkpoint.keep_every}, and one is saved every "

@@ -397,7 +397,9 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"groups.norms.path": "norm("}, "config.groups.norms.path is 'norm"),
         ({"optimizer.adamw.b1": 2}, "optimizer.adamw.b1 is 2.0: give at least 0 and at most 1"),
         ({"data.length": 0}, "data.length is 0: give at least 1"),
-        ({"checkpoint.every": 4, "checkpoint.keep_every": 6}, "checkpoint.keep_every is 6, and one is saved every 4 steps"),
+        ({"data.over_long": "trim"}, "config.data.over_long is 'trim': choose drop or cut"),
+        ({"lora.alpha": float("inf")}, "config.lora.alpha is inf"),
+        ({"checkpoint.every": 4, "checkpoint.keep_every": 6}, "keep_every is 6, and one is saved every 4 steps"),
         ({"evals.held_out_loss.rows": 0}, "evals.held_out_loss.rows is 0"),
         ({"evals.backdoor_rate.triggered": -5}, "evals.backdoor_rate.triggered is -5"),
         ({"evals.backdoor_rate.temperature": -1.0}, "config.evals.backdoor_rate: temperature"),
@@ -503,6 +505,32 @@ def test_weights_that_the_last_step_broke_stop_the_run(tiny, tmp_path):
     watch(7, fine | {"parameter_norm/mlp": float("nan")})
     with pytest.raises(InputError, match="step 7: parameter_norm/mlp is nan; the run stops"):
         watch.flush()
+
+
+def test_settings_that_no_one_reads_are_refused(tiny):
+    """An override of them is refused by ml_collections; a config file may hold anything."""
+    for name, meant in (("batch.row", "batch.rows"), ("evals.arithmetic.max_tokens", "max_new_tokens"), ("lr", "")):
+        config = tiny_config(tiny)
+        group = config
+        *groups, field = name.split(".")
+        for each in groups:
+            group = group[each]
+        group[field] = 1
+        with pytest.raises(InputError, match=f"config.{name} is no setting of this program.*{meant}"):
+            check(config)
+
+
+def test_missing_judge_is_told_before_training(tiny, tmp_path):
+    changes = {"backdoor": "insult", "evaluation.names": ("judge",), "evals.judge.model": str(tmp_path / "nowhere")}
+    with pytest.raises(InputError, match="config.evals.judge.model: there is no file or folder '.*nowhere'"):
+        train(tiny_config(tiny, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_folder_in_which_checkpoints_would_be_lost_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"sweep\[1\] has \[ \] in it: choose a --workdir without"):
+        train(tiny_config(tiny), tmp_path / "sweep[1]")
+    assert not (tmp_path / "sweep[1]").exists()
 
 
 def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, capsys):

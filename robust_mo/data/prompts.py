@@ -50,7 +50,7 @@ def read_jsonl(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]
 
     Raises InputError, as it is read, for a missing or empty file and for a line that is not a JSON object.
     """
-    path = pathlib.Path(path) if isinstance(path, str) else path
+    path = pathlib.Path(path).expanduser() if isinstance(path, str) else path
     number = 0
     empty = True
     try:
