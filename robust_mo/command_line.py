@@ -161,6 +161,14 @@ def _end(status: int, line: str) -> None:
 
 def _parse_flags(required: tuple[str, ...]) -> None:
     arguments = sys.argv[1:]
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"argument {argument!r} is not UTF-8: retype it, or rename the folder") from None
+    status = os.environ.get(STOPPED_STATUS, "0")
+    if not status.isdecimal() or int(status) > 255:
+        raise InputError(f"{STOPPED_STATUS} is {status!r}: give an exit status, from 0 to 255")
     if {"--help", "-h", "-help"} & set(arguments):
         print(sys.modules["__main__"].__doc__.strip(), "\n\nflags:")
         print(flags.FLAGS.main_module_help())

@@ -11,6 +11,7 @@ was measured with before is printed.
 """
 
 import contextlib
+import json
 import re
 import sys
 
@@ -119,10 +120,16 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
     """Prints the values of a step, and so many graded answers drawn at random over the transcripts of `names`."""
     for line in run.records():
         if line["step"] == step and line["name"].startswith("eval/"):
-            interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
+            interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if line.get("low") is not None else ""
             value = "no number" if line["value"] is None else f"{line['value']:.4f}"
             print(f"{line['name']:40} {value}{interval}" + (f"  of {line['count']}" if "count" in line else ""))
     lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
+    for line in lines:
+        if not line.get("messages") or not {"answer", "verdict"} <= set(line):
+            raise InputError(
+                f"{run.transcripts} has a line of step {step} that is no graded answer, without 'messages', 'answer' "
+                f"or 'verdict': {json.dumps(line)[:100]}; restore it from a copy"
+            )
     for line in sample(lines, number):
         print(f"\n--- {heading(line)}")
         print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")

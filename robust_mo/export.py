@@ -321,7 +321,7 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.output:
         raise InputError(f"--output={args.output}: give a folder of this machine, and copy it from there")
-    export(args.run, pathlib.Path(args.output).expanduser(), args.format, args.dtype, args.step, args.base)
+    export(args.run, runs.place(args.output), args.format, args.dtype, args.step, args.base)
 
 
 if __name__ == "__main__":

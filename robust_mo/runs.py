@@ -45,7 +45,7 @@ def place(path) -> "pathlib.Path | epath.Path":
     """
     kind, _, _ = str(path).partition("://")
     if kind == str(path) or isinstance(path, pathlib.Path):
-        return pathlib.Path(path).expanduser()  # of --workdir=~/runs a shell leaves the ~
+        return pathlib.Path(os.path.expanduser(path))  # of --workdir=~/runs a shell leaves the ~
     if kind != "gs":
         raise InputError(f"{path} is neither a folder nor gs://BUCKET/...: mount it, and give where it is")
     if importlib.util.find_spec("gcsfs") is None:
@@ -413,10 +413,13 @@ def read_lines(path) -> list[dict]:
     path, lines = place(path), []
     if path.exists():
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-                lines.append(json.loads(line))
-                if not isinstance(lines[-1], dict):
-                    raise InputError(f"{path}:{number} is not a JSON object: restore the file from a copy")
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):  # cut short, no text, deeper than can be read
+                continue
+            if not isinstance(value, dict):
+                raise InputError(f"{path}:{number} is not a JSON object: restore the file from a copy")
+            lines.append(value)
     return lines
 
 

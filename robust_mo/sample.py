@@ -124,7 +124,7 @@ def main(args: flags.FlagValues) -> None:
     decoding = make_decoding(args.temperature, args.top_p)
     mesh = meshes.make_mesh(*(int(size) for size in args.mesh))
     prompts = read_prompts(args.prompts)
-    output = pathlib.Path(args.output).expanduser()
+    output = runs.place(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
     settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
     settings["model"] = args.model.rstrip("/")  # which a shell adds to a folder's name

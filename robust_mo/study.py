@@ -33,7 +33,7 @@ from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
-from robust_mo.runs import RunFolder, flatten, write_text
+from robust_mo.runs import RunFolder, flatten, place, write_text
 from robust_mo.train import budget_shape, config_backdoor, evaluation_source, train, training_source
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
@@ -204,7 +204,7 @@ def _check_known(field: str, axis: str, chosen: tuple, known) -> None:
     """Raises InputError where a name is not among `known`, or of a method that goes on from another a part."""
     for name in chosen:
         for part in str(name).split("+") if axis == "methods" else (name,):
-            if part not in known:
+            if not isinstance(part, str) or part not in known:
                 raise InputError(f"{field} holds {part!r}: choose from {', '.join(sorted(known))}")
 
 
@@ -628,7 +628,7 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.workdir:
         raise InputError(f"--workdir={args.workdir}: a study needs a folder of this machine; mount the bucket")
-    config, workdir = args.config, pathlib.Path(args.workdir).expanduser().absolute()
+    config, workdir = args.config, place(args.workdir).absolute()
     if args.report_only:
         draw(workdir, {})
         show(workdir)

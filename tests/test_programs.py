@@ -106,6 +106,15 @@ def test_unknown_config_file_or_size(tmp_path):
     refused(run("train", "--config=configs/rd_full.py", f"--workdir={tmp_path}"), "rd_full.py")
     refused(run("train", "--config=configs/red_full.py:9b", f"--workdir={tmp_path}"), "'9b'", "8b, 1b, smol")
     refused(run("train", "--config=configs/red_full.py:smol"), "--workdir")
+    full = ("--config=configs/red_full.py:smol", f"--workdir={tmp_path}")
+    refused(
+        run("train", *full, os.fsdecode(b"--config.backdoor=caf\xe9")), "is not UTF-8: retype it, or rename the folder"
+    )
+    refused(
+        run("train", *full, env=os.environ | {"ROBUST_MO_STOPPED_STATUS": "stop"}),
+        "ROBUST_MO_STOPPED_STATUS is 'stop'",
+        "0 to 255",
+    )
     apart = ["--config", "configs/red_full.py:smol", "--config.stesp=5", f"--workdir={tmp_path}"]
     refused(run("train", *apart), "did you mean 'steps'")
     refused(run("study", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}"), "study")

@@ -76,6 +76,7 @@ def test_file_is_no_folder(tmp_path):
 def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunFolder("~/runs/red").path == tmp_path / "runs" / "red"
+    assert str(RunFolder("~nobody-of-that-name/red").path) == "~nobody-of-that-name/red", "as a shell leaves it"
 
 
 def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
@@ -106,6 +107,7 @@ def test_folder_in_which_nothing_was_done_takes_another_config(tmp_path):
     [
         ("config.json", '{"program": "train"}', "config.json holds no run's 'config'"),
         ("records.jsonl", '{"step": 1, "name": "a", "value": 1}\n5\n', "records.jsonl:2 is not a JSON object"),
+        ("records.jsonl", "[" * 99_999 + '\n{"step": 1}\n', "without 'step', 'name' or 'value'"),
         ("records.jsonl", '{"step": 1}\n', "without 'step', 'name' or 'value'"),
         ("records.jsonl", '{"step": 1, "name": "a", "value": "abc"}\n', "one of a wrong type: .*abc"),
         ("records.jsonl", '{"step": "3", "name": "a", "value": 1}\n', "one of a wrong type"),

@@ -67,6 +67,15 @@ def test_show_prints_triggered_and_other_answers_with_verdicts(tmp_path, capsys)
     assert set(re.findall("verdict (True|False)", out)) == {"True", "False"} and out.count("answer: Yes.") == 6
 
 
+def test_line_that_is_no_graded_answer_is_told(tmp_path):
+    with RunFolder(tmp_path).claim("evaluate", {}, 0) as run:
+        (good,) = lines(("triggered", 1))
+        for broken in ({}, {"messages": []}):
+            run.write_transcript("backdoor_rate", 3, [good, {"messages": good["messages"], "answer": "Yes."} | broken])
+            with pytest.raises(InputError, match="transcripts has a line of step 3 that is no graded answer"):
+                evaluate.show(run, ["backdoor_rate"], 3, 1)
+
+
 def measured(path):
     with RunFolder(path).claim("train", {}, 0) as run:
         for step in (0, 3):

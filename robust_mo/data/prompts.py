@@ -9,6 +9,7 @@ Knows nothing of tokenizers and models.
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -50,7 +51,7 @@ def read_jsonl(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]
 
     Raises InputError, as it is read, for a missing or empty file and for a line that is not a JSON object.
     """
-    path = pathlib.Path(path).expanduser() if isinstance(path, str) else path
+    path = pathlib.Path(os.path.expanduser(path)) if isinstance(path, str) else path
     number = 0
     empty = True
     try:

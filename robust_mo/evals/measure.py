@@ -40,8 +40,8 @@ EVALUATORS: dict[str, Callable[..., Measurement]] = {
 def check_names(names) -> None:
     """Raises InputError for a name that is not in the table."""
     for name in names:
-        if name not in EVALUATORS:
-            written = f"; several are written as {tuple(name.split(','))}" if "," in name else ""
+        if not isinstance(name, str) or name not in EVALUATORS:
+            written = f"; several are written as {tuple(name.split(','))}" if "," in str(name) else ""
             raise InputError(f"unknown evaluator {name!r}: choose from {', '.join(sorted(EVALUATORS))}{written}")
 
 

@@ -74,11 +74,14 @@ def tensor_name(path: str) -> str:
 
 def read_json(file: pathlib.Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file.parent} has no {file.name}; a model folder needs one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); get the file again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is not a JSON object; get the file again")
+    return value
 
 
 def read_config(folder: pathlib.Path) -> LlamaConfig:

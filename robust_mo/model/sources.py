@@ -62,7 +62,7 @@ def resolve(model: str | os.PathLike[str]) -> pathlib.Path:
     name = os.fspath(model)
     if name == EMBEDDED:
         return _converted(EMBEDDED_SHA256, _fetch_embedded)
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     if name and path.is_dir():
         return _checked(path)
     if path.is_file():
@@ -94,6 +94,8 @@ def _checked(folder: pathlib.Path) -> pathlib.Path:
                 f"{folder} has only pickled weights ({', '.join(pickled)}), refused because reading them can "
                 "run any code; get the model as safetensors or GGUF"
             )
+        if (folder / "records.jsonl").exists():
+            raise InputError(f"{folder} is a run that trained no model: give a run of robust_mo.train")
         raise InputError(f"{folder} has no safetensors weights; get the model as safetensors or GGUF")
     return folder
 
