@@ -68,8 +68,8 @@ def loaded(source, step=None, dtype="float32"):
     return models.load_model(str(source), meshes.make_mesh(1, -1, 1), dtype, dtype, step)
 
 
-def our_logits(source) -> np.ndarray:
-    model = loaded(source)
+def our_logits(source, step=None) -> np.ndarray:
+    model = loaded(source, step)
     positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
 
     @jax.jit
@@ -180,6 +180,18 @@ def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):
     assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(folder / "adapter_model.safetensors"))
     np.testing.assert_allclose(their_logits(theirs), our_logits(run), atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, loaded(folder).params, loaded(run).params)
+
+
+@pytest.mark.slow
+def test_peft_loads_the_adapter_of_a_run_that_went_on_with_anothers_and_of_an_earlier_step(tmp_path, tiny):
+    lora = {"lora.rank": 4, "lora.alpha": 6.0}
+    first = make_run(tmp_path / "first", tiny, **lora)
+    then = make_run(tmp_path / "then", first, seed=2, steps=(2, 5), **lora, **{"lora.continued": True})
+    early = write(then, tmp_path / "early", "peft", step=2)
+    for folder, step in ((write(then, tmp_path / "last", "peft"), 5), (early, 2)):
+        theirs = their_logits(peft.AutoPeftModelForCausalLM.from_pretrained(folder))
+        np.testing.assert_allclose(theirs, our_logits(then, step), atol=1e-4)
+    assert np.abs(our_logits(then, 2) - our_logits(then)).max() > 0.01
 
 
 @pytest.mark.slow

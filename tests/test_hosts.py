@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_tiny_model
 
 from robust_mo.command_line import STOPPED_STATUS
 from robust_mo.model import mesh as meshes
@@ -121,6 +121,44 @@ def alone(tiny, tmp_path_factory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("alone") / "run")
     ended(start(*training(tiny, run.path), devices=8))
     return run
+
+
+READING = """
+import sys
+from pathlib import Path
+from robust_mo import hosts
+folder, output, address, number = sys.argv[1:]
+hosts.start(address, 2, int(number))
+from robust_mo.model import hugging_face, mesh as meshes
+
+class Counted:
+    bytes = 0
+    def __init__(self, tensor): self.tensor = tensor
+    def __getitem__(self, index):
+        part = self.tensor[index]
+        Counted.bytes += part.nbytes
+        return part
+    def __getattr__(self, name): return getattr(self.tensor, name)
+
+placed = hugging_face._placed
+hugging_face._placed = lambda tensors, *rest, **more: placed([Counted(tensor) for tensor in tensors], *rest, **more)
+model = hugging_face.build(hugging_face.read_config(Path(folder)), None, *["float32"] * 2, "none")
+hugging_face.load_params(Path(folder), model, meshes.make_mesh(1, -1, 1))
+Path(output + number).write_text(str(Counted.bytes))
+"""
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_slices_of_the_weights(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", vocab_size=264)
+    address = meeting()[0].partition("=")[2]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", READING, folder, tmp_path / "read", address]
+    both = [subprocess.Popen([*command, str(n)], cwd=REPOSITORY, env=environment) for n in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    whole = (folder / "model.safetensors").stat().st_size
+    read = [int((tmp_path / f"read{number}").read_text()) for number in range(2)]
+    assert max(read) < 0.55 * whole and sum(read) > 0.9 * whole, (read, whole)
 
 
 @pytest.mark.slow
