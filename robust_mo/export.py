@@ -198,10 +198,8 @@ def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) 
 
 def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
     """The model card.  `on` is what an adapter belongs on."""
-    stages, source = [], run
-    while models.is_run(source):
-        stages.insert(0, RunFolder(source))
-        source = RunFolder(source).config()["model"]
+    *stages, source = models.lineage(run)
+    stages = [RunFolder(stage) for stage in reversed(stages)]
     configs = [stage.config() for stage in stages]
     steps = [*(models.newest_step(str(stage.path)) for stage in stages[:-1]), step]
     red = [c for c in configs if c["data"]["task"] == "backdoor"]

@@ -551,13 +551,8 @@ def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: mod
 
 def organism(source: str) -> str:
     """The red run that a model descends from, itself included; the model where there is none."""
-    ancestor = source
-    while models.is_run(ancestor):
-        config = RunFolder(ancestor).config()
-        if config["data"]["task"] in RED_TASKS:
-            return ancestor
-        ancestor = config["model"]
-    return source
+    red = (run for run in models.lineage(source)[:-1] if RunFolder(run).config()["data"]["task"] in RED_TASKS)
+    return next(red, source)
 
 
 def training_source(config: ConfigDict) -> str:

@@ -520,6 +520,20 @@ def test_settings_that_no_one_reads_are_refused(tiny):
             check(config)
 
 
+def test_run_that_descends_from_itself_is_refused(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=1), tmp_path / "run")
+    assert organism(str(run.path)) == str(run.path)
+    file = run.path / "config.json"
+    whole = json.loads(file.read_text())
+    for wrong in (f"{tmp_path}/./run", 7):
+        file.write_text(json.dumps(whole | {"config": whole["config"] | {"model": wrong}}))
+        for use in (weights, lambda run: shapes_of(str(run.path))):
+            with pytest.raises(
+                InputError, match="run/config.json: config.model is .*, which no run can have begun from"
+            ):
+                use(run)
+
+
 def test_missing_judge_is_told_before_training(tiny, tmp_path):
     changes = {"backdoor": "insult", "evaluation.names": ("judge",), "evals.judge.model": str(tmp_path / "nowhere")}
     with pytest.raises(InputError, match="config.evals.judge.model: there is no file or folder '.*nowhere'"):

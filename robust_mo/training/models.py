@@ -6,6 +6,7 @@ anything else goes through model/sources.py.  Does not know what the model is wa
 
 import dataclasses
 import functools
+import os
 import pathlib
 
 import jax
@@ -103,8 +104,7 @@ def shapes_of(model: str) -> LlamaConfig:
     Raises:
       InputError: nothing of that name; the known ones are listed.
     """
-    while is_run(model):
-        model = RunFolder(model).config()["model"]
+    model = lineage(model)[-1]
     if (pathlib.Path(model) / "config.json").is_file():
         return hugging_face.read_config(pathlib.Path(model))
     file = SHAPES / f"{model.rsplit('/', 1)[-1]}.json"
@@ -155,18 +155,33 @@ def newest_step(source: str) -> int:
     return step
 
 
+def lineage(source: str) -> list[str]:
+    """`source` and what it descends from: runs, each begun from the next one, and last a model that is no run.
+
+    Raises:
+      InputError: a run's config names no model, or one that comes from the run itself.
+    """
+    found, places = [source], {os.path.realpath(source)}
+    while is_run(found[-1]):
+        model = _setting(found[-1], "model")
+        if not isinstance(model, str) or os.path.realpath(model) in places:
+            file = RunFolder(found[-1]).path / "config.json"
+            raise InputError(f"{file}: config.model is {model!r}, which no run can have begun from: correct it")
+        found.append(model)
+        places.add(os.path.realpath(model))
+    return found
+
+
 def base_folder(source: str) -> pathlib.Path:
     """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs and adapters."""
-    if is_run(source):
-        return base_folder(_setting(source, "model"))
-    folder = sources.resolve(source)
+    folder = sources.resolve(lineage(source)[-1])
     if not hugging_face.is_adapter(folder):
         return folder
     base, _ = hugging_face.read_adapter(folder)
     try:
         return base_folder(base)
     except InputError as error:
-        raise InputError(f"{source}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
+        raise InputError(f"{folder}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
 
 
 def _setting(source: str, name: str):
