@@ -65,7 +65,7 @@ bash launch/setup.sh --tpu$extras"
 # Above 128: a signal, also jax's end where another worker died; 75: told to stop, before maintenance for example.
 # What a broken connection left running goes on unheard, and holds the lock.
 program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
-flock -n 9 || { echo an earlier start still runs here: waiting for it, unless pkill -f robust_mo ends it >&2; flock 9; }
+flock -n 9 || { echo an earlier start still runs here: waiting for it \(pkill -f robust_mo ends both: then start again\) >&2; flock 9; }
 for start in \$(seq 10); do
   .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
   [ \$status -gt 128 ] || [ \$status = 75 ] || exit \$status

@@ -9,7 +9,6 @@ Does not know what any program does.
 
 import contextlib
 import difflib
-import errno
 import importlib.util
 import itertools
 import logging as python_logging
@@ -28,19 +27,13 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from robust_mo import hosts, runs
-from robust_mo.errors import InputError, said
+from robust_mo.errors import InputError, passes, said
+from robust_mo.hosts import STOPPED_STATUS
 from robust_mo.model import mesh as meshes
 from robust_mo.model.sources import cache_folder
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_FOR_THE_OTHERS = 15.0  # less than jax waits (hosts.py)
-# Errors of shared file systems after which the same command may go on: no bad input, whose exit status is 2.
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-
-STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
-"""The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
-programs again by their status has to tell a stop from the end."""
-
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
 
 
@@ -121,8 +114,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         _unheard(sys.stdout)
         sys.exit(1)
     except OSError as error:
-        passing = isinstance(error, ConnectionError | TimeoutError) or error.errno in _PASSING
-        _end(1 if passing else 2, f"error: {said(error)}")
+        _end(1 if passes(error) else 2, f"error: {said(error)}")
 
 
 def _print_unraisable(found) -> None:
@@ -166,9 +158,6 @@ def _parse_flags(required: tuple[str, ...]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise InputError(f"argument {argument!r} is not UTF-8: retype it, or rename the folder") from None
-    status = os.environ.get(STOPPED_STATUS, "0")
-    if not status.isdecimal() or int(status) > 255:
-        raise InputError(f"{STOPPED_STATUS} is {status!r}: give an exit status, from 0 to 255")
     if {"--help", "-h", "-help"} & set(arguments):
         print(sys.modules["__main__"].__doc__.strip(), "\n\nflags:")
         print(flags.FLAGS.main_module_help())
@@ -186,6 +175,9 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         raise InputError(str(error)) from None
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}: flags are written --name=value; see --help")
+    status = os.environ.get(STOPPED_STATUS, "0")
+    if not status.isdecimal() or int(status) > 255:
+        raise InputError(f"{STOPPED_STATUS} is {status!r}: give an exit status, from 0 to 255")
     if missing := [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "", [], [""])]:
         raise InputError(f"{', '.join(missing)} must be given; see --help")
 
@@ -281,8 +273,8 @@ def check_known(config, example, group: str = "config", file: str = "configs/def
 
 
 def check_range(name: str, value: float, lowest: float, highest: float = float("inf")) -> None:
-    """Raises InputError for a value outside [lowest, highest], also for one that is infinite or not a number."""
-    if not lowest <= value <= highest or value == float("inf"):
+    """Raises InputError for a value outside [lowest, highest], also for one that is not a number."""
+    if not lowest <= value <= highest:
         most = "" if highest == float("inf") else f" and at most {highest}"
         raise InputError(f"{name} is {value}: give at least {lowest}{most}")
 

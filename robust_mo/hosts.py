@@ -29,6 +29,10 @@ _HEARTBEAT_SECONDS = 20
 # Machines that are made for a job may come minutes apart.
 _MEETING_SECONDS = 600
 
+STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
+"""The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
+programs again by their status has to tell a stop from the end."""
+
 _met = False
 
 
@@ -42,7 +46,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
 
     Raises:
       InputError: what was given cannot be used, the hosts refuse each other, or a device cannot be used.  Where they do
-        not find each other in ten minutes the process ends with status 2 and a line: jax would end it by a signal.
+        not find each other in ten minutes the process ends with a line, and status 2 or, where it is set, that of
+        STOPPED_STATUS, so that what starts it again does so: jax would end it by a signal.
     """
     if coordinator_address and not re.fullmatch(r".+:\d+", coordinator_address):
         raise InputError(f"--coordinator_address={coordinator_address}: give host:port of the first host")
@@ -93,7 +98,7 @@ def _given_up(waited: str):
 
     def end() -> None:
         print(f"waited {_MEETING_SECONDS} seconds {waited}", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(int(os.environ.get(STOPPED_STATUS, 2)))
 
     timer = threading.Timer(_MEETING_SECONDS, end)
     timer.daemon = True

@@ -100,7 +100,18 @@ def _measured_model(config: ConfigDict) -> Llama:
 
 def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
     """Bytes of a chip that are taken while the program runs by what it is not given."""
-    return 0 if program == "train" else held(models.abstract(_measured_model(config), mesh, "params"))
+    if program == "train":
+        return 0
+    llama = _measured_model(config)
+    loaded = models.abstract(llama, mesh, "params")
+    copy = own_copy(loaded, llama.compute_dtype, chip_limit(mesh) - held(loaded))
+
+    def copied(x, to) -> bool:
+        return x.dtype != to.dtype or not x.sharding.is_equivalent_to(to.sharding, x.ndim)
+
+    # On a CPU the sampler has each layer's parameters apart.
+    everything = mesh.devices.flat[0].platform == "cpu"
+    return held([x for x, to in zip(*map(jax.tree.leaves, (loaded, copy)), strict=True) if everything or copied(x, to)])
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
@@ -158,28 +169,28 @@ def as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def measure(program, mesh: Mesh, limit: int, beside: int = 0) -> dict:
+def measure(program, mesh: Mesh, limit: int, taken: int = 0) -> dict:
     """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
     compiled, and temporaries, output and collectives are None.
 
     Args:
       limit: bytes of a chip.
-      beside: those of them that other things take; they are counted among the arguments.
+      taken: those of them that other things take; they are counted among the arguments.
     """
     function, arguments, settings = program
     with meshes.in_force(mesh):
         traced = function.trace(*arguments, **settings)
         flops = product_flops(traced.jaxpr.jaxpr)
-        given = beside + held(arguments)
+        given = taken + held(arguments)
         sizes = {"arguments": given, "temporaries": None, "output": None, "total": given}
         fits, told, begun = False, None, time.monotonic()
         if given <= limit:
             need, text = _compile(traced.lower(), arguments)
             sizes = {
-                "arguments": beside + need.arguments,
+                "arguments": taken + need.arguments,
                 "temporaries": need.temporaries,
                 "output": need.output,
-                "total": beside + need.total,
+                "total": taken + need.total,
             }
             fits = need.compiled is not None and sizes["total"] <= limit
             told = collectives(text) if text else {}

@@ -141,9 +141,6 @@ class RunFolder:
             cannot be reached.
           OSError: the folder cannot be written.
         """
-        if wrong := set("[]\\") & set(str(absolute(self.path))):
-            # Orbax takes them for a pattern, and does not find again what it has saved.
-            raise InputError(f"{absolute(self.path)} has {' '.join(sorted(wrong))} in it: choose a --workdir without")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -429,10 +426,10 @@ def sha256(path) -> str:
 
 
 def command_line() -> str:
-    """The command as a user would type it; bytes that are no UTF-8 are shown as \\x.."""
+    """The command as a user would type it."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = sys.argv[:1] if main is None else ["python", "-m", main.name.removesuffix(".__main__")]
-    return shlex.join([*program, *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 _REVISION: list[str] = []

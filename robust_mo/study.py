@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
-from robust_mo.errors import InputError, InUse, said
+from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
@@ -105,12 +105,9 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             "--config is no study: config.study, config.red, config.blue are missing, see configs/quickstart.py"
         )
-    command_line.check_fields(
-        config.study, command_line.load_config(STUDY_CONFIG, ""), "config.study", "configs/study.py"
-    )
-    command_line.check_known(
-        config.study, command_line.load_config(STUDY_CONFIG, ""), "config.study", "configs/study.py"
-    )
+    example = command_line.load_config(STUDY_CONFIG, "")
+    for checked in (command_line.check_fields, command_line.check_known):
+        checked(config.study, example, "config.study", "configs/study.py")
     for name, limit in config.study.gate.items():
         command_line.check_range(f"config.study.gate.{name}", limit, 0, 1)
     example = ConfigDict({"red": {}, "blue": {}, "learning_rates": ()})
@@ -318,6 +315,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
     except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
     except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, OSError) and passes(error):
+            raise
         why = said(error) if isinstance(error, OSError) else str(error)
         if isinstance(error, jax.errors.JaxRuntimeError):
             why = (

@@ -37,7 +37,7 @@ from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
-from robust_mo.runs import RunFolder, absolute, flatten, write_text
+from robust_mo.runs import RunFolder, absolute, flatten, place, write_text
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.curves import Curves
@@ -58,6 +58,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     check(config)
     if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
+    if wrong := set("[]\\") & set(str(absolute(place(workdir)))):
+        # Orbax takes them for a pattern, and does not find again what it has saved.
+        raise InputError(f"--workdir={workdir} has {' '.join(sorted(wrong))} in its path: choose one without")
     run = hosts.run_folder(workdir)
     with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed, models.started(config.model))):
         if hosts.by_first(run.finished):
@@ -427,7 +430,7 @@ def check(config: ConfigDict) -> None:
             "rounded so; give 'nearest'"
         )
     given = flatten(config)
-    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_SHARES, 0, 1)):
+    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_FINITE, 0, 1e9), (_SHARES, 0, 1)):
         for name in names:
             if name in given:
                 command_line.check_range(f"config.{name}", given[name], *limits)
@@ -469,9 +472,10 @@ _AT_LEAST_ONE = (
     "log_every checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank lora.alpha "
-    "optimizer.learning_rate optimizer.clip_norm checkpoint.keep_every"
+    "steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank optimizer.clip_norm "
+    "checkpoint.keep_every"
 ).split()
+_FINITE = ("lora.alpha", "optimizer.learning_rate")
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
 

@@ -194,7 +194,8 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
     """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
 
     All shards are filled at once, by some rows of a tensor after another, so that the host holds at most one tensor
-    beside them.  `transposed`: the tensors have the last two axes the other way round.
+    beside them; of 16 bits on a CPU the parameter twice, at the end.  `transposed`: the tensors have the last two
+    axes the other way round.
     """
 
     def swapped(values):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run, by Orbax.
 
 Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); no more are
-kept than was asked for; what is read back is bit for bit what was saved, or damaged; a run whose newest one is damaged
-goes on from the one before it.
+kept than was asked for; what is read back is what was saved, and damaged where a bit has changed; a run whose newest
+one is damaged goes on from the one before it.
 Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step, the
 state of the data iterator and the sums of all arrays' bits, since the files themselves do not show a bit that has
 changed.
@@ -29,7 +29,7 @@ _TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "AB
 
 
 class _Damaged(InputError):
-    """A checkpoint whose files cannot be read; `what` leaves out what to do about it."""
+    """A checkpoint that cannot be read or is not what was saved; `what` leaves out what to do about it."""
 
     def __init__(self, what: str, remedy: str = "train again in another --workdir"):
         super().__init__(f"{what}: restore its files from a copy, or {remedy}")
@@ -47,7 +47,8 @@ def _sums(tree) -> dict[str, list]:
 
 @jax.jit
 def _sum_bits(tree):
-    """Of each leaf the sum of its numbers' bits, of 32 bits itself, wherever it lies and however it is cut."""
+    """Of each leaf the sum of its numbers' bits, of 32 bits itself, wherever it lies and however it is cut.  Leaves are
+    numbers of whole bytes; their order is not seen."""
 
     def of(leaf):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
@@ -128,19 +129,16 @@ class Checkpoints:
         )
         damaged = {}
         for step in sorted(hosts.agreed([*self._manager.all_steps()]), reverse=True):
-            damage = None
+            found = damage = None  # there may be no room for what was read and what will be
             try:
                 found = self._read(step, items)
             except _Damaged as error:
                 damage = error
-            if hosts.anywhere(damage is not None):
-                damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
-                continue
-            try:
-                self._check(step, found)
-                break
-            except _Damaged as error:
-                damaged[step] = error
+            if not hosts.anywhere(damage is not None):
+                damage = self._changed(step, found)
+                if not hosts.anywhere(damage is not None):
+                    break
+            damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
         else:
             raise damaged[max(damaged)]
         if damaged:
@@ -165,7 +163,8 @@ class Checkpoints:
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable), progress=ocp.args.JsonRestore())
         try:
             found = self._read(chosen, items)
-            self._check(chosen, found)
+            if damage := self._changed(chosen, found):
+                raise damage
             return found.trainable
         except _Damaged as error:
             # The one before is not taken unasked: what is made of it would pass for what the run came to.
@@ -202,14 +201,15 @@ class Checkpoints:
                 ) from error
             raise _Damaged(f"{self.folder / str(step)} cannot be read ({first_line(error)})") from error
 
-    def _check(self, step: int, found) -> None:
-        """Raises _Damaged where what was read of a checkpoint has not the bits that were saved."""
+    def _changed(self, step: int, found) -> _Damaged | None:
+        """The damage, where what was read of a checkpoint has not the bits that were saved."""
         saved = found.progress.get("sums", {})  # the first versions of this program kept none
         for name in [name for name in ("trainable", "optimizer") if name in saved and name in found.keys()]:
             for path, (dtype, total) in _sums(found[name]).items():
-                # What was read in another dtype has other bits.
-                if saved[name][path][0] == dtype and saved[name][path][1] != total:
-                    raise _Damaged(f"{self.folder / str(step)} has other bits than were saved, in {name} {path}")
+                before = saved[name].get(path, [None])
+                if before[0] == dtype and before[1] != total:  # what was read in another dtype has other bits
+                    return _Damaged(f"{self.folder / str(step)} has other bits than were saved, in {name} {path}")
+        return None
 
     def close(self) -> None:
         self._guard(self._manager.close)
