@@ -178,34 +178,19 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
         jax.tree.map_with_path(expect, nn.unbox(abstract))
         _check(folder, wanted, files, against)
 
-        # All at once, before the first is filled: a CPU takes new memory page by page, here beside the reading.
-        zeros = jax.tree.map_with_path(
-            lambda path, leaf, target: _zeros(leaf, target, layered="{layer}" in tensor_name(_join(path))),
-            nn.unbox(abstract),
-            targets,
-        )
-
-        def read(path, leaf, target, filled):
+        def read(path, leaf, target):
             name = tensor_name(_join(path))
             stored = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
             tensors = [files[each].get_slice(each) for each in stored]
-            return _placed(tensors, leaf, target, filled, transposed=path[-1].key in _TRANSPOSED)
+            return _placed(tensors, leaf, target, transposed=path[-1].key in _TRANSPOSED)
 
         try:
-            return jax.tree.map_with_path(read, nn.unbox(abstract), targets, zeros)
+            return jax.tree.map_with_path(read, nn.unbox(abstract), targets)
         except SafetensorError as error:
             raise InputError(f"{folder}: a weight file cannot be read ({error}); get it again") from None
 
 
-def _zeros(leaf, target: NamedSharding, *, layered: bool) -> jax.Array:
-    """What `_placed` fills: of `leaf`'s shape, with a layer of its own in front where it has none."""
-    shape, spec = (leaf.shape, target.spec) if layered else ((1, *leaf.shape), (None, *target.spec))
-    # A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of.
-    plain = np.dtype(np.uint16) if leaf.dtype.itemsize == 2 and _is_cpu(target.mesh) else leaf.dtype
-    return jnp.zeros(shape, plain, device=NamedSharding(target.mesh, PartitionSpec(*spec)))
-
-
-def _placed(tensors: list, leaf, target: NamedSharding, filled: jax.Array, *, transposed: bool) -> jax.Array:
+def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
     """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
 
     All shards are filled at once, by some rows of a tensor after another, so that the host holds at most one tensor
@@ -216,8 +201,9 @@ def _placed(tensors: list, leaf, target: NamedSharding, filled: jax.Array, *, tr
     def swapped(values):
         return (*values[:-2], values[-1], values[-2])
 
-    shape, filled_as = filled.shape, filled.sharding
-    pieces_as, spec = filled_as, filled_as.spec
+    alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
+    shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
+    filled_as = pieces_as = NamedSharding(target.mesh, PartitionSpec(*spec))
     shard = filled_as.shard_shape(shape)
     parts = [size // cut for size, cut in zip(shape, shard, strict=True)]
     # What takes an accelerator no time takes a CPU's compiled program twice the time in which jax copies such a view.
@@ -235,6 +221,9 @@ def _placed(tensors: list, leaf, target: NamedSharding, filled: jax.Array, *, tr
     layers, rows, *beside = swapped(shard) if transposed else shard
     step = _BYTES_AT_ONCE // (_FLOATS[tensors[0].get_dtype()].itemsize * math.prod(beside))
     step = step // 128 * 128 or max(1, step)  # whole lines of a cache, whole lanes of a TPU
+    # A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of.
+    plain = np.dtype(np.uint16) if leaf.dtype.itemsize == 2 and _is_cpu(target.mesh) else leaf.dtype
+    filled = jnp.zeros(shape, plain, device=filled_as)
     for layer in range(layers):
         for row in range(0, rows, step):
             arrays = []
@@ -251,7 +240,7 @@ def _placed(tensors: list, leaf, target: NamedSharding, filled: jax.Array, *, tr
             filled = _filled_in(filled, pieces, place, leaf.dtype, filled_as, pieces_as, on_the_device)
         jax.block_until_ready(filled)
     filled = filled.view(leaf.dtype)
-    return filled if filled.ndim == leaf.ndim else _unlayered(filled, target)
+    return _unlayered(filled, target) if alone else filled
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
