@@ -430,7 +430,7 @@ def check(config: ConfigDict) -> None:
             "rounded so; give 'nearest'"
         )
     given = flatten(config)
-    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_FINITE, 0, 1e9), (_SHARES, 0, 1)):
+    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_FINITE, 0, 1e38), (_SHARES, 0, 1)):
         for name in names:
             if name in given:
                 command_line.check_range(f"config.{name}", given[name], *limits)
@@ -475,7 +475,7 @@ _NOT_NEGATIVE = (
     "steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank optimizer.clip_norm "
     "checkpoint.keep_every"
 ).split()
-_FINITE = ("lora.alpha", "optimizer.learning_rate")
+_FINITE = ("lora.alpha", "optimizer.learning_rate")  # in float32
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
 
