@@ -6,10 +6,13 @@ holds a whole model.
 Does not know where a folder came from (see model/sources.py) or what else belongs in one that is written.
 """
 
+import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -34,7 +37,7 @@ _TOP = {
 }
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
 _BYTES_AT_ONCE = 2**22
-"""A piece that fits the caches of a CPU: a page of memory that is new costs the host more than filling it."""
+"""A piece that fits the caches of a CPU."""
 _PARENT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
@@ -193,54 +196,79 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
 def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
     """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
 
-    All shards are filled at once, by some rows of a tensor after another, so that the host holds at most one tensor
-    beside them; of 16 bits on a CPU the parameter twice, at the end.  `transposed`: the tensors have the last two
-    axes the other way round.
+    All shards are filled by some rows of a tensor after another, so that the host holds at most one tensor beside them.
+    `transposed`: the tensors have the last two axes the other way round.
     """
-
-    def swapped(values):
-        return (*values[:-2], values[-1], values[-2])
-
     alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
     shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
-    filled_as = pieces_as = NamedSharding(target.mesh, PartitionSpec(*spec))
+    filled_as = NamedSharding(target.mesh, PartitionSpec(*spec))
     shard = filled_as.shard_shape(shape)
-    parts = [size // cut for size, cut in zip(shape, shard, strict=True)]
-    # What takes an accelerator no time takes a CPU's compiled program twice the time in which jax copies such a view.
-    on_the_way = transposed and _is_cpu(target.mesh)
-    on_the_device = transposed and not on_the_way
-    if on_the_device:
-        pieces_as, parts = NamedSharding(target.mesh, PartitionSpec(*swapped(spec))), swapped(parts)
+    axes = (0, 2, 1) if transposed else tuple(range(len(shape)))
+
+    def as_stored(values):
+        return tuple(values[axis] for axis in axes)
 
     # The devices that hold the same, by where that begins in the tensors.
     same: dict[tuple, list] = {}
     for device, index in filled_as.addressable_devices_indices_map(shape).items():
-        begins = tuple(part.start or 0 for part in index)
-        same.setdefault(swapped(begins) if transposed else begins, []).append(device)
+        same.setdefault(as_stored([part.start or 0 for part in index]), []).append(device)
 
-    layers, rows, *beside = swapped(shard) if transposed else shard
+    layers, rows, *beside = as_stored(shard)
     step = _BYTES_AT_ONCE // (_FLOATS[tensors[0].get_dtype()].itemsize * math.prod(beside))
     step = step // 128 * 128 or max(1, step)  # whole lines of a cache, whole lanes of a TPU
-    # A CPU's compiled program widens and narrows the whole of a bfloat16 array that it writes a part of.
-    plain = np.dtype(np.uint16) if leaf.dtype.itemsize == 2 and _is_cpu(target.mesh) else leaf.dtype
-    filled = jnp.zeros(shape, plain, device=filled_as)
-    for layer in range(layers):
-        for row in range(0, rows, step):
-            arrays = []
-            for (first_layer, first_row, *others), devices in same.items():
-                some = slice(first_row + row, first_row + min(row + step, rows))
-                whole = (slice(other, other + size) for other, size in zip(others, beside, strict=True))
-                piece = tensors[first_layer + layer][(some, *whole)][None]
-                piece = piece.swapaxes(-1, -2) if on_the_way else piece
-                arrays += [jax.device_put(piece, device) for device in devices]
-            together = tuple(size * count for size, count in zip(piece.shape, parts, strict=True))
-            pieces = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
-            place = (layer, row, *(0 for _ in beside))
-            place = swapped(place) if transposed else place
-            filled = _filled_in(filled, pieces, place, leaf.dtype, filled_as, pieces_as, on_the_device)
-        jax.block_until_ready(filled)
-    filled = filled.view(leaf.dtype)
+    places = [(layer, row) for layer in range(layers) for row in range(0, rows, step)]
+
+    def read(begins, layer, row):
+        """Rows from `row` on of the shard that begins there."""
+        first_layer, first_row, *others = begins
+        some = slice(first_row + row, first_row + min(row + step, rows))
+        whole = (slice(other, other + size) for other, size in zip(others, beside, strict=True))
+        return tensors[first_layer + layer][(some, *whole)][None]
+
+    if _is_cpu(target.mesh):
+        held = {begins: _host_memory(shard, leaf.dtype) for begins in same}
+
+        def fill(begins, place):
+            # numpy takes ten times as long to transpose as jax.
+            piece = jax.device_put(read(begins, *place).transpose(axes), same[begins][0])
+            piece, (layer, row) = np.asarray(piece).transpose(axes)[0], place
+            held[begins].transpose(axes)[layer, row : row + len(piece)] = piece
+
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds pieces
+            list(pool.map(fill, *zip(*itertools.product(held, places), strict=True)))
+        held = {begins: memory.reshape(memory.shape[len(alone) :]) for begins, memory in held.items()}
+        arrays = [
+            jax.device_put(held[begins], one, may_alias=True) for begins, devices in same.items() for one in devices
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, target, arrays)
+
+    pieces_as = NamedSharding(target.mesh, PartitionSpec(*as_stored(spec)))
+    parts = as_stored([size // cut for size, cut in zip(shape, shard, strict=True)])
+    filled = jnp.zeros(shape, leaf.dtype, device=filled_as)
+    for layer, row in places:
+        arrays = []
+        for begins, devices in same.items():
+            piece = read(begins, layer, row)
+            arrays += [jax.device_put(piece, device) for device in devices]
+        together = tuple(size * count for size, count in zip(piece.shape, parts, strict=True))
+        pieces = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
+        place = as_stored((layer, row, *(0 for _ in beside)))
+        filled = _filled_in(filled, pieces, place, filled_as, pieces_as, axes)
+        if row + step >= rows:
+            jax.block_until_ready(filled)  # what is read ahead takes memory
     return _unlayered(filled, target) if alone else filled
+
+
+def _host_memory(shape: tuple, dtype) -> np.ndarray:
+    """Memory that jax takes as a CPU device's own, where it begins at a multiple of 64 bytes.
+
+    Why not jax's: numpy asks for it in large pages, which a system makes ready at thrice the speed.  A program that it
+    is donated to copies it, once.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 63, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
@@ -248,13 +276,12 @@ def _unlayered(filled, target):
     return jax.lax.with_sharding_constraint(filled[0], target)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5, 6))
-def _filled_in(filled, pieces, place, dtype, filled_as, pieces_as, transposed):
-    """`filled`, which has the bits of `dtype`, with each device's of `pieces` at `place` of its shard."""
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
+def _filled_in(filled, pieces, place, filled_as, pieces_as, axes):
+    """`filled` with each device's of `pieces`, its axes put in order, at `place` of its shard."""
 
     def fill(shard, piece, place):
-        piece = (piece.swapaxes(-1, -2) if transposed else piece).astype(dtype)
-        return jax.lax.dynamic_update_slice(shard, jax.lax.bitcast_convert_type(piece, shard.dtype), place)
+        return jax.lax.dynamic_update_slice(shard, piece.transpose(axes).astype(shard.dtype), place)
 
     given = (filled_as.spec, pieces_as.spec, PartitionSpec())
     fill = jax.shard_map(fill, mesh=filled_as.mesh, in_specs=given, out_specs=filled_as.spec, check_vma=False)
