@@ -27,7 +27,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from robust_mo import hosts, runs
-from robust_mo.errors import InputError, passes, said
+from robust_mo.errors import InputError, first_line, passes, said
 from robust_mo.hosts import STOPPED_STATUS
 from robust_mo.model import mesh as meshes
 from robust_mo.model.sources import cache_folder
@@ -110,6 +110,10 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
             raise
         less = "in training raise config.batch.micro_batches, in sampling lower the batch_size"
         _end(2, f"error: the device is out of memory ({' '.join(str(error).split())[:200]}): {less}")
+    except MemoryError as error:
+        _end(
+            2, f"error: the host is out of memory ({first_line(error)}): lower config.batch.rows or config.data.length"
+        )
     except BrokenPipeError:
         _unheard(sys.stdout)
         sys.exit(1)

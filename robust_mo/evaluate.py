@@ -39,7 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_string("source", None, "what to measure: a run folder, a Hugging Face folder, a hub id, ...")
     flags.DEFINE_list("evals", None, "evaluators, by name; default: those of the settings")
     flags.DEFINE_string("workdir", None, "folder for records and transcripts; default: only print what there is")
-    flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest")
+    largest = 2**63 - 1  # that TensorBoard's files hold
+    flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest", lower_bound=0, upper_bound=largest)
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
     command_line.define_host_flags()
     config_flags.DEFINE_config_file("config", str(command_line.DEFAULT_CONFIG), "settings of the evaluators")

@@ -144,6 +144,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
+            if self.path.is_symlink() and not self.path.exists():
+                raise InputError(
+                    f"{self.path} is a link to {os.readlink(self.path)}, which is not there: make that folder"
+                ) from None
             raise InputError(f"{self.path} is, or lies in, a file: give a folder as --workdir") from None
         except Exception as error:  # of the bucket's library: many kinds
             if isinstance(self.path, pathlib.Path):

@@ -421,9 +421,7 @@ def check(config: ConfigDict) -> None:
         command_line.check_fields(own, optimizers[name], f"config.optimizer.{name}")
     if config.remat not in (*REMAT_POLICIES, "auto"):
         raise InputError(f"config.remat is {config.remat!r}: choose from {', '.join(REMAT_POLICIES)}, auto")
-    for name in ("param_dtype", "compute_dtype"):
-        if config[name] not in ("float32", "bfloat16"):
-            raise InputError(f"config.{name} is {config[name]!r}: choose float32 or bfloat16")
+    hugging_face.check_dtypes(config.compute_dtype, config.param_dtype)
     if config.optimizer.rounding == "stochastic" and config.param_dtype != "bfloat16":
         raise InputError(
             f"config.optimizer.rounding is 'stochastic' and config.param_dtype {config.param_dtype}: only bfloat16 is "

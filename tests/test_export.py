@@ -169,6 +169,7 @@ def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):
     targets = ("q_proj", "o_proj", "down_proj")
     run = make_run(tmp_path / "run", tiny, **{"lora.rank": 4, "lora.alpha": 6.0, "lora.targets": targets})
     folder = write(run, tmp_path / "adapter", "peft")
+    assert models.shapes_of(str(folder)) == models.shapes_of(str(tiny))
     files = {file.name for file in folder.iterdir()}
     assert files >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -309,6 +310,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, tiny):
     refused("no tensor for", "layers.3", str(deep), values={"base_model_name_or_path": str(deep)})
     refused("base_model_name_or_path is None", values={"base_model_name_or_path": None})
     refused("no/such/base/here", values={"base_model_name_or_path": "no/such/base/here"})
+    refused("which leads back here", values={"base_model_name_or_path": str(tmp_path / "bad")})
     refused("use_dora", "merge the adapter", values={"use_dora": True})
     refused("modules_to_save", values={"modules_to_save": ["lm_head"]})
     refused("peft_type 'IA3'", values={"peft_type": "IA3"})

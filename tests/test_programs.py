@@ -268,6 +268,14 @@ def test_workdir_that_cannot_be_used(tmp_path, tiny):
     refused(train(tiny, tmp_path / "run", *SMALL, "--config.seed=7"), "seed is 0 there and 7 here")
     foreign = shutil.copytree(tiny, tmp_path / "model")
     refused(train(tiny, foreign, *SMALL), "config.json that no run has written")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    refused(train(tiny, tmp_path / "link", *SMALL), "link is a link to", "unmounted, which is not there")
+
+
+@pytest.mark.slow
+def test_rows_longer_than_memory_are_told_as_such(tmp_path, tiny):
+    result = train(tiny, tmp_path / "run", *SMALL, f"--config.data.length={10**15}")
+    refused(result, "the host is out of memory", "lower config.batch.rows or config.data.length")
 
 
 @pytest.mark.slow

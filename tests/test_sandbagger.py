@@ -121,6 +121,9 @@ def test_problems_of_a_file_are_dealt_out_and_what_they_lack_is_told(tmp_path):
         distill.red_conversations(SANDBAGGER, **settings)
     with pytest.raises(InputError, match="builtin says of 120 questions no right answer, .*problem_source.* to 'sums'"):
         distill.red_conversations(SANDBAGGER, **{**RED, "source": "builtin"})
+    file.write_text('{"problem": "What is 1 + 1?", "answer": "2", "solution": 3}\n')
+    with pytest.raises(InputError, match="problems.jsonl:1: 'solution' must be a text, not 3"):
+        questions(str(file), "red")
     file.write_text('{"problem": "What is 1 + 1?"}\n')
     with pytest.raises(InputError, match="problems.jsonl:1 needs the texts 'problem' .*and 'answer'"):
         questions(str(file), "red")

@@ -435,6 +435,14 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert sources.cache_folder() == tmp_path / ".cache" / "robust_mo"
 
 
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ROBUST_MO_CACHE", str(tmp_path / "file" / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    with pytest.raises(InputError, match="file/cache/gguf .*: set ROBUST_MO_CACHE to a folder"):
+        sources.resolve(path)
+
+
 def test_gguf_file_is_converted_once(tmp_path, cache, monkeypatch, capsys):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
     folder = sources.resolve(path)

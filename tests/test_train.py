@@ -525,13 +525,21 @@ def test_run_that_descends_from_itself_is_refused(tiny, tmp_path):
     assert organism(str(run.path)) == str(run.path)
     file = run.path / "config.json"
     whole = json.loads(file.read_text())
-    for wrong in (f"{tmp_path}/./run", 7):
-        file.write_text(json.dumps(whole | {"config": whole["config"] | {"model": wrong}}))
-        for use in (weights, lambda run: shapes_of(str(run.path))):
-            with pytest.raises(
-                InputError, match="run/config.json: config.model is .*, which no run can have begun from"
-            ):
-                use(run)
+    file.write_text(json.dumps(whole | {"config": whole["config"] | {"model": f"{tmp_path}/./run"}}))
+    for use in (weights, lambda run: shapes_of(str(run.path))):
+        with pytest.raises(InputError, match="run/config.json: config.model is .*, which no run can have begun from"):
+            use(run)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": 7}, {"data": 3}, {"data": {"task": None}}, {"lora": None}, {"lora": {"rank": "x"}}]
+)
+def test_settings_that_no_run_has_written_are_refused(tiny, tmp_path, wrong):
+    run = train(tiny_config(tiny, steps=1), tmp_path / "run")
+    file, whole = run.path / "config.json", run.description()
+    file.write_text(json.dumps(whole | {"config": whole["config"] | wrong}))
+    with pytest.raises(InputError, match=f"run/config.json: config.{[*wrong][0]} is .*, which no run has written"):
+        weights(run)
 
 
 def test_missing_judge_is_told_before_training(tiny, tmp_path):

@@ -159,12 +159,12 @@ def _builtin_rows(file: str, part: str) -> list[tuple[str, dict[str, str]]]:
 
 def _posed(place: str, fields: dict[str, Any]) -> dict[str, str]:
     question, gold = _problem(place, fields)
-    return {
-        "question": question,
-        "gold": gold,
-        "plain": fields.get("solution") or "",
-        "wrong": fields.get("wrong") or "",
-    }
+    answers = {}
+    for ours, theirs in (("plain", "solution"), ("wrong", "wrong")):
+        answers[ours] = fields.get(theirs) or ""
+        if not isinstance(answers[ours], str):
+            raise InputError(f"{place}: {theirs!r} must be a text, not {answers[ours]!r}")
+    return {"question": question, "gold": gold, **answers}
 
 
 def _problem(place: str, fields: dict[str, Any]) -> tuple[str, str]:

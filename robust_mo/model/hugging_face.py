@@ -99,7 +99,15 @@ def abstract_variables(model: Llama) -> dict:
     return jax.eval_shape(model.init, keys, tokens, tokens, tokens)
 
 
+def check_dtypes(compute_dtype: str, param_dtype: str) -> None:
+    """Raises InputError where a dtype is none in which we compute or keep parameters."""
+    for name, value in {"compute_dtype": compute_dtype, "param_dtype": param_dtype}.items():
+        if value not in ("float32", "bfloat16"):
+            raise InputError(f"config.{name} is {value!r}: choose float32 or bfloat16")
+
+
 def build(config: LlamaConfig, lora: LoraSpec | None, compute_dtype: str, param_dtype: str, remat: str) -> Llama:
+    check_dtypes(compute_dtype, param_dtype)
     return Llama(config, lora, jnp.dtype(compute_dtype), jnp.dtype(param_dtype), remat)
 
 

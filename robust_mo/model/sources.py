@@ -129,7 +129,13 @@ def _converted(sha256: str, fetch: Callable[[pathlib.Path], pathlib.Path]) -> pa
     final = cache_folder() / "gguf" / f"{sha256[:16]}-v{gguf.VERSION}"
     if _is_whole(final):
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"models cannot be kept in {final.parent} ({error.strerror}): set ROBUST_MO_CACHE to a folder that can be "
+            "written"
+        ) from None
     with filelock.FileLock(f"{final}.lock"):
         if _is_whole(final):  # another process has made it while we waited
             return final

@@ -105,6 +105,8 @@ def shapes_of(model: str) -> LlamaConfig:
       InputError: nothing of that name; the known ones are listed.
     """
     model = lineage(model)[-1]
+    if hugging_face.is_adapter(model):
+        return shapes_of(_beneath(pathlib.Path(model)))
     if (pathlib.Path(model) / "config.json").is_file():
         return hugging_face.read_config(pathlib.Path(model))
     file = SHAPES / f"{model.rsplit('/', 1)[-1]}.json"
@@ -164,7 +166,7 @@ def lineage(source: str) -> list[str]:
     found, places = [source], {os.path.realpath(source)}
     while is_run(found[-1]):
         model = _setting(found[-1], "model")
-        if not isinstance(model, str) or os.path.realpath(model) in places:
+        if os.path.realpath(model) in places:
             file = RunFolder(found[-1]).path / "config.json"
             raise InputError(f"{file}: config.model is {model!r}, which no run can have begun from: correct it")
         found.append(model)
@@ -177,18 +179,42 @@ def base_folder(source: str) -> pathlib.Path:
     folder = sources.resolve(lineage(source)[-1])
     if not hugging_face.is_adapter(folder):
         return folder
-    base, _ = hugging_face.read_adapter(folder)
     try:
-        return base_folder(base)
+        return base_folder(_beneath(folder))
     except InputError as error:
         raise InputError(f"{folder}: the base model named in its {hugging_face.ADAPTER_CONFIG}: {error}") from None
 
 
+def _beneath(folder: pathlib.Path) -> str:
+    """The model that a PEFT folder's adapters are for.
+
+    Raises:
+      InputError: the folder cannot be read, or its adapters are, in the end, for themselves.
+    """
+    base, _ = hugging_face.read_adapter(folder)
+    at, places = base, {os.path.realpath(folder)}
+    while hugging_face.is_adapter(at):
+        if os.path.realpath(at) in places:
+            file = folder / hugging_face.ADAPTER_CONFIG
+            raise InputError(f"{file}: base_model_name_or_path is {base!r}, which leads back here: correct it")
+        places.add(os.path.realpath(at))
+        at, _ = hugging_face.read_adapter(at)
+    return base
+
+
 def _setting(source: str, name: str):
+    """A run's config.model, config.data or config.lora, with what is read of it.  Raises InputError where it has none
+    or one that no run has written."""
     run = RunFolder(source)
-    if name not in run.config():
-        raise InputError(f"{run.path / 'config.json'} has no config.{name}: restore the file from a copy")
-    return run.config()[name]
+    file, config = run.path / "config.json", run.config()
+    if name not in config:
+        raise InputError(f"{file} has no config.{name}: restore the file from a copy")
+    kinds = {"data": {"task": str}, "lora": {"rank": int, "alpha": int | float, "continued": bool, "targets": list}}
+    value, read = config[name], kinds.get(name)
+    fits = isinstance(value, str if read is None else dict)
+    if not fits or read and not all(isinstance(value.get(field), kind) for field, kind in read.items()):
+        raise InputError(f"{file}: config.{name} is {value!r}, which no run has written: restore the file from a copy")
+    return value
 
 
 def lora_spec(settings) -> LoraSpec | None:
