@@ -1,9 +1,13 @@
 """Training end to end on a tiny model: the loop against torch, resume against an unbroken run, evaluations, stops."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import re
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
+from conftest import make_tiny_model
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -531,15 +536,13 @@ def test_run_that_descends_from_itself_is_refused(tiny, tmp_path):
             use(run)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"model": 7}, {"data": 3}, {"data": {"task": None}}, {"lora": None}, {"lora": {"rank": "x"}}]
-)
-def test_settings_that_no_run_has_written_are_refused(tiny, tmp_path, wrong):
+def test_settings_that_no_run_has_written_are_refused(tiny, tmp_path):
     run = train(tiny_config(tiny, steps=1), tmp_path / "run")
     file, whole = run.path / "config.json", run.description()
-    file.write_text(json.dumps(whole | {"config": whole["config"] | wrong}))
-    with pytest.raises(InputError, match=f"run/config.json: config.{[*wrong][0]} is .*, which no run has written"):
-        weights(run)
+    for wrong in ({"model": 7}, {"data": 3}, {"data": {"task": None}}, {"lora": None}, {"lora": {"rank": "x"}}):
+        file.write_text(json.dumps(whole | {"config": whole["config"] | wrong}))
+        with pytest.raises(InputError, match=f"run/config.json: config.{[*wrong][0]} is .*, which no run has written"):
+            weights(run)
 
 
 def test_missing_judge_is_told_before_training(tiny, tmp_path):
@@ -553,6 +556,32 @@ def test_folder_in_which_checkpoints_would_be_lost_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match=r"--workdir=.*sweep\[1\] has \[ \] in its path: choose one"):
         train(tiny_config(tiny), tmp_path / "sweep[1]")
     assert not (tmp_path / "sweep[1]").exists()
+
+
+def test_disk_holds_no_more_than_was_said(tmp_path, capsys):
+    folder = make_tiny_model(tmp_path / "model", vocab_size=5_000)
+    settings = {"checkpoint.every": 1, "checkpoint.keep": 2, "checkpoint.keep_every": 6}
+    config = tiny_config(folder, steps=12, **settings)
+    seen, ended = [], threading.Event()
+
+    def watch():
+        while not ended.wait(0.01):
+            files = [os.path.join(at, name) for at, _, names in os.walk(tmp_path / "run") for name in names]
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                seen.append(sum(map(os.path.getsize, files)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run = train(config, tmp_path / "run")
+    finally:
+        ended.set()
+        watcher.join()
+    assert sorted(int(folder.name) for folder in run.checkpoints.iterdir()) == [6, 11, 12]
+    number, size = re.search(r"at most (\d+) checkpoints of ([\d.]+) GiB", capsys.readouterr().out).groups()
+    # Beside the arrays a checkpoint has some kilobytes that describe them.
+    one = float(size) * 1.05 * 2**30 + 2**16
+    assert int(number) < 12 < len(seen) and 2 * one < max(seen) <= int(number) * one
 
 
 def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, capsys):
