@@ -5,13 +5,14 @@
 The checkpoint has Llama-3.1-8B's shapes with fewer layers (7: 5.2 GB in bfloat16), invented values, and the index of
 several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides, which
 have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  Both sides load it in
-float32, in which training holds what it trains (config.param_dtype), or in --dtype; ours compiles its programs in that
-time.  In the dtype of the files `from_pretrained` on a CPU maps them and copies nothing (what is trained gets copied
-later; here every page is then read once), so that bfloat16 sets a copy beside none.
+float32, in which training holds what it trains (config.param_dtype), or in --dtype; on an accelerator ours compiles its
+programs in that time.  In the dtype of the files `from_pretrained` on a CPU maps them and copies nothing (what is
+trained gets copied later; here every page is then read once), so that bfloat16 sets a copy beside none.
 
 A virtual machine whose host takes back what lies idle hands memory out at a tenth of the usual speed the first time.
 So that the host is not what is measured, either side first takes the memory that the weights will need on a CPU, writes
-to it, and gives it back.
+to it, and gives it back.  That may favour large pages, which only ours uses: left out, on such a machine ours was half as
+fast as `from_pretrained` (0.51 GB/s beside 1.00, two AMD EPYC cores, 2026-11-28, float32, not kept).
 
 The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
 there before and less the parameters themselves; allowed is the largest tensor of the files.
@@ -63,7 +64,7 @@ class Anonymous:
 
 def _measured(load, folder: pathlib.Path, dtype: str):
     """(what `load` returns, memory while it ran, seconds)"""
-    # Without keeping it.
+    # Written to, and given back at once.
     np.ones(_stored(folder) * (2 if dtype == "float32" else 1), np.uint8)
     begun = time.perf_counter()
     with Anonymous() as memory:

@@ -270,8 +270,9 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
 def _host_memory(shape: tuple, dtype) -> np.ndarray:
     """Memory that jax takes as a CPU device's own, where it begins at a multiple of 64 bytes.
 
-    Why not jax's: numpy asks for it in large pages, which a system makes ready at thrice the speed.  A program that it
-    is donated to copies it, once.
+    Why not jax's: numpy asks for it in large pages, which a system that has them free makes ready at thrice the speed
+    (0.12 s a GB; benchmarks/load_weights.py tells of one that has not).  A program that it is donated to copies it,
+    once.
     """
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 63, np.uint8)
