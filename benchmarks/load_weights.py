@@ -11,8 +11,8 @@ trained gets copied later; here every page is then read once), so that bfloat16 
 
 A virtual machine whose host takes back what lies idle hands memory out at a tenth of the usual speed the first time.
 So that the host is not what is measured, either side first takes the memory that the weights will need on a CPU, writes
-to it, and gives it back.  That may favour large pages, which only ours uses: left out, on such a machine ours was half as
-fast as `from_pretrained` (0.51 GB/s beside 1.00, two AMD EPYC cores, 2026-11-28, float32, not kept).
+to it, and gives it back.  That may favour large pages, which only ours uses: left out, on such a machine ours was half
+as fast as `from_pretrained` (0.51 GB/s beside 1.00, two AMD EPYC cores, 2026-11-28, float32, not kept).
 
 The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
 there before and less the parameters themselves; allowed is the largest tensor of the files.
