@@ -7,12 +7,8 @@ several files; it is written into --folder (default: a temporary one) and read f
 have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  Both sides load it in
 float32, in which training holds what it trains (config.param_dtype), or in --dtype; on an accelerator ours compiles its
 programs in that time.  In the dtype of the files `from_pretrained` on a CPU maps them and copies nothing (what is
-trained gets copied later; here every page is then read once), so that bfloat16 sets a copy beside none.
-
-A virtual machine whose host takes back what lies idle hands memory out at a tenth of the usual speed the first time.
-So that the host is not what is measured, either side first takes the memory that the weights will need on a CPU, writes
-to it, and gives it back.  That may favour large pages, which only ours uses: left out, on such a machine ours was half
-as fast as `from_pretrained` (0.51 GB/s beside 1.00, two AMD EPYC cores, 2026-11-28, float32, not kept).
+trained gets copied later; here every page is then read once), so that bfloat16 sets a copy beside none.  A virtual
+machine whose host takes back what lies idle hands memory out slowly the first time, to either side.
 
 The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
 there before and less the parameters themselves; allowed is the largest tensor of the files.
@@ -62,10 +58,8 @@ class Anonymous:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def _measured(load, folder: pathlib.Path, dtype: str):
+def _measured(load):
     """(what `load` returns, memory while it ran, seconds)"""
-    # Written to, and given back at once.
-    np.ones(_stored(folder) * (2 if dtype == "float32" else 1), np.uint8)
     begun = time.perf_counter()
     with Anonymous() as memory:
         loaded = load()
@@ -94,7 +88,7 @@ def ours(folder: pathlib.Path, dtype: str) -> dict:
     def load():
         return jax.block_until_ready(hugging_face.load_params(folder, model, mesh))
 
-    params, memory, seconds = _measured(load, folder, dtype)
+    params, memory, seconds = _measured(load)
     on_the_host = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if jax.default_backend() == "cpu" else 0
     leaves = jax.tree.leaves(params)
     of_a_layer = max(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(params["layers"]))
@@ -129,7 +123,7 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
             float(tensor.flatten()[:: 2048 // tensor.element_size()].sum())
         return model
 
-    model, memory, seconds = _measured(load, folder, dtype)
+    model, memory, seconds = _measured(load)
     # On a device, or the files themselves, they are no anonymous memory.
     elsewhere = mapped or torch.cuda.is_available()
     on_the_host = 0 if elsewhere else sum(tensor.nbytes for tensor in model.parameters())

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -204,34 +205,33 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
 def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
     """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
 
-    All shards are filled by some rows of a tensor after another, so that the host holds at most one tensor beside them.
+    All shards are filled by some rows after others, so that the host holds at most one tensor beside them.
     `transposed`: the tensors have the last two axes the other way round.
     """
     alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
     shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
     filled_as = NamedSharding(target.mesh, PartitionSpec(*spec))
-    shard = filled_as.shard_shape(shape)
     axes = (0, 2, 1) if transposed else tuple(range(len(shape)))
 
     def as_stored(values):
         return tuple(values[axis] for axis in axes)
 
-    # The devices that hold the same, by where that begins in the tensors.
+    # The devices that hold the same, by where that begins.
     same: dict[tuple, list] = {}
     for device, index in filled_as.addressable_devices_indices_map(shape).items():
-        same.setdefault(as_stored([part.start or 0 for part in index]), []).append(device)
+        same.setdefault(tuple(part.start or 0 for part in index), []).append(device)
 
-    layers, rows, *beside = as_stored(shard)
+    layers, rows, *beside = shard = filled_as.shard_shape(shape)
     step = _BYTES_AT_ONCE // (_FLOATS[tensors[0].get_dtype()].itemsize * math.prod(beside))
     step = step // 128 * 128 or max(1, step)  # whole lines of a cache, whole lanes of a TPU
     places = [(layer, row) for layer in range(layers) for row in range(0, rows, step)]
 
     def read(begins, layer, row):
-        """Rows from `row` on of the shard that begins there."""
+        """Rows from `row` on of the shard that begins there, as they are stored."""
         first_layer, first_row, *others = begins
         some = slice(first_row + row, first_row + min(row + step, rows))
         whole = (slice(other, other + size) for other, size in zip(others, beside, strict=True))
-        return tensors[first_layer + layer][(some, *whole)][None]
+        return tensors[first_layer + layer][as_stored((None, some, *whole))[1:]][None]
 
     if _is_cpu(target.mesh):
         held = {begins: _host_memory(shard, leaf.dtype) for begins in same}
@@ -239,8 +239,8 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
         def fill(begins, place):
             # numpy takes ten times as long to transpose as jax.
             piece = jax.device_put(read(begins, *place).transpose(axes), same[begins][0])
-            piece, (layer, row) = np.asarray(piece).transpose(axes)[0], place
-            held[begins].transpose(axes)[layer, row : row + len(piece)] = piece
+            piece, (layer, row) = np.asarray(piece)[0], place
+            held[begins][layer, row : row + len(piece)] = piece
 
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds pieces
             list(pool.map(fill, *zip(*itertools.product(held, places), strict=True)))
@@ -260,24 +260,22 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
             arrays += [jax.device_put(piece, device) for device in devices]
         together = tuple(size * count for size, count in zip(piece.shape, parts, strict=True))
         pieces = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
-        place = as_stored((layer, row, *(0 for _ in beside)))
-        filled = _filled_in(filled, pieces, place, filled_as, pieces_as, axes)
+        filled = _filled_in(filled, pieces, (layer, row, *(0 for _ in beside)), filled_as, pieces_as, axes)
         if row + step >= rows:
             jax.block_until_ready(filled)  # what is read ahead takes memory
     return _unlayered(filled, target) if alone else filled
 
 
 def _host_memory(shape: tuple, dtype) -> np.ndarray:
-    """Memory that jax takes as a CPU device's own, where it begins at a multiple of 64 bytes.
+    """Memory that jax takes as a CPU device's own, since it begins at a page.  A program that it is donated to copies
+    it, once.
 
-    Why not jax's: numpy asks for it in large pages, which a system that has them free makes ready at thrice the speed
-    (0.12 s a GB; benchmarks/load_weights.py tells of one that has not).  A program that it is donated to copies it,
-    once.
+    Why not numpy's: that asks for large pages, with which loading is little faster where they lie ready, and half as
+    fast on a virtual machine whose host takes back what lies idle (0.34 to 0.46 GB/s, not 0.60 to 0.93; 2026-11-28).
     """
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 63, np.uint8)
-    begin = -memory.ctypes.data % 64
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, size).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
