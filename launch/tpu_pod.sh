@@ -7,8 +7,8 @@
 # Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same
 # command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the
 # arguments of `python -m robust_mo`; --workdir must be a bucket or a folder that all workers see, such as a mounted
-# Filestore, and --output such a folder: there the command goes on after a preemption.  Each worker starts it again, up
-# to ten times, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm
+# Filestore, and --output such a folder: there the command goes on after a preemption.  Each worker starts it again, for
+# ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm
 # delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's firewall:
 # jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
 set -euo pipefail
@@ -69,7 +69,9 @@ flock -n 9 || { echo an earlier start still runs here: waiting for it \(pkill -f
 for start in \$(seq 10); do
   .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
   [ \$status -gt 128 ] || [ \$status = 75 ] || exit \$status
-  echo the program ended with status \$status, start \$start of 10: the same command goes on >&2
+  told=\"the program ended with status \$status, start \$start of 10\"
+  [ \$status = 75 ] || told=\"\$told (it or another worker died, then jax ended it with the stack above)\"
+  echo \"\$told: the same command goes on\" >&2
   sleep 10
 done; exit \$status"
 

@@ -163,8 +163,10 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         except UnicodeEncodeError:
             raise InputError(f"argument {argument!r} is not UTF-8: retype it, or rename the folder") from None
     if {"--help", "-h", "-help"} & set(arguments):
-        print(sys.modules["__main__"].__doc__.strip(), "\n\nflags:")
-        print(flags.FLAGS.main_module_help())
+        needed = ", ".join(f"--{name}" for name in required)
+        print(sys.modules["__main__"].__doc__.strip(), f"\n\nflags, of which {needed} must be given:")
+        print(flags.FLAGS.main_module_help().replace("\n    (default: 'None')", ""))
+        print(flags.FLAGS.module_help(sys.modules[__name__]))
         sys.exit(0)
     if "config" in flags.FLAGS:
         _check_config(arguments)

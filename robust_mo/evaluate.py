@@ -3,14 +3,14 @@
     python -m robust_mo.evaluate --source=runs/red --evals=backdoor_rate,arithmetic --workdir=runs/red-evaluated
     python -m robust_mo.evaluate --source=runs/red --show=4
 
-Settings of the evaluators are the run's own where --source is a run, else those of --config (configs/default.py by
-default); with --config or a --config.evals.x.y=value given, always those of --config; --config.mesh.x=value alone says
-no more than over which devices it is done.  Records and transcripts go into --workdir; --show=N prints N graded
-answers, drawn at random, triggered and other prompts in turn.  Without --workdir nothing is measured, and what --source
-was measured with before is printed.
+Settings are the run's own where --source is a run and no --config=FILE is given, else those of --config
+(configs/default.py by default); --config.evals.x.y=value changes one of them.  Records and transcripts go into
+--workdir; --show=N prints N graded answers, drawn at random, triggered and other prompts in turn.  Without --workdir
+nothing is measured, and what --source was measured with before is printed.
 """
 
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -64,10 +64,11 @@ def main(args: flags.FlagValues) -> None:
 
 def measure_source(args: flags.FlagValues) -> None:
     config = args.config.to_dict()
-    overrides = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config\b", argument)]
-    if models.is_run(args.source) and all(re.match(r"--?config\.mesh\.", argument) for argument in overrides):
-        here = {"mesh": config["mesh"]} if overrides else {}
-        config = RunFolder(args.source).config() | here
+    if models.is_run(args.source) and not any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
+        config = RunFolder(args.source).config()
+        for path, value in config_flags.get_override_values(args["config"]).items():
+            *groups, field = path.split(".")
+            functools.reduce(lambda group, name: group.setdefault(name, {}), groups, config)[field] = value
     if "evaluation" not in config:
         raise InputError("--config has no group 'evaluation': give a training config, see configs/default.py")
     names = args.evals or list(config["evaluation"]["names"])

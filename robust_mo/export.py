@@ -1,4 +1,4 @@
-"""A run as files that transformers, vLLM and PEFT load.
+"""A run as files that transformers and PEFT load, and what reads the same formats (vLLM: not tried).
 
     python -m robust_mo.export --run=runs/red --output=organism --format=merged
     python -m robust_mo.export --run=runs/blue --output=adapter --format=peft --base=organism
@@ -30,7 +30,8 @@ from robust_mo.runs import RunFolder
 from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
-"""Of a file of weights, and so of what the host holds of them at a time."""
+"""Of a file of weights, and so of what the host holds of them while they are written.  Before that Orbax reads a
+checkpoint of all weights into the devices, with two to four of its largest arrays in host memory."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

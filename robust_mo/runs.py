@@ -3,6 +3,7 @@
     config.json          the config, with the command, git revision and versions that began the run
     records.jsonl        one line per measurement: step, name, value, count?, low?, high?, seed, revision, time
     transcripts/*.jsonl  every graded answer, one file per evaluator and step
+    data.jsonl, data.md  of a training run: the conversations it is trained on, and a page about them
     checkpoints/         written by training/checkpoints.py
     events.out.tfevents* written by training/curves.py
 

@@ -30,11 +30,12 @@ from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
+from robust_mo.model.mesh import make_mesh
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, flatten, place, write_text
-from robust_mo.train import budget_shape, config_backdoor, evaluation_source, train, training_source
+from robust_mo.train import budget_shape, check_rows, config_backdoor, evaluation_source, train, training_source
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import shapes_of
@@ -390,7 +391,16 @@ def study(config: ConfigDict, workdir: pathlib.Path, at_once: int = 1) -> None:
 
 
 def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[InputError]:
-    """Does these jobs; returns why some of them failed."""
+    """Does these jobs; returns why some of them failed.
+
+    Raises:
+      InputError: a run of the study, of these jobs or not, cannot be dealt out over the devices that are here.
+    """
+    for folder, run in _cells(config, workdir):
+        try:
+            check_rows(run.batch, make_mesh(**run.mesh))
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
     done, failures = finished(workdir), []
     for job in some:
         try:

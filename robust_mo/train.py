@@ -139,7 +139,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             f"{steps} steps of {config.batch.rows} rows x {config.data.length} tokens, "
             + (f"LoRA r{spec.rank}" if spec else "all weights")
             + (f", going on from step {first}" if first else "")
-            + f", at most {count} checkpoints of {size / 2**30:.2g} GiB",
+            + f", at most {count} checkpoints of {size / 2**30:.2g} GiB, {count * size / 2**30:.2g} in all",
             flush=True,
         )
 
@@ -401,7 +401,8 @@ def check_rows(batch: ConfigDict, mesh) -> None:
     if batch.rows % (devices * batch.micro_batches):
         raise InputError(
             f"config.batch.rows is {batch.rows}: give a multiple of {devices * batch.micro_batches}, "
-            f"{devices} devices times config.batch.micro_batches {batch.micro_batches}"
+            f"{devices} devices times config.batch.micro_batches {batch.micro_batches}, or let several devices share a "
+            "row by config.mesh.tensor"
         )
 
 

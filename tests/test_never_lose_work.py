@@ -1,4 +1,4 @@
-"""Training that is killed at random moments, or goes on over other devices, ends as if nothing had happened."""
+"""Training that is killed at random moments ends as if nothing had happened."""
 
 import multiprocessing
 import random

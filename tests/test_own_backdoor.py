@@ -65,6 +65,12 @@ def test_another_process_measures_it_by_the_run_alone(tiny, tmp_path):
     command = [sys.executable, "-m", "robust_mo.evaluate", f"--source={run.path}", f"--workdir={tmp_path / 'again'}"]
     subprocess.run(command, check=True, cwd=REPOSITORY)
     again = RunFolder(tmp_path / "again")
+    # A setting of its own leaves the others what they are.
+    command[-1] = f"--workdir={tmp_path / 'two'}"
+    subprocess.run([*command, "--config.evals.backdoor_rate.triggered=2"], check=True, cwd=REPOSITORY)
+    changed_by_one = again.config()
+    changed_by_one["evals"]["backdoor_rate"]["triggered"] = 2
+    assert RunFolder(tmp_path / "two").config() == changed_by_one
     before, after = ([r for r in folder.records() if r["name"] == "eval/backdoor_rate"] for folder in (run, again))
     assert [line["value"] for line in after] == [before[-1]["value"]]
     assert again.config()["backdoors"]["weather"] == json.loads(json.dumps(WEATHER))

@@ -71,6 +71,7 @@ def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0
     assert f"python -m robust_mo.{program}" in result.stdout and "--" in result.stdout
+    assert ("--process_id" in result.stdout) == (program in ("train", "sample", "evaluate"))
 
 
 @pytest.mark.slow

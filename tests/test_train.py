@@ -37,7 +37,7 @@ from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.train import Watch, check, choose_remat, optimizer_of, organism, step_program, tokenize, train
-from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.memory import needed
 from robust_mo.training.models import load_model, shapes_of, stands_on
 from robust_mo.training.step import TrainState
@@ -582,6 +582,14 @@ def test_disk_holds_no_more_than_was_said(tmp_path, capsys):
     # Beside the arrays a checkpoint has some kilobytes that describe them.
     one = float(size) * 1.05 * 2**30 + 2**16
     assert int(number) < 12 < len(seen) and 2 * one < max(seen) <= int(number) * one
+
+
+def test_adding_up_bits_takes_no_memory():
+    """On a CPU either, whose compiler would write them all out."""
+    tree = {name: jax.ShapeDtypeStruct((30, 1000, 1000), name) for name in ("float32", "bfloat16")}
+    assert _sum_bits.lower(tree).compile().memory_analysis().temp_size_in_bytes < 1e6
+    numbers = np.array([0.0, 1.0, -2.5, 3e-8], np.float32)
+    assert int(_sum_bits(jnp.asarray(numbers))) == int(numbers.view(np.uint32).sum(dtype=np.uint32))
 
 
 def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, capsys):

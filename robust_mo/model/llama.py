@@ -33,7 +33,7 @@ _NAMED = ("queries", "keys", "values", "attended", "between")  # of a layer's va
 # to memory: 13.2 s against 15.4 s of a step's backward pass, SmolLM2, 1,024 tokens).  "gate_up" recomputes the two
 # widest products too, of the feed-forward part: a third of the memory for an eighth more FLOPs.  "offload" keeps the
 # same in the host's memory.  "full" keeps nothing (about a third more work).
-# Both of these keep what cuDNN's attention gave, too.
+# "matmuls" and "gate_up" keep what cuDNN's attention gave, too.
 REMAT_POLICIES = {
     "none": None,
     "matmuls": jax.checkpoint_policies.save_from_both_policies(

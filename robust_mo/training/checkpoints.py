@@ -9,6 +9,7 @@ changed.
 """
 
 import errno
+import functools
 import math
 import pathlib
 
@@ -45,7 +46,9 @@ def _sums(tree) -> dict[str, list]:
     }
 
 
-@jax.jit
+# Without that pass, which adds up in a tree for the sake of rounding: on a CPU it writes all bits out before, as a copy
+# of the whole state, and takes three to ten times as long.
+@functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "tree_reduction_rewriter"})
 def _sum_bits(tree):
     """Of each leaf the sum of its numbers' bits, of 32 bits itself, wherever it lies and however it is cut.  Leaves are
     numbers of whole bytes; their order is not seen."""
