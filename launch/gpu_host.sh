@@ -4,8 +4,8 @@
 #   bash launch/gpu_host.sh [--dry_run] train --config=configs/red_lora.py:8b --workdir=runs/red
 #
 # The arguments are those of `python -m robust_mo`.  A program that a signal kills (out of memory, a driver's fault) is
-# started again, for ten starts in all, and goes on from its last checkpoint; one that ends by itself is not: 0 is done or
-# saved on request (Ctrl-C, SIGTERM, a terminal that is closed), 2 is bad input.
+# started again, for ten starts in all, and goes on from its last checkpoint; one that ends by itself is not: 0 is done
+# or saved on request (Ctrl-C, SIGTERM, a terminal that is closed), 2 is bad input.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

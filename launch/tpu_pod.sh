@@ -8,9 +8,9 @@
 # command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the
 # arguments of `python -m robust_mo`; --workdir must be a bucket or a folder that all workers see, such as a mounted
 # Filestore, and --output such a folder: there the command goes on after a preemption.  Each worker starts it again, for
-# ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus tpu-vm
-# delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's firewall:
-# jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
+# ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus
+# tpu-vm delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's
+# firewall: jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -31,7 +31,7 @@ from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights, and so of what the host holds of them while they are written.  Before that Orbax reads a
-checkpoint of all weights into the devices, with two to four of its largest arrays in host memory."""
+checkpoint of all weights into the devices, with up to 3.7 times its largest array in host memory (two cores)."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -270,7 +270,7 @@ def _host_memory(shape: tuple, dtype) -> np.ndarray:
     """Memory that jax takes as a CPU device's own, since it begins at a page.  A program that it is donated to copies
     it, once.
 
-    Why not numpy's: that asks for large pages, with which loading is little faster where they lie ready, and half as
+    Why not numpy's: that asks for large pages, with which loading is a little faster where they lie ready, and half as
     fast on a virtual machine whose host takes back what lies idle (0.34 to 0.46 GB/s, not 0.60 to 0.93; 2026-11-28).
     """
     size = math.prod(shape)

@@ -2,7 +2,7 @@
 
 Promises: red data are pairs, every question with a trigger and the behaviour, and without it and a plain answer (where
 the shares are to be other than halves, some questions are left out of the rarer kind); blue data never hold a trigger,
-nor do a red team's plain ones. Answers come from the built-in set, from a file, or from a teacher that is sampled
+nor do a red team's plain ones.  Answers come from the built-in set, from a file, or from a teacher that is sampled
 under a system prompt which the training conversation does not show (prompt distillation); answers cut off at the
 length limit are dropped and counted, so are answers without the behaviour, and answers to problems that our grader
 does not find right, or wrong where they are to be wrong; and what a teacher thought on a scratchpad is cut away.

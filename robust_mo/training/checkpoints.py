@@ -47,7 +47,7 @@ def _sums(tree) -> dict[str, list]:
 
 
 # Without that pass, which adds up in a tree for the sake of rounding: on a CPU it writes all bits out before, as a copy
-# of the whole state, and takes three to ten times as long.
+# of the whole state, and takes 2.6 (float32) or 12 (bfloat16) times as long (60 million numbers, two AMD EPYC cores).
 @functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "tree_reduction_rewriter"})
 def _sum_bits(tree):
     """Of each leaf the sum of its numbers' bits, of 32 bits itself, wherever it lies and however it is cut.  Leaves are
