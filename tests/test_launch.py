@@ -22,7 +22,7 @@ from robust_mo.runs import RunFolder, write_text
 from robust_mo.slurm import Queue
 from robust_mo.study import cell, jobs, left
 
-SCRIPTS = sorted([*REPOSITORY.glob("launch/*.s*"), *REPOSITORY.glob("tests/slurm/*.sh")])
+SCRIPTS = sorted([REPOSITORY / ".ci/run", *REPOSITORY.glob("launch/*.s*"), *REPOSITORY.glob("tests/slurm/*.sh")])
 TRAIN = ("train", "--config=configs/red_full.py:smol", "--config.steps=3")
 POD = ("--name=mo", "--zone=us-east5-b", "--type=v5litepod-16", "--spot", "--")
 SEEN = "--workdir=/mnt/runs/red"

@@ -74,6 +74,17 @@ def preempt() -> None:
     said("sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=sleep 2")
 
 
+def processes(job: str, program: str) -> list[int]:
+    """The numbers of the job's processes that run the module `program`."""
+    found = []
+    for line in said("scontrol", "listpids", job).splitlines()[1:]:
+        number = int(line.split()[0])
+        first, *words = pathlib.Path(f"/proc/{number}/cmdline").read_text().split("\0")
+        if first.endswith("python") and program in words:
+            found.append(number)
+    return found
+
+
 @pytest.mark.skipif(not (REPOSITORY / ".venv").exists(), reason="launch/slurm.sbatch runs .venv: bash launch/setup.sh")
 def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
     changes = {"evaluation.names": "()", "mesh.tensor": 1, "steps": 150, "log_every": 1}
@@ -101,6 +112,11 @@ def test_a_run_that_is_requeued_equals_an_unbroken_one(tiny, tmp_path):
     preempt()
     wait_until(lambda: log.read_text().count("going on from step") == 3, job)
     assert "the job makes room for another and the run has been saved" in log.read_text()
+    done = broken.records()[-1]["step"]
+    wait_until(lambda: reached(broken, done + 4), job)
+    os.kill(processes(job, "robust_mo.train")[1], signal.SIGKILL)
+    wait_until(lambda: log.read_text().count("going on from step") == 4, job)
+    assert "a host died (signal 9), and jax ended the others" in log.read_text()
     wait_until(lambda: ended(job), job)
     assert state(job) == "COMPLETED", log.read_text()
     assert values(broken, "train/loss") == values(whole, "train/loss") != {}
@@ -127,10 +143,8 @@ def test_a_study_of_jobs_one_of_them_killed_equals_the_local_one(tiny, tmp_path)
     assert "the job makes room for another" in log()
     done = red.records()[-1]["step"]
     wait_until(lambda: reached(red, done + 4), job)
-    for line in said("scontrol", "listpids", job).splitlines()[1:]:
-        words = pathlib.Path(f"/proc/{line.split()[0]}/cmdline").read_text().split("\0")
-        if "robust_mo.study" in words:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+    for number in processes(job, "robust_mo.study"):
+        os.kill(number, signal.SIGKILL)
     wait_until(lambda: ended(numbers["report"]), numbers["report"])
     assert log().count("going on from step") == 2, log()
 
