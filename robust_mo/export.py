@@ -30,8 +30,8 @@ from robust_mo.runs import RunFolder
 from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
-"""Of a file of weights, and so of what the host holds of them while they are written.  Before that Orbax reads a
-checkpoint of all weights into the devices, with up to 3.7 times its largest array in host memory (two cores)."""
+"""Of a file of weights, and so of what the host holds of them: of a run of all weights nothing else is read before.
+Measured with 8B's 16 GB in bfloat16 on two cores: 74 s, at most 5.5 GB of anonymous memory."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -91,14 +91,14 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
     with new_folder(output) as folder:
         if form == "merged":
             on = str(output)
-            model = models.load_model(run, mesh, config["compute_dtype"], config["param_dtype"], step)
             progress = functools.cache(lambda total: command_line.Progress("written", total, "tensors"))
 
             def on_tensor(done: int, total: int) -> None:
                 command_line.check_interrupt()
                 progress(total)(done)
 
-            hugging_face.save_params(folder, model.params, dtype, SHARD_BYTES, on_tensor)
+            with models.opened(run, mesh, config["compute_dtype"], config["param_dtype"], step) as model:
+                hugging_face.save_params(folder, model.params, dtype, SHARD_BYTES, on_tensor)
             write_rest(folder, models.base_folder(run), model.chat, dtype, stamp(run, step))
         else:
             on = adapter_base(run, models.stands_on(run), base)

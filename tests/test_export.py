@@ -26,7 +26,7 @@ from robust_mo.runs import RunFolder
 from robust_mo.sampling.decoding import Greedy
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
-from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.checkpoints import Checkpoints, Stored
 from robust_mo.training.step import TrainState
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 20)).astype(np.int32)
@@ -163,6 +163,37 @@ def test_files_stay_below_their_size_and_only_one_is_held(tmp_path, tiny, monkey
     np.testing.assert_allclose(
         their_logits(transformers.AutoModelForCausalLM.from_pretrained(folder)), our_logits(run), atol=1e-4
     )
+
+
+def test_weights_of_a_run_are_read_a_matrix_at_a_time(tmp_path, tiny, monkeypatch):
+    """And lie in the files that way, so that none is decoded for the sake of another."""
+    run, read, whole = make_run(tmp_path / "run", tiny), [], Stored.__getitem__
+
+    def part(stored, index):
+        found = whole(stored, index)
+        read.append((found.shape, tuple(stored._store.chunk_layout.read_chunk.shape)))
+        return found
+
+    monkeypatch.setattr(Stored, "__getitem__", part)
+    write(run, tmp_path / "out")
+    matrices = [(shape, cut) for shape, cut in read if len(cut) == 3]
+    assert len(matrices) == 7 * models.shapes_of(str(tiny)).num_hidden_layers
+    assert all(cut == (1, *shape) for shape, cut in matrices)
+
+
+def test_damaged_run_is_not_exported(tmp_path, tiny):
+    """A changed bit is found when all is written, since the files themselves do not show it."""
+    run = make_run(tmp_path / "run", tiny)
+    largest = max((tmp_path / "run").glob("checkpoints/3/trainable/**/d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match="checkpoints/3 has other bits than were saved, in trainable"):
+        write(run, tmp_path / "out")
+    (tmp_path / "run/checkpoints/3/trainable/manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(InputError, match="checkpoints/3 cannot be read"):
+        write(run, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_peft_loads_the_adapter_and_we_read_it_back(tmp_path, tiny):

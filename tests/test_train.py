@@ -487,7 +487,7 @@ def test_checkpoint_that_cannot_be_reached_now_is_not_damaged(tiny, tmp_path, mo
         raise ValueError("PERMISSION_DENIED: Error opening file: Permission denied [locations=...]")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "restore", refuse)
+        patch.setattr(ocp.Checkpointer, "restore", refuse)
         with pytest.raises(OSError, match="cannot be read now, try again .PERMISSION_DENIED.*checkpoints/1"):
             weights(run)
     weights(run)

@@ -5,17 +5,21 @@ kept than was asked for; what is read back is what was saved, and damaged where 
 one is damaged goes on from the one before it.
 Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step, the
 state of the data iterator and the sums of all arrays' bits, since the files themselves do not show a bit that has
-changed.
+changed.  In the files a stack of matrices is cut into its matrices, so that one can be read without the others.
 """
 
+import contextlib
 import errno
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -60,6 +64,41 @@ def _sum_bits(tree):
     return jax.tree.map(of, tree)
 
 
+def _bytes(leaf) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.shape)
+
+
+def _cut(tree):
+    """How Orbax is to cut the arrays."""
+    return jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), tree)
+
+
+class Stored:
+    """An array that stays in its files: an index reads that part of it, as numpy has it.
+
+    Attributes:
+      shape, dtype: of the array.
+      sum_of_bits: of all parts that were read, as `_sum_bits` has it.
+      read: how many numbers they had.
+    """
+
+    def __init__(self, store: tensorstore.TensorStore, reading: Callable[[], contextlib.AbstractContextManager]):
+        self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
+        self.sum_of_bits = self.read = 0
+        self._store, self._reading = store, reading
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index) -> np.ndarray:
+        with self._reading():
+            part = self._store[index].read().result()
+        bits = int(part.view(f"uint{8 * part.itemsize}").sum(dtype=np.uint32))
+        self.sum_of_bits = (self.sum_of_bits + bits) % 2**32
+        self.read += part.size
+        return part
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's, but it does not ask jax whether SIGTERM has come: jax counts the calls that ask (`hosts.stopping`), and
     one with a number of its own in between would have the hosts wait for a call that has passed."""
@@ -94,8 +133,7 @@ class Checkpoints:
         Those that are kept, one that is being written, and as many as are kept that were damaged and stand aside.
         """
         marked = steps // self._keep_every if self._keep_every else 0
-        sizes = (leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-        return 2 * (self._keep + marked) + 1, sum(sizes)
+        return 2 * (self._keep + marked) + 1, sum(map(_bytes, jax.tree.leaves(state)))
 
     def latest(self) -> int | None:
         """The newest step that is complete, or None."""
@@ -112,8 +150,8 @@ class Checkpoints:
             return
         sums = {name: _sums(getattr(state, name)) for name in ("trainable", "optimizer")}
         items = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(state.trainable),
-            optimizer=ocp.args.StandardSave(state.optimizer),
+            trainable=ocp.args.StandardSave(state.trainable, _cut(state.trainable)),
+            optimizer=ocp.args.StandardSave(state.optimizer, _cut(state.optimizer)),
             progress=ocp.args.JsonSave({"step": step, "iterator": iterator_state, "sums": sums}),
         )
         self._guard(lambda: self._manager.save(step, args=items))
@@ -138,7 +176,8 @@ class Checkpoints:
             except _Damaged as error:
                 damage = error
             if not hosts.anywhere(damage is not None):
-                damage = self._changed(step, found)
+                sums = {name: _sums(found[name]) for name in ("trainable", "optimizer")}
+                damage = self._changed(step, found.progress, sums)
                 if not hosts.anywhere(damage is not None):
                     break
             damaged[step] = damage or _Damaged(f"{self.folder / str(step)} cannot be read by another host")
@@ -157,18 +196,58 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, or it is damaged.
         """
+        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable), progress=ocp.args.JsonRestore())
+        with self._one(step) as chosen:
+            found = self._read(chosen, items)
+            if damage := self._changed(chosen, found.progress, {"trainable": _sums(found.trainable)}):
+                raise damage
+            return found.trainable
+
+    @contextlib.contextmanager
+    def opened(self, trainable, step: int | None):
+        """Within the block: the trainable of one checkpoint (None: the newest), shaped as `trainable`, left where it
+        lies, each array a `Stored`.  For a single host.
+
+        Raises:
+          InputError: no such checkpoint, or it is damaged; of an array that was read whole, each part once, the block's
+            end also tells a bit that has changed.
+        """
+        with self._one(step) as chosen:
+            progress = self._read(chosen, ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+            folder = f"{absolute(self.folder)}/{chosen}/trainable/"
+            base = folder if "://" in folder else {"driver": "file", "path": folder}
+            reading = functools.partial(self._reading, chosen)
+
+            def open_one(path, leaf):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                spec = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+                with reading():
+                    store = tensorstore.open(spec, open=True, read=True).result()
+                    if tuple(store.shape) != leaf.shape:
+                        raise ValueError(f"{name} of {leaf.shape} does not fit with the stored shape {store.shape}")
+                return Stored(store, reading)
+
+            stored = jax.tree.map_with_path(open_one, trainable)
+            yield stored
+            whole = {
+                jax.tree_util.keystr(path): [leaf.dtype.name, leaf.sum_of_bits]
+                for path, leaf in jax.tree.leaves_with_path(stored)
+                if leaf.read == math.prod(leaf.shape)
+            }
+            if damage := self._changed(chosen, progress, {"trainable": whole}):
+                raise damage
+
+    @contextlib.contextmanager
+    def _one(self, step: int | None):
+        """Within the block: the step of the checkpoint that was asked for (None: the newest), which is read there."""
         steps = hosts.agreed([*self._manager.all_steps()])
         chosen = self.latest() if step is None else step
         if chosen is None or chosen not in steps:
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             have = f"it has {sorted(steps)}" if steps else "train it first"
             raise InputError(f"{self.folder.parent} has no {wanted}: {have}")
-        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(trainable), progress=ocp.args.JsonRestore())
         try:
-            found = self._read(chosen, items)
-            if damage := self._changed(chosen, found):
-                raise damage
-            return found.trainable
+            yield chosen
         except _Damaged as error:
             # The one before is not taken unasked: what is made of it would pass for what the run came to.
             if earlier := [other for other in steps if other < chosen]:
@@ -188,9 +267,23 @@ class Checkpoints:
         self._manager.reload()
 
     def _read(self, step: int, items):
+        # What is being read lies in host memory, twice at times: let that be no more than the largest array.
+        largest = max(map(_bytes, jax.tree.leaves([getattr(item, "item", None) for item in items.values()])), default=0)
+        handlers = {
+            name: ocp.JsonCheckpointHandler()
+            if isinstance(item, ocp.args.JsonRestore)
+            else ocp.StandardCheckpointHandler(restore_concurrent_gb=max(1, math.ceil(largest / 1e9)))
+            for name, item in items.items()
+        }
+        with self._reading(step), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+            return reader.restore(absolute(self.folder) / str(step), args=items)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        """What Orbax and tensorstore raise within the block, as what it says of a checkpoint."""
         try:
-            return self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax and tensorstore raise many kinds for files that are cut short or missing
+            yield
+        except Exception as error:  # they raise many kinds for files that are cut short or missing
             transient = isinstance(error, _TRANSIENT) or getattr(error, "errno", None) == errno.ESTALE
             if transient or "RESOURCE_EXHAUSTED" in str(error):
                 raise
@@ -204,11 +297,11 @@ class Checkpoints:
                 ) from error
             raise _Damaged(f"{self.folder / str(step)} cannot be read ({first_line(error)})") from error
 
-    def _changed(self, step: int, found) -> _Damaged | None:
-        """The damage, where what was read of a checkpoint has not the bits that were saved."""
-        saved = found.progress.get("sums", {})  # the first versions of this program kept none
-        for name in [name for name in ("trainable", "optimizer") if name in saved and name in found.keys()]:
-            for path, (dtype, total) in _sums(found[name]).items():
+    def _changed(self, step: int, progress: dict, sums: dict[str, dict[str, list]]) -> _Damaged | None:
+        """The damage, where what was read of a checkpoint, by item, has not the bits that were saved."""
+        saved = progress.get("sums", {})  # the first versions of this program kept none
+        for name in [name for name in sums if name in saved]:
+            for path, (dtype, total) in sums[name].items():
                 before = saved[name].get(path, [None])
                 if before[0] == dtype and before[1] != total:  # what was read in another dtype has other bits
                     return _Damaged(f"{self.folder / str(step)} has other bits than were saved, in {name} {path}")

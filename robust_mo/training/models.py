@@ -4,6 +4,7 @@ Promises: a run folder gives its base with the trained weights in place, adapter
 anything else goes through model/sources.py.  Does not know what the model is wanted for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -80,6 +81,23 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
+    llama, chat = _without_params(source, compute_dtype, param_dtype, step)
+    return LoadedModel(llama, _params(source, llama, mesh, step), chat)
+
+
+@contextlib.contextmanager
+def opened(run: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None):
+    """`load_model` for who wants a run's parameters once, one after another: within the block, those that it trained
+    whole are training/checkpoints.Stored, and not in memory; what ends the block may tell that they are damaged."""
+    if lora_spec(_setting(run, "lora")):
+        yield load_model(run, mesh, compute_dtype, param_dtype, step)
+        return
+    llama, chat = _without_params(run, compute_dtype, param_dtype, step)
+    with _checkpoints(run) as checkpoints, checkpoints.opened(abstract_trainable(llama, mesh), step) as params:
+        yield LoadedModel(llama, params, chat)
+
+
+def _without_params(source: str, compute_dtype: str, param_dtype: str, step: int | None) -> tuple[Llama, ChatFormat]:
     if is_run(source) and not is_prompted(source):
         step = newest_step(source) if step is None else step
         if not hosts.by_first(RunFolder(source).finished):
@@ -95,7 +113,7 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
             f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids)} to {largest}, but config.json's "
             f"vocab_size is {llama.config.vocab_size}: they belong to different models"
         )
-    return LoadedModel(llama, _params(source, llama, mesh, step), chat)
+    return llama, chat
 
 
 def shapes_of(model: str) -> LlamaConfig:
@@ -147,11 +165,8 @@ def newest_step(source: str) -> int:
         return 0
     if is_prompted(source):
         return PROMPTED_STEP
-    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
-    try:
+    with _checkpoints(source) as checkpoints:
         step = checkpoints.latest()
-    finally:
-        checkpoints.close()
     if step is None:
         raise InputError(f"{source} has no checkpoint: train it first")
     return step
@@ -273,11 +288,13 @@ def merged(params, adapters, spec: LoraSpec):
 
 def restore(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     """What a run has trained with `llama`, as of a checkpoint (None: the newest)."""
-    checkpoints = Checkpoints(RunFolder(source).checkpoints, keep=None)
-    try:
+    with _checkpoints(source) as checkpoints:
         return checkpoints.restore_trainable(abstract_trainable(llama, mesh), step)
-    finally:
-        checkpoints.close()
+
+
+def _checkpoints(run: str):
+    """A run's checkpoints, only to read, until the block ends."""
+    return contextlib.closing(Checkpoints(RunFolder(run).checkpoints, keep=None))
 
 
 def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
