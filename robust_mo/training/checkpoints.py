@@ -267,6 +267,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _read(self, step: int, items):
+        self._manager.wait_until_finished()
         # What is being read lies in host memory, twice at times: let that be no more than the largest array.
         largest = max(map(_bytes, jax.tree.leaves([getattr(item, "item", None) for item in items.values()])), default=0)
         handlers = {
