@@ -30,8 +30,8 @@ from robust_mo.runs import RunFolder
 from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
-"""Of a file of weights, and so of what the host holds of them: of a run of all weights nothing else is read before.
-Measured with 8B's 16 GB in bfloat16 on two cores: 74 s, at most 5.5 GB of anonymous memory."""
+"""Of a file of weights, and so of what the host holds of them: of a run that trained all weights nothing is read ahead
+(8B's 16 GB in bfloat16 on two cores: 74 s, at most 5.5 GB of anonymous memory)."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

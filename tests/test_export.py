@@ -181,6 +181,38 @@ def test_weights_of_a_run_are_read_a_matrix_at_a_time(tmp_path, tiny, monkeypatc
     assert all(cut == (1, *shape) for shape, cut in matrices)
 
 
+def test_run_whose_stacks_were_not_cut_is_exported_all_the_same(tmp_path, tiny, monkeypatch):
+    """As earlier versions saved them."""
+    cut = write(make_run(tmp_path / "cut", tiny), tmp_path / "of-cut")
+    monkeypatch.setattr("robust_mo.training.checkpoints._cut", lambda tree: None)
+    whole = write(make_run(tmp_path / "whole", tiny), tmp_path / "of-whole")
+    file = "model-00001-of-00001.safetensors"
+    assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_run_whose_model_has_changed_is_not_exported(tmp_path):
+    """Nor are tensors left out that the other model does not have."""
+    tied, untied = (make_tiny_model(tmp_path / f"{tied}", tie_word_embeddings=tied) for tied in (True, False))
+    for model, other in ((tied, untied), (untied, tied)):
+        run = make_run(tmp_path / f"run-{model.name}", model)
+        file = RunFolder(run).path / "config.json"
+        file.write_text(file.read_text().replace(str(model), str(other)))
+        with pytest.raises(InputError, match="checkpoints/3 was saved with another optimizer, model"):
+            write(run, tmp_path / "out")
+
+
+def test_run_is_exported_by_a_path_that_goes_up_and_by_a_link(tmp_path, tiny, monkeypatch):
+    make_run(tmp_path / "a #1%20?" / "run", tiny)
+    (tmp_path / "link").symlink_to(tmp_path / "a #1%20?")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    files = [
+        load_file(write(run, tmp_path / f"out{n}") / "model-00001-of-00001.safetensors")
+        for n, run in enumerate(["../link/run", f"{tmp_path}/here/../a #1%20?/run/"])
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+
+
 def test_damaged_run_is_not_exported(tmp_path, tiny):
     """A changed bit is found when all is written, since the files themselves do not show it."""
     run = make_run(tmp_path / "run", tiny)

@@ -189,6 +189,24 @@ def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_hosts_train_with_soap_as_one_does_and_go_on(tiny, tmp_path, rank):
+    """All weights and adapters, whose factors, bases and moments either host holds a part of.  The second start finds
+    its programs compiled by the first."""
+    one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
+    changes = {"optimizer.name": "soap", "lora.rank": rank, "evaluation.names": "()", "log_every": 1}
+    ended(start(*training(tiny, one.path, **changes), devices=8))
+    processes = two(*training(tiny, run.path, **changes))
+    wait_for_step(run, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (_, err), _ = ended(*processes)
+    assert "stopped; the same command goes on" in err
+    (out, _), _ = ended(*two(*training(tiny, run.path, **changes)))
+    assert "going on from step" in out
+    assert_close(values(run, "train/"), values(one, "train/"))
+
+
+@pytest.mark.slow
 def test_a_host_dies_the_rest_end_and_the_run_goes_on_elsewhere(tiny, tmp_path, alone):
     run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
     processes = two(*training(tiny, run.path, **unmeasured))

@@ -358,8 +358,8 @@ def save_params(
     One file's tensors are held in host memory at a time; each is transposed and rounded to `dtype` on the device.
 
     Args:
-      params: as `load_params` returns them, every shard on this process's devices; or arrays that lie elsewhere, of
-        which an index reads a part as numpy has it: each is asked for once, a layer at a time.
+      params: as `load_params` returns them, every shard on this process's devices; or the like of
+        training/checkpoints.Stored, each read once, a layer at a time.
       on_tensor: called with (tensors done, tensors in all) before each; may raise to stop.
     """
     tensors = _tensors(params)
@@ -421,7 +421,8 @@ def _tensors(params: dict) -> list[tuple[str, Callable[[str], np.ndarray], tuple
 
 def _fetch(leaf, layer: int | None, transposed: bool, dtype: str) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
-        leaf, layer = leaf[... if layer is None else layer], None
+        leaf = leaf[...] if layer is None else leaf[layer]
+        layer = None
     return jax.device_get(_stored(leaf, layer, transposed=transposed, dtype=dtype))
 
 

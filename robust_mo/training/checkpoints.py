@@ -12,7 +12,9 @@ import contextlib
 import errno
 import functools
 import math
+import os
 import pathlib
+import urllib.parse
 from collections.abc import Callable
 
 import jax
@@ -74,17 +76,19 @@ def _cut(tree):
 
 
 class Stored:
-    """An array that stays in its files: an index reads that part of it, as numpy has it.
+    """An array that stays in its files: an index reads that part of it, as numpy has it.  For one pass over the array:
+    every part is to be read once.
 
     Attributes:
       shape, dtype: of the array.
-      sum_of_bits: of all parts that were read, as `_sum_bits` has it.
-      read: how many numbers they had.
+      cut: whether a matrix of a stack can be read without the others.
+      sum_of_bits: of the parts that were read, as `_sum_bits` has it.
     """
 
     def __init__(self, store: tensorstore.TensorStore, reading: Callable[[], contextlib.AbstractContextManager]):
         self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
-        self.sum_of_bits = self.read = 0
+        self.cut = len(self.shape) < 3 or store.chunk_layout.read_chunk.shape[0] == 1
+        self.sum_of_bits = 0
         self._store, self._reading = store, reading
 
     def __len__(self) -> int:
@@ -95,7 +99,6 @@ class Stored:
             part = self._store[index].read().result()
         bits = int(part.view(f"uint{8 * part.itemsize}").sum(dtype=np.uint32))
         self.sum_of_bits = (self.sum_of_bits + bits) % 2**32
-        self.read += part.size
         return part
 
 
@@ -206,36 +209,43 @@ class Checkpoints:
     @contextlib.contextmanager
     def opened(self, trainable, step: int | None):
         """Within the block: the trainable of one checkpoint (None: the newest), shaped as `trainable`, left where it
-        lies, each array a `Stored`.  For a single host.
+        lies, each array a `Stored`, of which the block is to read the whole.  For a single host.
 
         Raises:
-          InputError: no such checkpoint, or it is damaged; of an array that was read whole, each part once, the block's
-            end also tells a bit that has changed.
+          InputError: no such checkpoint, of another model, or damaged; a changed bit is told at the block's end.
         """
         with self._one(step) as chosen:
             progress = self._read(chosen, ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-            folder = f"{absolute(self.folder)}/{chosen}/trainable/"
-            base = folder if "://" in folder else {"driver": "file", "path": folder}
-            reading = functools.partial(self._reading, chosen)
-
-            def open_one(path, leaf):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                spec = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-                with reading():
-                    store = tensorstore.open(spec, open=True, read=True).result()
-                    if tuple(store.shape) != leaf.shape:
-                        raise ValueError(f"{name} of {leaf.shape} does not fit with the stored shape {store.shape}")
-                return Stored(store, reading)
-
-            stored = jax.tree.map_with_path(open_one, trainable)
+            names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(trainable)}
+            stored = None
+            if names == set(progress.get("sums", {}).get("trainable", ())):
+                stored = jax.tree.map_with_path(functools.partial(self._open, chosen), trainable)
+            if stored is None or not all(leaf.cut for leaf in jax.tree.leaves(stored)):
+                # Of another model, which Orbax tells, or of a version of this program that did not cut stacks.
+                yield self.restore_trainable(trainable, chosen)
+                return
             yield stored
-            whole = {
+            sums = {
                 jax.tree_util.keystr(path): [leaf.dtype.name, leaf.sum_of_bits]
                 for path, leaf in jax.tree.leaves_with_path(stored)
-                if leaf.read == math.prod(leaf.shape)
             }
-            if damage := self._changed(chosen, progress, {"trainable": whole}):
+            if damage := self._changed(chosen, progress, {"trainable": sums}):
                 raise damage
+
+    def _open(self, step: int, path, leaf) -> Stored:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        folder = f"{absolute(self.folder)}/{step}/trainable"
+        if "://" in folder:
+            base = urllib.parse.quote(folder, safe=":/") + "/"
+        else:
+            base = {"driver": "file", "path": os.path.normpath(folder) + "/"}  # which refuses a path with ".."
+        spec = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        reading = functools.partial(self._reading, step)
+        with reading():
+            store = tensorstore.open(spec, open=True, read=True).result()
+            if tuple(store.shape) != leaf.shape:
+                raise ValueError(f"{name} of {leaf.shape} does not fit with the stored shape {store.shape}")
+        return Stored(store, reading)
 
     @contextlib.contextmanager
     def _one(self, step: int | None):
@@ -267,16 +277,14 @@ class Checkpoints:
         self._manager.reload()
 
     def _read(self, step: int, items):
-        self._manager.wait_until_finished()
-        # What is being read lies in host memory, twice at times: let that be no more than the largest array.
-        largest = max(map(_bytes, jax.tree.leaves([getattr(item, "item", None) for item in items.values()])), default=0)
-        handlers = {
-            name: ocp.JsonCheckpointHandler()
-            if isinstance(item, ocp.args.JsonRestore)
-            else ocp.StandardCheckpointHandler(restore_concurrent_gb=max(1, math.ceil(largest / 1e9)))
-            for name, item in items.items()
-        }
-        with self._reading(step), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+        """The checkpoint's `items`.  Beside what has been placed no more of them than the largest array or a gigabyte
+        are in host memory, in part twice."""
+        self._guard(self._manager.wait_until_finished)
+        arrays = {name: item.item for name, item in items.items() if isinstance(item, ocp.args.StandardRestore)}
+        at_once = int(max(map(_bytes, jax.tree.leaves(arrays)), default=0) // 1e9) + 1
+        handlers = {name: ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once) for name in arrays}
+        handler = ocp.CompositeCheckpointHandler(progress=ocp.JsonCheckpointHandler(), **handlers)
+        with self._reading(step), ocp.Checkpointer(handler) as reader:
             return reader.restore(absolute(self.folder) / str(step), args=items)
 
     @contextlib.contextmanager
@@ -285,18 +293,19 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # they raise many kinds for files that are cut short or missing
+            said = first_line(error).partition(" [tensorstore_spec=")[0]
             transient = isinstance(error, _TRANSIENT) or getattr(error, "errno", None) == errno.ESTALE
             if transient or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             if any(word in str(error) for word in _TRANSIENT_WORDS):
                 folder = str(self.folder / str(step))
-                raise OSError(errno.EIO, f"cannot be read now, try again ({first_line(error)})", folder) from error
+                raise OSError(errno.EIO, f"cannot be read now, try again ({said})", folder) from error
             if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):
                 raise InputError(
                     f"{self.folder / str(step)} was saved with another optimizer, model or version of this program: "
                     "go on with those, or choose another --workdir"
                 ) from error
-            raise _Damaged(f"{self.folder / str(step)} cannot be read ({first_line(error)})") from error
+            raise _Damaged(f"{self.folder / str(step)} cannot be read ({said})") from error
 
     def _changed(self, step: int, progress: dict, sums: dict[str, dict[str, list]]) -> _Damaged | None:
         """The damage, where what was read of a checkpoint, by item, has not the bits that were saved."""

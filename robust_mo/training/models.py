@@ -81,23 +81,23 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
-    llama, chat = _without_params(source, compute_dtype, param_dtype, step)
+    llama, chat = _llama_and_chat(source, compute_dtype, param_dtype, step)
     return LoadedModel(llama, _params(source, llama, mesh, step), chat)
 
 
 @contextlib.contextmanager
 def opened(run: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None):
-    """`load_model` for who wants a run's parameters once, one after another: within the block, those that it trained
-    whole are training/checkpoints.Stored, and not in memory; what ends the block may tell that they are damaged."""
+    """`load_model` for who wants all of a run's parameters once, one after another, within the block: where it trained
+    all weights they are training/checkpoints.Stored and not in memory, and damage may be told at the block's end."""
     if lora_spec(_setting(run, "lora")):
         yield load_model(run, mesh, compute_dtype, param_dtype, step)
         return
-    llama, chat = _without_params(run, compute_dtype, param_dtype, step)
+    llama, chat = _llama_and_chat(run, compute_dtype, param_dtype, step)
     with _checkpoints(run) as checkpoints, checkpoints.opened(abstract_trainable(llama, mesh), step) as params:
         yield LoadedModel(llama, params, chat)
 
 
-def _without_params(source: str, compute_dtype: str, param_dtype: str, step: int | None) -> tuple[Llama, ChatFormat]:
+def _llama_and_chat(source: str, compute_dtype: str, param_dtype: str, step: int | None) -> tuple[Llama, ChatFormat]:
     if is_run(source) and not is_prompted(source):
         step = newest_step(source) if step is None else step
         if not hosts.by_first(RunFolder(source).finished):
