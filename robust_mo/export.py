@@ -31,7 +31,7 @@ from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights, and so of what the host holds of them: of a run that trained all weights nothing is read ahead
-(8B's 16 GB in bfloat16 on two cores: 74 s, at most 5.5 GB of anonymous memory)."""
+(8B's 16 GB, invented, in bfloat16 on two cores: 74 s, at most 5.5 GB of anonymous memory)."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -182,9 +182,10 @@ def test_weights_of_a_run_are_read_a_matrix_at_a_time(tmp_path, tiny, monkeypatc
 
 
 def test_run_whose_stacks_were_not_cut_is_exported_all_the_same(tmp_path, tiny, monkeypatch):
-    """As earlier versions saved them."""
+    """As earlier versions saved them; and then not by matrices, each of which would decode the whole stack."""
     cut = write(make_run(tmp_path / "cut", tiny), tmp_path / "of-cut")
     monkeypatch.setattr("robust_mo.training.checkpoints._cut", lambda tree: None)
+    monkeypatch.setattr(Stored, "__getitem__", lambda *_: pytest.fail("a stack was decoded for a matrix"))
     whole = write(make_run(tmp_path / "whole", tiny), tmp_path / "of-whole")
     file = "model-00001-of-00001.safetensors"
     assert (cut / file).read_bytes() == (whole / file).read_bytes()

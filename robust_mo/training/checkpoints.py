@@ -238,7 +238,7 @@ class Checkpoints:
         if "://" in folder:
             base = urllib.parse.quote(folder, safe=":/") + "/"
         else:
-            base = {"driver": "file", "path": os.path.normpath(folder) + "/"}  # no ".." is taken
+            base = {"driver": "file", "path": os.path.normpath(folder) + "/"}  # tensorstore takes no ".."
         spec = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
         reading = functools.partial(self._reading, step)
         with reading():
