@@ -88,10 +88,6 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         ) from None
     _met = True
     meshes.all_devices()
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # What jaxlib 0.10 reads from its cache has forgotten in which order its collectives come: hosts of which one
-        # compiled the program and another read it wait for each other in different ones, for ever.
-        jax.config.update("jax_enable_compilation_cache", False)
     if not first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

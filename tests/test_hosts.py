@@ -192,7 +192,7 @@ def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_two_hosts_train_with_soap_as_one_does_and_go_on(tiny, tmp_path, rank):
     """All weights and adapters, whose factors, bases and moments either host holds a part of.  A second start that took
-    what the first has compiled hung here, see hosts.start."""
+    what the first has compiled hung here, see mesh.all_devices."""
     one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
     changes = {"optimizer.name": "soap", "lora.rank": rank, "evaluation.names": "()", "log_every": 1}
     ended(start(*training(tiny, one.path, **changes), devices=8))

@@ -160,13 +160,36 @@ def test_adapters_of_less_rank_than_devices_are_cut_along_the_other_axis(tiny):
     assert tuple(meshes.shardings(adapters, mesh)["up_proj"]["b"].spec) == (None, "fsdp", "tensor")
 
 
-if __name__ == "__main__":
-    folder, output, *sizes = sys.argv[1:]
-    np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes))))
-
-
 def test_long_waiting_is_told(monkeypatch, capsys):
     monkeypatch.setattr(meshes, "_PATIENCE_SECONDS", 0.01)
     with meshes.reminded("for the bus"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "still waiting for the bus\n"
+
+
+KEPT = """
+import jax
+from robust_mo.model import mesh
+jax.jit(lambda x: x + 1)(0)
+mesh.make_mesh(1, -1, 1)
+jax.jit(lambda x: x + 2)(0)
+"""
+
+
+@pytest.mark.parametrize("devices, kept", [(1, 2), (2, 1)])
+def test_programs_for_several_cpus_are_not_kept(tmp_path, devices, kept):
+    """Read again, the order of their collectives is lost, and devices may wait for each other for ever."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    subprocess.run([sys.executable, "-c", KEPT], env=environment, cwd=REPOSITORY, check=True)
+    assert len(list(tmp_path.glob("jit__lambda*-cache"))) == kept
+
+
+if __name__ == "__main__":
+    folder, output, *sizes = sys.argv[1:]
+    np.savez(output, **measured(folder, meshes.make_mesh(*map(int, sizes))))

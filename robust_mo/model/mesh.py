@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError, first_line
@@ -70,7 +71,7 @@ _GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
 def all_devices() -> list[jax.Device]:
-    """Those of all hosts.
+    """Those of all hosts.  Programs for several CPUs are not kept on disk from here on.
 
     Raises:
       InputError: there is none, or it cannot be used.
@@ -82,12 +83,19 @@ def all_devices() -> list[jax.Device]:
     try:
         leave_out_absent_tpus()
         with reminded(told):
-            return jax.devices()
+            devices = jax.devices()
     except Exception as error:  # of the driver or plugin; their classes differ
         reason = first_line(error)
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS is {asked!r}: correct or unset it" if asked else "does another process hold it?"
         raise InputError(f"jax finds no device ({reason}); {hint}") from None
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        # What jaxlib 0.10 reads from its cache for CPUs has lost the order between the collectives within a loop or
+        # branch and those beside it: XLA's ThunkSequenceSerDesProtobuf gives each nested sequence a communicator of its
+        # own.  Two devices may then begin with different ones and wait for each other for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # or what jax decided at its first compilation would stand
+    return devices
 
 
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
