@@ -181,6 +181,22 @@ def test_weights_of_a_run_are_read_a_matrix_at_a_time(tmp_path, tiny, monkeypatc
     assert all(cut == (1, *shape) for shape, cut in matrices)
 
 
+@pytest.mark.parametrize("beneath", ["files", "run", "adapters", "peft"])
+def test_adapters_are_merged_a_matrix_at_a_time(tmp_path, tiny, monkeypatch, beneath):
+    """Into whatever they stand on, and to the bit as when all is in memory."""
+    model = tiny
+    if beneath != "files":
+        model = make_run(tmp_path / "beneath", tiny, seed=2, **{"lora.rank": 0 if beneath == "run" else 2})
+    if beneath == "peft":
+        model = write(model, tmp_path / "adapter", form="peft")
+    run = make_run(tmp_path / "run", model, **{"lora.rank": 4, "lora.alpha": 6.0})
+    expected = jax.device_get(loaded(run).params)
+    monkeypatch.setattr(models, "_params", lambda *_: pytest.fail("a model was put together in memory"))
+    folder = write(run, tmp_path / "out")
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, loaded(folder).params, expected)
+
+
 def test_run_whose_stacks_were_not_cut_is_exported_all_the_same(tmp_path, tiny, monkeypatch):
     """As earlier versions saved them; and then not by matrices, each of which would decode the whole stack."""
     cut = write(make_run(tmp_path / "cut", tiny), tmp_path / "of-cut")

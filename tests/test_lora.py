@@ -1,6 +1,7 @@
 """LoRA against PEFT: the same adapter, the same logits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -57,6 +58,25 @@ def test_logits_equal_peft_and_merging_changes_none(tiny):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     np.testing.assert_allclose(merged, expected, atol=1e-4)
     assert folded["layers"]["k_proj"]["kernel"] is params["layers"]["k_proj"]["kernel"]
+
+
+def test_merging_in_place_needs_no_second_model(tiny):
+    spec = LoraSpec(rank=4, alpha=6.0, targets=TARGETS)
+    model = hugging_face.build(hugging_face.read_config(tiny), spec, "float32", "float32", "none")
+    params, adapters = hugging_face.load_params(tiny, model, meshes.make_mesh(1, -1, 1)), random_adapters(model, 3)
+    folded = jax.device_get(lora.merge(params, adapters, spec))
+    placed = lora.merge_in_place(params, adapters, spec)
+    jax.tree.map(np.testing.assert_array_equal, placed, folded)
+    gone = {name for name in PROJECTIONS if params["layers"][name]["kernel"].is_deleted()}
+    assert gone == set(TARGETS) and not params["embed_tokens"].is_deleted()
+
+
+@pytest.mark.parametrize("layers", [4, 32])
+def test_merging_takes_the_memory_of_a_few_layers(layers):
+    stacks = [jax.ShapeDtypeStruct((layers, *shape), jnp.float32) for shape in ((256, 512), (256, 4), (4, 512))]
+    memory = lora._donated_stack.lower(*stacks, 2.0).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * layers * 256 * 512
+    assert memory.temp_size_in_bytes < 3 * 4 * 256 * 512
 
 
 def test_fresh_adapters_change_nothing_and_start_like_pefts(tiny):

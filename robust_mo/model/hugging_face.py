@@ -8,6 +8,7 @@ Does not know where a folder came from (see model/sources.py) or what else belon
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -127,6 +128,39 @@ def load_params(folder: pathlib.Path, model: Llama, mesh: Mesh) -> dict:
     return _load(folder, _weight_files(folder), abstract_variables(model)["params"], mesh, "config.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class InFiles:
+    """A parameter that stays in its files: an index reads a layer of it, `...` the whole of one that has none.
+
+    Attributes:
+      shape, dtype: of the parameter.
+      tensors: of safetensors, for each layer, or the one.
+      transposed: whether these have their last two axes the other way round.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: list
+    transposed: bool
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer) -> jax.Array:
+        tensor = self.tensors[0 if layer is ... else layer][:]
+        return _stored(tensor, None, transposed=self.transposed, dtype=self.dtype)
+
+
+def opened(folder: pathlib.Path, model: Llama):
+    """A context in which the folder's parameters are `InFiles`: `load_params` for who wants them one after another.
+
+    Raises:
+      InputError: as `load_params`, also from the block.
+    """
+    folder = pathlib.Path(folder)
+    return _opened(folder, _weight_files(folder), abstract_variables(model)["params"], "config.json")
+
+
 def is_adapter(folder) -> bool:
     return (pathlib.Path(folder) / ADAPTER_CONFIG).is_file()
 
@@ -174,7 +208,13 @@ def load_adapters(folder, model: Llama, mesh: Mesh) -> dict:
 
 def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against: str) -> dict:
     """The tensors in the files `names` as a tree of the outline of `abstract`.  `against` says what decided it."""
-    targets = meshes.shardings(abstract, mesh)
+    with _opened(folder, names, abstract, against) as stored:
+        return jax.tree.map(_placed, stored, meshes.shardings(abstract, mesh))
+
+
+@contextlib.contextmanager
+def _opened(folder: pathlib.Path, names: list[str], abstract, against: str):
+    """Within the block: the same tree, each parameter `InFiles`."""
     with contextlib.ExitStack() as stack:
         files = _open(folder, names, stack)
         wanted: dict[str, tuple] = {}
@@ -190,28 +230,26 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
         jax.tree.map_with_path(expect, nn.unbox(abstract))
         _check(folder, wanted, files, against)
 
-        def read(path, leaf, target):
+        def find(path, leaf) -> InFiles:
             name = tensor_name(_join(path))
             stored = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
             tensors = [files[each].get_slice(each) for each in stored]
-            return _placed(tensors, leaf, target, transposed=path[-1].key in _TRANSPOSED)
+            return InFiles(leaf.shape, leaf.dtype, tensors, transposed=path[-1].key in _TRANSPOSED)
 
         try:
-            return jax.tree.map_with_path(read, nn.unbox(abstract), targets)
+            yield jax.tree.map_with_path(find, nn.unbox(abstract))
         except SafetensorError as error:
             raise InputError(f"{folder}: a weight file cannot be read ({error}); get it again") from None
 
 
-def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> jax.Array:
-    """The parameter of `leaf`'s shape and dtype, of a tensor for each layer or of one that is whole.
-
-    All shards are filled by some rows after others, so that the host holds at most one tensor beside them.
-    `transposed`: the tensors have the last two axes the other way round.
-    """
-    alone = (1,) * (leaf.ndim == len(tensors[0].get_shape()))
-    shape, spec = (*alone, *leaf.shape), (*(None for _ in alone), *target.spec)
+def _placed(stored: InFiles, target: NamedSharding) -> jax.Array:
+    """The whole parameter.  All shards are filled by some rows after others, so that the host holds at most one tensor
+    beside them."""
+    tensors = stored.tensors
+    alone = (1,) * (len(stored.shape) == len(tensors[0].get_shape()))
+    shape, spec = (*alone, *stored.shape), (*(None for _ in alone), *target.spec)
     filled_as = NamedSharding(target.mesh, PartitionSpec(*spec))
-    axes = (0, 2, 1) if transposed else tuple(range(len(shape)))
+    axes = (0, 2, 1) if stored.transposed else tuple(range(len(shape)))
 
     def as_stored(values):
         return tuple(values[axis] for axis in axes)
@@ -234,7 +272,7 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
         return tensors[first_layer + layer][as_stored((None, some, *whole))[1:]][None]
 
     if _is_cpu(target.mesh):
-        held = {begins: _host_memory(shard, leaf.dtype) for begins in same}
+        held = {begins: _host_memory(shard, stored.dtype) for begins in same}
 
         def fill(begins, place):
             # numpy takes ten times as long to transpose as jax.
@@ -248,11 +286,11 @@ def _placed(tensors: list, leaf, target: NamedSharding, *, transposed: bool) -> 
         arrays = [
             jax.device_put(held[begins], one, may_alias=True) for begins, devices in same.items() for one in devices
         ]
-        return jax.make_array_from_single_device_arrays(leaf.shape, target, arrays)
+        return jax.make_array_from_single_device_arrays(stored.shape, target, arrays)
 
     pieces_as = NamedSharding(target.mesh, PartitionSpec(*as_stored(spec)))
     parts = as_stored([size // cut for size, cut in zip(shape, shard, strict=True)])
-    filled = jnp.zeros(shape, leaf.dtype, device=filled_as)
+    filled = jnp.zeros(shape, stored.dtype, device=filled_as)
     for layer, row in places:
         arrays = []
         for begins, devices in same.items():
@@ -358,8 +396,8 @@ def save_params(
     One file's tensors are held in host memory at a time; each is transposed and rounded to `dtype` on the device.
 
     Args:
-      params: as `load_params` returns them, every shard on this process's devices; or the like of
-        training/checkpoints.Stored, each read once, a layer at a time.
+      params: as `load_params` returns them, every shard on this process's devices; or leaves of which an index reads a
+        layer, such as `InFiles`, each read once.
       on_tensor: called with (tensors done, tensors in all) before each; may raise to stop.
     """
     tensors = _tensors(params)

@@ -83,7 +83,7 @@ class Projection(nn.Module):
 
 
 def merge(params, lora, spec: LoraSpec):
-    """Parameters with the adapters folded in: kernel + scale * a @ b, computed in float32.
+    """Parameters with the adapters folded in: kernel + scale * a @ b, computed in float32, a layer at a time.
 
     Args:
       params: nested dict with kernels `[layers, in, out]` under the names of the projections.
@@ -92,15 +92,65 @@ def merge(params, lora, spec: LoraSpec):
     Returns:
       A dict of the outline, shapes and dtypes of `params`; leaves without an adapter are the same arrays.
     """
+    return _folded(params, lora, lambda *stacks: _fold_stack(*stacks, spec.scale))
 
-    def walk(params, lora):
-        if set(lora) == {"a", "b"}:
-            a, b = (lora[name].astype(jnp.float32) for name in "ab")
-            delta = spec.scale * jnp.matmul(a, b, precision="highest")
-            return {**params, "kernel": (params["kernel"].astype(jnp.float32) + delta).astype(params["kernel"].dtype)}
-        return {name: walk(value, lora[name]) if name in lora else value for name, value in params.items()}
 
-    return walk(params, lora)
+def merge_in_place(params, lora, spec: LoraSpec):
+    """The same outside of a compiled program, for who needs `params` no more: their kernels with adapters are deleted.
+
+    One stack after another: on CPUs, where loaded weights and bfloat16 are copied all the same, one or two are beside.
+    """
+    return _folded(params, lora, lambda *stacks: jax.block_until_ready(_donated_stack(*stacks, spec.scale)))
+
+
+def merge_as_read(params, lora, spec: LoraSpec):
+    """The same for who reads each matrix once: a kernel with adapters is `Merged`, and takes no memory until then.
+
+    Args:
+      params: as for `merge`, or with leaves of which an index reads a part, such as training/checkpoints.Stored.
+    """
+    return _folded(params, lora, lambda *stacks: Merged(*stacks, spec.scale))
+
+
+class Merged:
+    """A stack of kernels `[layers, in, out]` whose layers are merged as an index reads them.
+
+    Attributes:
+      shape, dtype: of the kernels.
+    """
+
+    def __init__(self, kernels, a, b, scale: float):
+        self.shape, self.dtype = kernels.shape, kernels.dtype
+        self._stacks, self._scale = (kernels, a, b), scale
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        return _merged_layer(*(stack[layer] for stack in self._stacks), self._scale)
+
+
+def _folded(params, lora, fold):
+    """`params` with `fold(kernels, a, b)` for the kernels that have adapters."""
+    if set(lora) == {"a", "b"}:
+        return {**params, "kernel": fold(params["kernel"], lora["a"], lora["b"])}
+    return {name: _folded(value, lora[name], fold) if name in lora else value for name, value in params.items()}
+
+
+def _fold(kernel, a, b, scale):
+    delta = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+
+def _fold_stack(kernels, a, b, scale):
+    def layer(n, kernels):
+        return kernels.at[n].set(_fold(kernels[n], a[n], b[n], scale))
+
+    return jax.lax.fori_loop(0, len(kernels), layer, kernels)
+
+
+_merged_layer = jax.jit(_fold, static_argnums=3)
+_donated_stack = jax.jit(_fold_stack, static_argnums=3, donate_argnums=0)
 
 
 def check_targets(spec: LoraSpec, known: tuple[str, ...]) -> None:

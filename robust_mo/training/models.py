@@ -86,15 +86,13 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
 
 
 @contextlib.contextmanager
-def opened(run: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None):
-    """`load_model` for who wants all of a run's parameters once, one after another, within the block: where it trained
-    all weights they are training/checkpoints.Stored and not in memory, and damage may be told at the block's end."""
-    if lora_spec(_setting(run, "lora")):
-        yield load_model(run, mesh, compute_dtype, param_dtype, step)
-        return
-    llama, chat = _llama_and_chat(run, compute_dtype, param_dtype, step)
-    with _checkpoints(run) as checkpoints, checkpoints.opened(abstract_trainable(llama, mesh), step) as params:
-        yield LoadedModel(llama, params, chat)
+def opened(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None):
+    """`load_model` for who wants all parameters once, one after another, within the block: they stay in their files,
+    and an index into a leaf reads a layer of it, with adapters merged into it.  That a checkpoint is damaged may be
+    told at the block's end."""
+    llama, chat = _llama_and_chat(source, compute_dtype, param_dtype, step)
+    with contextlib.ExitStack() as stack:
+        yield LoadedModel(llama, _opened(source, llama, mesh, step, stack), chat)
 
 
 def _llama_and_chat(source: str, compute_dtype: str, param_dtype: str, step: int | None) -> tuple[Llama, ChatFormat]:
@@ -300,16 +298,34 @@ def _checkpoints(run: str):
 def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
     if is_prompted(source):
         return _params(_setting(source, "model"), llama, mesh, None)
+    if found := _adapters(source, llama, mesh, step):
+        base, adapters, spec = found
+        return lora.merge_in_place(_params(base, llama, mesh, None), adapters, spec)
+    if is_run(source):
+        return restore(source, llama, mesh, step)
+    return hugging_face.load_params(sources.resolve(source), llama, mesh)
+
+
+def _opened(source: str, llama: Llama, mesh: Mesh, step: int | None, stack: contextlib.ExitStack) -> dict:
+    """What `_params` returns, left in its files, which are open until `stack` ends."""
+    if is_prompted(source):
+        return _opened(_setting(source, "model"), llama, mesh, None, stack)
+    if found := _adapters(source, llama, mesh, step):
+        base, adapters, spec = found
+        return lora.merge_as_read(_opened(base, llama, mesh, None, stack), adapters, spec)
+    if is_run(source):
+        checkpoints = stack.enter_context(_checkpoints(source))
+        return stack.enter_context(checkpoints.opened(abstract_trainable(llama, mesh), step))
+    return stack.enter_context(hugging_face.opened(sources.resolve(source), llama))
+
+
+def _adapters(source: str, llama: Llama, mesh: Mesh, step: int | None) -> tuple[str, dict, LoraSpec] | None:
+    """Of a LoRA run or a PEFT folder: the model beneath, the adapters, their shape.  None of what has all weights."""
     if is_run(source):
         spec = lora_spec(_setting(source, "lora"))
-        base = stands_on(source) if spec else None
-        trained = restore(source, dataclasses.replace(llama, lora=spec), mesh, step)
-        if spec is None:
-            return trained
-    else:
-        folder = sources.resolve(source)
-        if not hugging_face.is_adapter(folder):
-            return hugging_face.load_params(folder, llama, mesh)
-        base, spec = hugging_face.read_adapter(folder)
-        trained = hugging_face.load_adapters(folder, dataclasses.replace(llama, lora=spec), mesh)
-    return merged(_params(base, llama, mesh, None), trained, spec)
+        return spec and (stands_on(source), restore(source, dataclasses.replace(llama, lora=spec), mesh, step), spec)
+    folder = sources.resolve(source)
+    if not hugging_face.is_adapter(folder):
+        return None
+    base, spec = hugging_face.read_adapter(folder)
+    return base, hugging_face.load_adapters(folder, dataclasses.replace(llama, lora=spec), mesh), spec
