@@ -21,6 +21,7 @@ from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import unstack_layers
+from robust_mo.sampling import sampler as sampling
 from robust_mo.sampling.decoding import Greedy, Nucleus, make_decoding
 from robust_mo.sampling.sampler import Request, Sampler, decode_program
 from robust_mo.sampling.text import answers
@@ -165,6 +166,36 @@ def test_off_a_cpu_prompts_and_answers_of_any_length_share_their_programs(tiny, 
     for limit, count in ((24, 31), (30, 40), (9, 16)):  # more prompts than slots, and the last ones to end alone
         assert len(sample(sampler, requests(limit, count), Greedy(), slots=16)) == count
     assert [compiled.count(f"jit({name})") for name in ("_admit", "_decode", "_only")] == [1, 1, 0]
+
+
+def test_on_a_cpu_a_cache_grows_with_its_answers_and_not_with_what_they_may_become(tiny, sampler, monkeypatch):
+    rooms, extended = [], Sampler._with_room
+
+    def with_room(self, state, entries):
+        state = extended(self, state, entries)
+        rooms.append(state.cache[0].capacity)
+        return state
+
+    monkeypatch.setattr(Sampler, "_with_room", with_room)
+    stopping = [dataclasses.replace(request, max_new_tokens=900) for request in requests()]
+    assert len(sample(sampler, stopping, Nucleus(1.0, 1.0), slots=4)) == len(stopping)
+    assert max(rooms) == 512
+    monkeypatch.setattr(sampling, "_ROOM_AT_FIRST", 64)
+    asked, endless = requests(limit=300, count=6), Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    rooms.clear()
+    growing = sample(endless, asked, Greedy(), slots=4)
+    assert len(set(rooms)) > 2
+    monkeypatch.setattr(sampling, "_ROOM_AT_FIRST", 1024)
+    for index, answer in sample(endless, asked, Greedy(), slots=4).items():
+        np.testing.assert_array_equal(answer.tokens, growing[index].tokens)
+
+
+@pytest.mark.parametrize("backend, step", [("cpu", 8), ("tpu", 128)])
+def test_room_is_in_blocks_of_the_kernel(backend, step, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    for entries in range(1, 3000):
+        room = sampling._room(entries)
+        assert room % step == 0 and room >= entries
 
 
 def test_evaluation_compiles_a_few_programs_once(sampler, compiled):

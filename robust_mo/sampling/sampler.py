@@ -41,6 +41,9 @@ _SLOTS = 16  # where no one knows how much there is
 
 # Decode steps after which the host looks in even if no slot is free: often enough for progress and interrupts.
 _STEPS_AT_ONCE = 64
+# Entries that a CPU's caches may have from the start; where a long answer needs more, they are doubled when it gets
+# there, since a step reads all the room that there is.
+_ROOM_AT_FIRST = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +299,10 @@ def _fits_closely() -> bool:
 
 
 def _room(entries: int) -> int:
-    """Of a cache that is to hold so many."""
-    return _rounded_up(entries if _fits_closely() else max(entries, 256), parts=4)
+    """Of a cache that is to hold so many; off a CPU in blocks that its kernel takes."""
+    if _fits_closely():
+        return _rounded_up(entries, parts=4)
+    return math.ceil(_rounded_up(max(entries, 256), parts=4) / 128) * 128
 
 
 def _width(length: int) -> int:
@@ -387,6 +392,13 @@ class Sampler:
             fit = self._slots(slots, max(longest, shared + rest), rest * (shared + rest), len(requests))
             return _dealt_out(fit, self._mesh), _dealt_out(fit // 8, self._mesh)
 
+        def entries(index: int, count: int) -> int:
+            """For how many the row of a request gets room, of whose answer there are `count` tokens."""
+            used, end = (len(requests[index].tokens) + tokens for tokens in (count, limits[index]))
+            if not _fits_closely():
+                return end
+            return min(end, max(_ROOM_AT_FIRST, _rounded_up(used + _STEPS_AT_ONCE, parts=1)))
+
         shared = _shared(requests)
         if len(requests) <= fitting(shared)[1]:  # prompts that are all admitted at once are read as they are
             shared = 0
@@ -410,8 +422,7 @@ class Sampler:
                 into = [free.pop() for _ in chosen]
                 padded = self._padded(requests, shared, limits, chosen, into, group, slots, keys)
                 seen = chosen if _fits_closely() else range(len(requests))
-                ends = [len(requests[index].tokens) + limits[index] for index in seen]
-                state = self._with_room(state, max(shared + padded[0].shape[1], *ends))
+                state = self._with_room(state, max(shared + padded[0].shape[1], *(entries(index, 0) for index in seen)))
                 state = self._run(_admit, self._params, state, common, *padded, **program)
                 for slot, index in zip(into, chosen, strict=True):
                     occupant[slot] = index
@@ -419,7 +430,8 @@ class Sampler:
             halved = slots - slots // 2 if slots // 2 >= fewest else slots
             enough = empty + group if queue else halved
             before_N = jax.device_get(state.counts_N)
-            state = self._run(_decode, self._decoded, state, min(enough, slots), **program)
+            held = [entries(index, int(before_N[slot])) for slot, index in enumerate(occupant) if index is not None]
+            state = self._run(_decode, self._decoded, self._with_room(state, max(held)), min(enough, slots), **program)
             done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
             moved_N = counts_N - before_N
             self.idle += int(moved_N.max() * slots - moved_N.sum())
