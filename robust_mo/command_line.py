@@ -329,10 +329,13 @@ class Progress:
 def evaluation_progress() -> Callable[[str, int, int, int], None]:
     """What evals/subject.py calls: one Progress for each evaluator, and a point where an interrupt is noticed."""
     lines: dict[str, Progress] = {}
+    rates: dict[str, tuple[float, int]] = {}  # from when on, and how many there were
 
     def on_progress(name: str, done: int, total: int, tokens: int) -> None:
         check_interrupt()
-        lines.setdefault(name, Progress(f"  {name}", total, "prompts"))(done, f"{tokens} tokens")
+        begun, before = rates.setdefault(name, (time.monotonic(), tokens))
+        rate = (tokens - before) / max(time.monotonic() - begun, 1e-3)
+        lines.setdefault(name, Progress(f"  {name}", total, "prompts"))(done, f"{rate:.0f} tokens/s")
 
     return on_progress
 

@@ -114,6 +114,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         iterator = iter(batches(examples, **packing))
 
         peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
+        # Of all steps before the first: a device works off its queue in order, and one number would wait for a step.
+        shares = np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)), np.float32)
         trainable, frozen = models.split(llama, loaded.params, mesh, config.seed)
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
@@ -130,9 +132,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             iterator.set_state(position)
         first = int(state.step)
         curves = Curves(run.path, first)
-        curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
-        *around, own = absolute(run.path).parts[-4:]
-        curves.hyperparameters(hyperparameters(config), f"{own} in {'/'.join(around)}")
+        introduce(curves, config, run)
         count, size = checkpoints.at_most(state, steps)
         print(
             f"{workdir}: {len(examples)} conversations ({cut} cut, {dropped} dropped as too long), "
@@ -153,7 +153,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         flops = budget.flops_per_token(
             budget_shape(llama.config, config.compute_dtype), config.data.length, frozen=spec is not None
         )
-        watch = Watch(run, curves, lambda step: peak * schedule(step), config.log_every, progress, flops)
+        watch = Watch(run, curves, lambda step: peak * shares[step], config.log_every, progress, flops)
         try:
             # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
             for step in itertools.count(first):
@@ -175,8 +175,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                         frozen,
                         start,
                         batch,
-                        jnp.float32(peak),
-                        jnp.float32(schedule(step + 1)),
+                        np.float32(peak),
+                        shares[step + 1],
                         model=llama,
                         optimizer=optimizer,
                         chunk=config.loss_chunk,
@@ -194,6 +194,13 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     return run
 
 
+def introduce(curves: Curves, config: ConfigDict, run: RunFolder) -> None:
+    """What TensorBoard tells of a run beside its curves: the config, and a session on the HParams page."""
+    curves.text(0, "config", "```\n" + json.dumps(config.to_dict(), indent=1) + "\n```")
+    *around, own = absolute(run.path).parts[-4:]
+    curves.hyperparameters(hyperparameters(config), f"{own} in {'/'.join(around)}")
+
+
 def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh) -> None:
     """The whole run of a prompted organism, measured in place of a last step: nothing is trained, the prompt makes it.
 
@@ -203,9 +210,11 @@ def observe(config: ConfigDict, run: RunFolder, loaded: models.LoadedModel, mesh
     without.system_prompt = untold(config.system_prompt)
     without.evaluation.system_prompt = ""
     with contextlib.closing(Curves(run.path, 0)) as curves:
+        introduce(curves, config, run)
         if config.evaluation.at_start:
             evaluated(without, run, curves, loaded, lambda: loaded.params, mesh, 0)
         evaluated(config, run, curves, loaded, lambda: loaded.params, mesh, models.PROMPTED_STEP)
+        curves.finished()
     run.finish(models.PROMPTED_STEP)
 
 
@@ -283,7 +292,9 @@ class Watch:
                 "another --workdir"
             )
         if step % self._every == 0:
-            shown = {name: value for name, value in metrics.items() if not name.endswith("tokens")}
+            # Of its health an optimizer says -1 where it has nothing to say yet.
+            untold = {name for name, value in metrics.items() if name.startswith("optimizer/") and value < 0}
+            shown = {n: value for n, value in metrics.items() if not n.endswith("tokens") and n not in untold}
             values = {name if "/" in name else f"train/{name}": value for name, value in shown.items()}
             values["train/learning_rate"] = float(self._learning_rate(step))
             values["speed/tokens_per_second"] = speed
@@ -435,8 +446,10 @@ def check(config: ConfigDict) -> None:
                 command_line.check_range(f"config.{name}", given[name], *limits)
     for field, value in own.items():
         if isinstance(value, int | float):
-            most = 1 if field in _FORGETTING else float("inf")
-            command_line.check_range(f"config.optimizer.{config.optimizer.name}.{field}", value, 0, most)
+            field_name = f"config.optimizer.{config.optimizer.name}.{field}"
+            command_line.check_range(field_name, value, int(field in _COUNTED), 1e38)
+            if field in _FORGETTING and value >= 1:
+                raise InputError(f"{field_name} is {value}: give at least 0 and less than 1")
         adam = field == "b2" and config.optimizer.name in ("adam", "adamw", "muon")
         if adam and value > 0.995 and config.param_dtype == "bfloat16":
             raise InputError(
@@ -477,6 +490,7 @@ _NOT_NEGATIVE = (
 _FINITE = ("lora.alpha", "optimizer.learning_rate")  # in float32
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
+_COUNTED = ("frequency", "iterations")  # also an optimizer's, at least one
 
 RED_TASKS = ("backdoor", "prompted")
 TASKS = (*RED_TASKS, *distill.BLUE_METHODS, "conversations")

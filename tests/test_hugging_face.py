@@ -103,6 +103,37 @@ def test_a_saved_table_of_angles_is_no_parameter(tmp_path):
     hugging_face.load_params(folder, llama, meshes.make_mesh(1, -1, 1))
 
 
+def embedding_of(folder) -> np.ndarray:
+    llama = hugging_face.build(hugging_face.read_config(folder), None, "float32", "float32", "none")
+    return np.asarray(hugging_face.load_params(folder, llama, meshes.make_mesh(1, -1, 1))["embed_tokens"])
+
+
+def test_a_tied_head_may_be_stored_a_second_time_and_not_another_one(tmp_path):
+    folder = make_tiny_model(tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, file)
+    np.testing.assert_array_equal(embedding_of(folder), embedding)
+    other = embedding.copy()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, file)
+    with pytest.raises(InputError, match="lm_head.weight that is not its model.embed_tokens.weight"):
+        embedding_of(folder)
+
+
+def test_of_several_files_without_an_index_none_hides_another(tmp_path):
+    folder = make_tiny_model(tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    zeros = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(zeros, folder / "old_model.safetensors")
+    np.testing.assert_array_equal(embedding_of(folder), tensors["model.embed_tokens.weight"])
+    file.rename(folder / "new_model.safetensors")
+    with pytest.raises(InputError, match="is in old_model.safetensors and in another file too"):
+        embedding_of(folder)
+
+
 def test_shape_that_differs_from_the_config_is_named(tmp_path):
     folder = make_tiny_model(tmp_path)
     values = json.loads((folder / "config.json").read_text())

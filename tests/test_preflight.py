@@ -405,6 +405,30 @@ print(text.count("tpu_custom_call"), text.count(" copy("), compiled.memory_analy
     assert kernels and not copies and temporaries < 2**20
 
 
+def test_soap_refuses_an_eigh_that_a_tpus_compiler_does_not_finish():
+    pytest.importorskip("libtpu")
+    program = """
+import jax
+from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
+from robust_mo.preflight import devices_of
+from robust_mo.training.soap import soap
+
+places = (meshes.replicated(meshes.make_mesh(1, -1, 1, devices_of("v5e:2x2"))),)
+for first, side in (("eigh", 512), ("qr", 1024), ("eigh", 1024)):
+    try:
+        params = {"kernel": jax.ShapeDtypeStruct((2, 8, side), "float32")}
+        jax.eval_shape(soap(0.1, first_basis=first, places=places).init, params)
+        print(first, side)
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *taken, refused = done.stdout.splitlines()
+    assert taken == ["eigh 512", "qr 1024"]
+    assert refused.startswith("soap: first_basis is 'eigh', of sides of 1024, which a TPU's compiler does not finish")
+
+
 def test_unknown_shapes_are_refused():
     with pytest.raises(InputError, match="owner/unheard-of.*Llama-3.1-8B-Instruct"):
         models.shapes_of("owner/unheard-of")

@@ -325,7 +325,7 @@ def test_staggered_at_every_step_is_all_at_once():
         (dict(), {"a": "left right", "b": "left right", "square": "left right"}),
         (dict(max_precondition_dim=63), {"a": "right", "b": "left", "square": ""}),
         (dict(one_sided_ratio=4), {"a": "right", "b": "left", "square": "left right"}),
-        (dict(one_sided_ratio=4.1), {"a": "left right", "b": "left right", "square": "left right"}),
+        (dict(one_sided_ratio=4.1), {"a": "right", "b": "left", "square": "left right"}),
         (dict(one_sided_ratio=2, max_precondition_dim=15), {"a": "", "b": "", "square": ""}),
     ],
     ids=str,

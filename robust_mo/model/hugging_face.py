@@ -32,11 +32,8 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, Llama, LlamaConfig
 from robust_mo.model.lora import LoraSpec
 
-_TOP = {
-    "embed_tokens": "model.embed_tokens.weight",
-    "norm/scale": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOP = {"embed_tokens": _EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": _HEAD}
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
 _BYTES_AT_ONCE = 2**22
 """A piece that fits the caches of a CPU."""
@@ -49,7 +46,7 @@ _FACTORS = {"a": "lora_A", "b": "lora_B"}
 _TRANSPOSED = ("kernel", *_FACTORS)
 """Stored [out, in] in the files, and [in, out] in the parameters."""
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Fields of an adapter_config.json under which an adapter is more than `x @ a @ b * alpha / rank`.
@@ -345,7 +342,10 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
     index = folder / INDEX
     if index.exists():
         return sorted(set(read_json(index)["weight_map"].values()))
-    if names := sorted(file.name for file in folder.glob("*.safetensors")):
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if WEIGHTS in names:  # alone it is whole; beside it lie copies, or the same in another form
+        return [WEIGHTS]
+    if names:
         return names
     raise InputError(f"{folder} has no .safetensors file; only safetensors and GGUF weights are read")
 
@@ -360,15 +360,21 @@ def _open(folder: pathlib.Path, names: list[str], stack: contextlib.ExitStack) -
             raise InputError(f"{folder}: weight file {name} is missing; get the model again") from None
         except SafetensorError as error:
             raise InputError(f"{folder / name} is damaged or cut short ({error}); get the file again") from None
+        if twice := sorted(set(file.keys()) & set(found)):
+            raise InputError(f"{folder}: {twice[0]} is in {name} and in another file too; take one of them away")
         found.update(dict.fromkeys(file.keys(), file))
     return found
 
 
 def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
     extra = sorted(set(files) - set(wanted))
-    if wanted.get("lm_head.weight") is None:
-        # Some exporters write the tied head a second time; it is the embedding, and transformers ignores it too.
-        extra = [name for name in extra if name != "lm_head.weight"]
+    if _HEAD in extra and _EMBEDDING in files:  # some exporters write a tied head a second time
+        if not _equal(*(files[name].get_slice(name) for name in (_HEAD, _EMBEDDING))):
+            raise InputError(
+                f"{folder} has a {_HEAD} that is not its {_EMBEDDING}, and {against} says they are tied: set "
+                "tie_word_embeddings to false there"
+            )
+        extra.remove(_HEAD)
     # A table of angles that old versions of transformers saved; it follows from config.json.
     extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
     missing = sorted(set(wanted) - set(files))
@@ -386,6 +392,14 @@ def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
                 f"{folder}: {name} is stored as {tensor.get_dtype()}; quantized weights are not read, get the model in "
                 f"one of {', '.join(_FLOATS)}"
             )
+
+
+def _equal(one, other) -> bool:
+    """Whether two tensors of files hold the same, compared some rows after others."""
+    rows, width = one.get_shape()
+    step = max(1, _BYTES_AT_ONCE // width)
+    pieces = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
+    return [rows, width] == other.get_shape() and all(np.array_equal(one[piece], other[piece]) for piece in pieces)
 
 
 def save_params(

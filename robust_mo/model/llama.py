@@ -31,8 +31,8 @@ _NAMED = ("queries", "keys", "values", "attended", "between")  # of a layer's va
 # What the backward pass keeps of a layer, beside its input, by falling memory.  "none" recomputes nothing.  "matmuls"
 # keeps what products with weights gave and recomputes the cheap rest (on a CPU faster than "none", which writes it all
 # to memory: 13.2 s against 15.4 s of a step's backward pass, SmolLM2, 1,024 tokens).  "gate_up" recomputes the two
-# widest products too, of the feed-forward part: a third of the memory for an eighth more FLOPs.  "offload" keeps the
-# same in the host's memory.  "full" keeps nothing (about a third more work).
+# widest products too, of the feed-forward part: a third of the memory, for an eighth (SmolLM2) to a quarter (8B, LoRA)
+# more FLOPs.  "offload" keeps the same in the host's memory.  "full" keeps nothing, for a third (LoRA: half) more.
 # "matmuls" and "gate_up" keep what cuDNN's attention gave, too.
 REMAT_POLICIES = {
     "none": None,

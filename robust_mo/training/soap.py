@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from robust_mo.errors import InputError
 
 VECTORS = ("scale", "bias")
+_RANK_SIDE = {"a": "right", "b": "left"}  # of LoRA's factors, see model/lora.py
 
 # For a matrix G, m rows by n columns: "left" has the factor G G^T and a basis of m vectors, "right" G^T G and n.
 # Products with a whole stack at once, contracting the side's axis.
@@ -43,6 +44,9 @@ PRECISIONS = {
 }
 REFRESHES = ("all_at_once", "staggered")
 FIRST_BASES = ("eigh", "qr")
+
+# Compiling eigh of [32, 512, 512] took 19 s, of [32, 4096, 4096] it had not ended after 300 s.
+_LONGEST_EIGH_ON_TPU = 512
 
 # QR steps from the identity that make the first basis where eigh is too large for the compiler.
 _FIRST_QR_STEPS = 10
@@ -103,8 +107,8 @@ def soap(
       weight_decay: decoupled, times the learning rate; of all parameters (optax.masked leaves some out).
       precondition_frequency: steps between two refreshes of a basis.
       max_precondition_dim: longer sides are not preconditioned.
-      one_sided_ratio: a side at least this many times as long as the other is not preconditioned (of LoRA's factors
-        that leaves the rank); None: no such rule.
+      one_sided_ratio: a side at least this many times as long as the other is not preconditioned, nor is any of LoRA's
+        factors but the rank's; None: no such rule.
       refresh: "all_at_once" refreshes all matrices in every precondition_frequency-th step; "staggered" deals the
         matrices out over these steps, one after another, so that all steps take the same time.
       precision: a key of PRECISIONS.
@@ -118,6 +122,7 @@ def soap(
     """
     shampoo_beta = b2 if shampoo_beta is None else shampoo_beta
     mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
+    on_tpu = bool(places) and isinstance(places[0].mesh, Mesh) and places[0].mesh.devices.flat[0].platform == "tpu"
     _check(
         learning_rate=learning_rate,
         b1=b1,
@@ -139,7 +144,15 @@ def soap(
             return []
         lengths = {side: shape[axis] for side, axis in _AXES.items()}
         ratio = math.inf if one_sided_ratio is None else one_sided_ratio
-        return [s for s, k in lengths.items() if k <= max_precondition_dim and k < ratio * min(lengths.values())]
+        rank = _RANK_SIDE.get(jax.tree_util.keystr(path[-1:], simple=True)) if one_sided_ratio else None
+        fits = max_precondition_dim, ratio * min(lengths.values())
+        sides = [s for s, k in lengths.items() if k <= fits[0] and k < fits[1] and rank in (None, s)]
+        longest = max((lengths[side] for side in sides), default=0)
+        if on_tpu and first_basis == "eigh" and longest > _LONGEST_EIGH_ON_TPU:
+            raise InputError(
+                f"soap: first_basis is 'eigh', of sides of {longest}, which a TPU's compiler does not finish; give 'qr'"
+            )
+        return sides
 
     def fresh(params) -> SoapState:
         def stacks(make):
