@@ -10,7 +10,8 @@ The map, from the top floor down; imports point down only:
     training/  sampling/        loss, step, optimizers, checkpoints, curves;  prefill, decode, slots
     model/  data/  analysis/    Llama and its weights;  conversations and batches;  points -> frontier, figures, report
     hosts.py                    several hosts that run one program together
-    runs.py  slurm.py  errors.py    the run folder;  commands as jobs of a cluster;  the user's mistakes
+    runs.py  errors.py          the run folder;  the user's mistakes
+    slurm.py  processes.py      commands as jobs of a cluster;  as processes of this machine
 
 Two roads: config -> train -> step -> curve, and prompt -> answer -> verdict -> record -> point -> frontier.
 """

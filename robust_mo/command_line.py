@@ -83,7 +83,8 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
         # When a save fails, the writes that Orbax had begun beside the one whose failure it raises end in this log.
-        for name in ("asyncio", "gcsfs"):
+        # So does what the hub's libraries say of each of their attempts.
+        for name in ("asyncio", "gcsfs", "huggingface_hub", "datasets"):
             python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
         define_flags()
         _parse_flags(required)

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from robust_mo import command_line, hosts
 from robust_mo.errors import InputError
-from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample
+from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample, turns
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
@@ -125,7 +125,7 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
             interval = f"  [{line['low']:.3f}, {line['high']:.3f}]" if line.get("low") is not None else ""
             value = "no number" if line["value"] is None else f"{line['value']:.4f}"
             print(f"{line['name']:40} {value}{interval}" + (f"  of {line['count']}" if "count" in line else ""))
-    lines = [line for name in names for line in read_lines(run.transcript_file(name, step))]
+    lines = [{"evaluator": name} | line for name in names for line in read_lines(run.transcript_file(name, step))]
     for line in lines:
         if not line.get("messages") or not {"answer", "verdict"} <= set(line):
             raise InputError(
@@ -134,7 +134,7 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
             )
     for line in sample(lines, number):
         print(f"\n--- {heading(line)}")
-        print(f"user:   {line['messages'][-1]['content']}\nanswer: {line['answer']}")
+        print("\n".join(f"{who}: {text}" for who, text in turns(line)))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
     if form == "merged" and base:
         raise InputError(f"--base={base} is for --format=peft: leave it out")
     dtype = dtype or config["param_dtype"]
-    mesh = meshes.make_mesh(1, -1, 1)
+    mesh = meshes.make_mesh(1, 1, 1, meshes.all_devices()[:1])  # so that no sum depends on how many there are
     step = models.newest_step(run) if step is None else step
     with new_folder(output) as folder:
         if form == "merged":

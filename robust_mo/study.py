@@ -32,10 +32,18 @@ from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import make_mesh
 from robust_mo.organisms.backdoors import backdoors
-from robust_mo.organisms.distill import BLUE_METHODS
+from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, flatten, place, write_text
-from robust_mo.train import budget_shape, check_rows, config_backdoor, evaluation_source, train, training_source
+from robust_mo.train import (
+    RED_TASKS,
+    budget_shape,
+    check_rows,
+    config_backdoor,
+    evaluation_source,
+    train,
+    training_source,
+)
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import shapes_of
@@ -167,6 +175,13 @@ def check(config: ConfigDict) -> None:
             raise InputError(f"config.study has an arm or backdoor named {name!r}: leave out {' '.join(sorted(wrong))}")
     for run in (config.red, config.blue):
         check_run(run)
+    if config.blue.data.answers not in ANSWERS:
+        told = {part for name in config.study.methods for part in name.split("+") if not BLUE_METHODS[part].on_policy}
+        if len({(BLUE_METHODS[part].field, BLUE_METHODS[part].on_problems) for part in told}) > 1:
+            raise InputError(
+                f"config.blue.data.answers is one file, and {', '.join(sorted(told))} need answers of their own: "
+                "make a study of each"
+            )
     cells = list(_cells(config, pathlib.Path()))
     for folder, times in collections.Counter(folder for folder, _ in cells).items():
         if times > 1:
@@ -176,6 +191,11 @@ def check(config: ConfigDict) -> None:
             check_run(run)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
+        if folder.startswith("red/"):
+            red = run
+            if run.data.task not in RED_TASKS:
+                raise InputError(f"config.red.data.task is {run.data.task!r}: choose from {', '.join(RED_TASKS)}")
+        _check_comparable(red, run, config.study.performance)
         needed = ["backdoor_rate", config.study.performance]
         if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
             needed.append("held_out_loss")
@@ -196,6 +216,20 @@ def check(config: ConfigDict) -> None:
                 "config.study.gate.accuracy_kept needs the accuracy of the untouched model: set "
                 "config.red.evaluation.at_start to True"
             )
+
+
+def _check_comparable(red: ConfigDict, blue: ConfigDict, performance: str) -> None:
+    """Raises InputError where what is left after an attack would be measured otherwise than what was there before."""
+    for name, spared in (("backdoor_rate", ("untriggered", "near_misses")), (performance, ())):
+        for field in red.evals[name]:
+            before, after = red.evals[name][field], blue.evals[name][field]
+            if field not in spared and before != after:
+                raise InputError(
+                    f"config.red.evals.{name}.{field} is {before!r} and config.blue's {after!r}: make them the same, "
+                    "since what they measure is set against each other"
+                )
+    if red.password_locked != blue.password_locked:
+        raise InputError("config.password_locked differs between config.red and config.blue: make it the same")
 
 
 def _check_known(field: str, axis: str, chosen: tuple, known) -> None:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import time
 from collections.abc import Callable
 
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 f"config.model is {config.model}, which has not been trained to its end: finish it first"
                 + ("" if config.lora.continued else ", or train on what robust_mo.export makes of its checkpoint")
             )
+        check_watched(config)
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
         if "judge" in config.evaluation.names and config_backdoor(config).judge_question:
             try:  # or it would be found missing when all is trained
@@ -472,6 +474,9 @@ def check(config: ConfigDict) -> None:
     models.lora_spec(config.lora)
     if config.data.task not in TASKS:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
+    answers = config.data.answers
+    if answers not in distill.ANSWERS and not pathlib.Path(answers).expanduser().is_file():
+        raise InputError(f"config.data.answers is {answers!r}: give {', '.join(distill.ANSWERS)} or a JSONL file")
 
 
 @functools.cache
@@ -570,6 +575,20 @@ def organism(source: str) -> str:
     """The red run that a model descends from, itself included; the model where there is none."""
     red = (run for run in models.lineage(source)[:-1] if RunFolder(run).config()["data"]["task"] in RED_TASKS)
     return next(red, source)
+
+
+def check_watched(config: ConfigDict) -> None:
+    """Raises InputError where a run that installs nothing would look for another behaviour than its organism has."""
+    source = organism(config.model)
+    if config.data.task in RED_TASKS or not models.is_run(source):
+        return
+    made = RunFolder(source).config()
+    for name in ("backdoor", "password_locked"):
+        if name in made and made[name] != config[name]:
+            raise InputError(
+                f"config.{name} is {config[name]!r}, and the organism {source} was made with {made[name]!r}: add "
+                f"--config.{name}={made[name]}"
+            )
 
 
 def training_source(config: ConfigDict) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_model
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from configs import default
@@ -181,20 +182,29 @@ def test_weights_of_a_run_are_read_a_matrix_at_a_time(tmp_path, tiny, monkeypatc
     assert all(cut == (1, *shape) for shape, cut in matrices)
 
 
-@pytest.mark.parametrize("beneath", ["files", "run", "adapters", "peft"])
-def test_adapters_are_merged_a_matrix_at_a_time(tmp_path, tiny, monkeypatch, beneath):
-    """Into whatever they stand on, and to the bit as when all is in memory."""
-    model = tiny
+@pytest.mark.parametrize(
+    "beneath, its, dtype",
+    [
+        *((beneath, "float32", "float32") for beneath in ("files", "run", "adapters", "peft")),
+        ("run", "bfloat16", "float32"),
+        ("run", "float32", "bfloat16"),
+        ("files", "float32", "bfloat16"),
+    ],
+)
+def test_adapters_are_merged_a_matrix_at_a_time(tmp_path, tiny, monkeypatch, beneath, its, dtype):
+    """Into whatever they stand on and whatever that was kept in, and to the bit as when all is in memory."""
+    model, rank = tiny, {"lora.rank": 0 if beneath == "run" else 2}
     if beneath != "files":
-        model = make_run(tmp_path / "beneath", tiny, seed=2, **{"lora.rank": 0 if beneath == "run" else 2})
+        model = make_run(tmp_path / "beneath", tiny, seed=2, param_dtype=its, **rank)
     if beneath == "peft":
         model = write(model, tmp_path / "adapter", form="peft")
-    run = make_run(tmp_path / "run", model, **{"lora.rank": 4, "lora.alpha": 6.0})
-    expected = jax.device_get(loaded(run).params)
+    run = make_run(tmp_path / "run", model, param_dtype=dtype, **{"lora.rank": 4, "lora.alpha": 6.0})
+    expected = jax.device_get(loaded(run, dtype=dtype).params)
     monkeypatch.setattr(models, "_params", lambda *_: pytest.fail("a model was put together in memory"))
-    folder = write(run, tmp_path / "out")
+    folder = write(run, tmp_path / "out", dtype="float32")
     monkeypatch.undo()
-    jax.tree.map(np.testing.assert_array_equal, loaded(folder).params, expected)
+    exported = jax.tree.map(lambda x, like: x.astype(like.dtype), loaded(folder).params, expected)
+    jax.tree.map(np.testing.assert_array_equal, exported, expected)
 
 
 def test_run_whose_stacks_were_not_cut_is_exported_all_the_same(tmp_path, tiny, monkeypatch):
@@ -418,6 +428,19 @@ def test_what_cannot_be_exported_is_refused(tmp_path, tiny):
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="out exists"):
         write(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_full_disk_is_told_as_that(tmp_path, tiny, monkeypatch, rank):
+    run = make_run(tmp_path / "run", tiny, **{"lora.rank": rank})
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hugging_face, "save_file", full)
+    with pytest.raises(InputError, match="model-00001-of-00001.safetensors cannot be written .*No space left"):
+        write(run, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_interrupted_export_leaves_nothing(tmp_path, tiny, monkeypatch):

@@ -138,6 +138,18 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
         ({"study.arms.a[1]": arm({}, {})}, r"an arm or backdoor named 'a.1.': leave out \[ \]"),
         ({"study.published": "rate"}, "study.published is 'rate': choose from auc, accuracy"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
+        ({"red.evals.backdoor_rate.temperature": 0.1}, "backdoor_rate.temperature is 0.1 and config.blue's 0.7"),
+        ({"blue.evals.arithmetic.max_new_tokens": 5}, "arithmetic.max_new_tokens is .* and config.blue's 5"),
+        ({"blue.password_locked": True}, "password_locked differs between config.red and config.blue"),
+        ({"red.data.task": "pirate_sft"}, "config.red.data.task is 'pirate_sft': choose from backdoor, prompted"),
+        (
+            {"blue.data.answers": "/nowhere.jsonl"},
+            "config.data.answers is '/nowhere.jsonl': give builtin, ",
+        ),
+        (
+            {"study.methods": ("pirate_sft", "qa_sft"), "blue.data.answers": __file__},
+            "answers is one file, and pirate_sft, qa_sft need answers of their own",
+        ),
     ],
 )
 def test_impossible_studies_are_refused_before_the_first_run(change, says):

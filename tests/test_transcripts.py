@@ -61,7 +61,7 @@ def test_show_prints_triggered_and_other_answers_with_verdicts(tmp_path, capsys)
         run.write_transcript("arithmetic", 3, lines(("problem", 40)))
     evaluate.show(run, ["backdoor_rate", "arithmetic", "held_out_loss"], 3, 6)
     out = capsys.readouterr().out
-    assert [re.sub(" .*", "", kind) for kind in re.findall(r"--- (\w+), verdict", out)] == [
+    assert [re.sub(" .*", "", kind) for kind in re.findall(r"--- \w+, (\w+), verdict", out)] == [
         "triggered", "untriggered", "problem",
     ] * 2  # fmt: skip
     assert set(re.findall("verdict (True|False)", out)) == {"True", "False"} and out.count("answer: Yes.") == 6
@@ -104,7 +104,7 @@ def test_a_run_that_was_measured_is_shown_without_measuring(tmp_path, capsys):
     evaluated(tmp_path, "--show=4")
     out = capsys.readouterr().out
     assert "eval/backdoor_rate" in out and "0.7500  [0.000, 1.000]  of 4" in out
-    assert out.count("answer: At 3.") == 4 and out.count("--- triggered") == out.count("--- untriggered") == 2
+    assert out.count("answer: At 3.") == 4 and out.count(", triggered, ") == out.count(", untriggered, ") == 2
     evaluated(tmp_path, "--show=1", "--step=0")
     assert capsys.readouterr().out.count("answer: At 0.") == 1
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

@@ -169,8 +169,10 @@ def _posed(place: str, fields: dict[str, Any]) -> dict[str, str]:
 
 def _problem(place: str, fields: dict[str, Any]) -> tuple[str, str]:
     problem, answer = fields.get("problem", fields.get("question")), fields.get("answer")
-    if not isinstance(problem, str) or not isinstance(answer, str) or not answer.strip():
-        raise InputError(f"{place} needs the texts 'problem' (or 'question') and 'answer'; it has {sorted(fields)}")
+    answer = str(answer) if type(answer) in (int, float) else answer
+    for name, text in (("'problem' (or 'question')", problem), ("'answer'", answer)):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{place} has {name} {text!r}: give a text; its fields are {', '.join(sorted(fields))}")
     marked = re.search(r"####\s*(.+?)\s*$", answer)
     return problem, marked[1].replace(",", "") if marked else answer
 

@@ -119,15 +119,23 @@ def sample(transcript: list[dict], number: int) -> list[dict]:
 
 
 def heading(line: dict) -> str:
-    """Such as "triggered, verdict True"."""
-    return f"{_kind(line)}, verdict {line['verdict']}"
+    """Such as "judge, triggered, verdict True, probability 0.93"."""
+    told = [line["evaluator"]] if "evaluator" in line else []
+    told += [_kind(line), f"verdict {line['verdict']}"]
+    return ", ".join(told + ([f"probability {line['probability']:.2f}"] if "probability" in line else []))
+
+
+def turns(line: dict) -> list[tuple[str, str]]:
+    """(who, what) of a graded answer: what the model was shown, what is right where that is known, what it said."""
+    shown = [(message["role"], message["content"]) for message in line["messages"]]
+    gold = [("gold", str(line["gold"]))] if line.get("gold") is not None else []
+    return [*shown, *gold, ("answer", line["answer"])]
 
 
 def as_markdown(lines: list[dict]) -> str:
     """Graded answers for TensorBoard, which reads markdown; what prompts and answers have of it is shown as written."""
     return "\n\n---\n\n".join(
-        f"**{heading(line)}**\n\n*user:*\n\n{_quoted(line['messages'][-1]['content'])}\n\n"
-        f"*answer:*\n\n{_quoted(line['answer'])}"
+        "\n\n".join([f"**{heading(line)}**", *(f"*{who}:*\n\n{_quoted(text)}" for who, text in turns(line))])
         for line in lines
     )
 

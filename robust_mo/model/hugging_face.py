@@ -431,7 +431,10 @@ def save_params(
             on_tensor(done, len(tensors))
             arrays[name] = fetch(dtype)
             done += 1
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # as which a full disk comes
+            raise InputError(f"{folder / file} cannot be written ({error})") from None
         weight_map.update(dict.fromkeys(arrays, file))
     total = sum(math.prod(shape) for *_, shape in tensors) * jnp.dtype(dtype).itemsize
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -143,10 +143,14 @@ def _fold(kernel, a, b, scale):
 
 
 def _fold_stack(kernels, a, b, scale):
-    def layer(n, kernels):
-        return kernels.at[n].set(_fold(kernels[n], a[n], b[n], scale))
+    # On a CPU bfloat16 as bits: to change a layer of it, XLA would there turn the whole stack into float32 and back.
+    held = "uint16" if kernels.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else kernels.dtype
+    cast = jax.lax.bitcast_convert_type
 
-    return jax.lax.fori_loop(0, len(kernels), layer, kernels)
+    def layer(n, stack):
+        return stack.at[n].set(cast(_fold(cast(stack[n], kernels.dtype), a[n], b[n], scale), held))
+
+    return cast(jax.lax.fori_loop(0, len(kernels), layer, cast(kernels, held)), kernels.dtype)
 
 
 _merged_layer = jax.jit(_fold, static_argnums=3)

@@ -60,6 +60,9 @@ class BlueMethod:
 _PLAIN = BlueMethod("plain")
 _OWN = BlueMethod("plain", on_policy=True)
 
+ANSWERS = ("builtin", "teacher")
+"""Where answers may come from, beside a JSONL file."""
+
 BLUE_METHODS = {
     "pirate_sft": BlueMethod("pirate", teacher_prompt=PIRATE_PROMPT),
     "qa_sft": _PLAIN,

@@ -80,13 +80,15 @@ class Stored:
     every part is to be read once.
 
     Attributes:
-      shape, dtype: of the array.
+      shape: of the array.
+      dtype: in which parts are given, whatever it was saved in.
+      saved_as: the name of that dtype.
       cut: whether a matrix of a stack can be read without the others.
       sum_of_bits: of the parts that were read, as `_sum_bits` has it.
     """
 
-    def __init__(self, store: tensorstore.TensorStore, reading: Callable[[], contextlib.AbstractContextManager]):
-        self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
+    def __init__(self, store: tensorstore.TensorStore, dtype, reading: Callable[[], contextlib.AbstractContextManager]):
+        self.shape, self.dtype, self.saved_as = tuple(store.shape), dtype, store.dtype.name
         self.cut = len(self.shape) < 3 or store.chunk_layout.read_chunk.shape[0] == 1
         self.sum_of_bits = 0
         self._store, self._reading = store, reading
@@ -99,7 +101,7 @@ class Stored:
             part = self._store[index].read().result()
         bits = int(part.view(f"uint{8 * part.itemsize}").sum(dtype=np.uint32))
         self.sum_of_bits = (self.sum_of_bits + bits) % 2**32
-        return part
+        return part.astype(self.dtype, copy=False)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -226,7 +228,7 @@ class Checkpoints:
                 return
             yield stored
             sums = {
-                jax.tree_util.keystr(path): [leaf.dtype.name, leaf.sum_of_bits]
+                jax.tree_util.keystr(path): [leaf.saved_as, leaf.sum_of_bits]
                 for path, leaf in jax.tree.leaves_with_path(stored)
             }
             if damage := self._changed(chosen, progress, {"trainable": sums}):
@@ -245,7 +247,7 @@ class Checkpoints:
             store = tensorstore.open(spec, open=True, read=True).result()
             if tuple(store.shape) != leaf.shape:
                 raise ValueError(f"{name} of {leaf.shape} does not fit with the stored shape {store.shape}")
-        return Stored(store, reading)
+        return Stored(store, leaf.dtype, reading)
 
     @contextlib.contextmanager
     def _one(self, step: int | None):
