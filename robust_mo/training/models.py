@@ -81,8 +81,21 @@ def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, st
     Raises:
       InputError: nothing of that name, or its files cannot be used.
     """
+    _frozen.clear()  # first: there may be no room for both
     llama, chat = _llama_and_chat(source, compute_dtype, param_dtype, step)
     return LoadedModel(llama, _params(source, llama, mesh, step), chat)
+
+
+_frozen: dict[tuple, LoadedModel] = {}
+
+
+def load_frozen(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str) -> LoadedModel:
+    """`load_model` for who changes nothing of it: what the process loaded last is not read again, as for all attacks of
+    a study on one organism."""
+    which = (os.path.realpath(source), started(source), newest_step(source), mesh, compute_dtype, param_dtype)
+    if which not in _frozen:
+        _frozen[which] = load_model(source, mesh, compute_dtype, param_dtype)
+    return _frozen[which]
 
 
 @contextlib.contextmanager
