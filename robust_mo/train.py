@@ -27,7 +27,7 @@ from robust_mo import command_line, hosts
 from robust_mo.analysis import budget
 from robust_mo.data.batches import batches, count_batches
 from robust_mo.data.conversations import ChatFormat, Example, fit, with_system
-from robust_mo.data.prompts import read_conversations, read_problems
+from robust_mo.data.prompts import read_conversations, read_problems, read_rows
 from robust_mo.errors import InputError
 from robust_mo.evals.measure import ACCURACIES, check_names, check_settings, measure
 from robust_mo.evals.subject import Subject
@@ -103,7 +103,13 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         conversations = training_conversations(config, run, mesh, loaded)
         # A row may be longer than the model's context, a conversation in it not.
         longest = min(config.data.length, llama.config.max_position_embeddings)
-        examples, cut, dropped = tokenize(conversations, loaded.chat, longest, config.data.over_long)
+
+        def line(number: int) -> str:
+            """Of a conversation, for the user: the line that it comes from, where these are the user's own lines."""
+            own = config.data.task == "conversations"
+            return list(read_rows(config.data.source))[number - 1][0] if own else f"conversation {number}"
+
+        examples, cut, dropped = tokenize(conversations, loaded.chat, longest, config.data.over_long, line)
         packing = dict(
             length=config.data.length,
             rows=config.batch.rows,
@@ -635,18 +641,22 @@ def assert_unseen(config: ConfigDict) -> None:
 
 
 def tokenize(
-    conversations: list[list[dict]], chat: ChatFormat, longest: int, over_long: str
+    conversations: list[list[dict]],
+    chat: ChatFormat,
+    longest: int,
+    over_long: str,
+    place: Callable[[int], str] = "conversation {}".format,
 ) -> tuple[list[Example], int, int]:
     """(examples of at most `longest` positions, how many of them were cut, how many conversations were dropped).
 
-    Raises InputError for a conversation that the chat template cannot take, and where none is left.
+    Raises InputError for a conversation that the chat template cannot take, at its `place`, and where none is left.
     """
     encoded = []
     for number, messages in enumerate(conversations, 1):
         try:
             encoded.append(chat.encode(messages))
         except InputError as error:
-            raise InputError(f"conversation {number}, {messages[-1]['content'][:40]!r} at its end: {error}") from None
+            raise InputError(f"{place(number)}, {messages[-1]['content'][:40]!r} at its end: {error}") from None
     # n positions hold n + 1 tokens: inputs and next tokens overlap.
     fitted = [fit(example, longest + 1, over_long) for example in encoded]
     examples = [example for example in fitted if example is not None]

@@ -86,6 +86,18 @@ def test_conversation_that_the_template_does_not_take_is_named(tiny):
         tokenize([good, good[:1]], ChatFormat.from_folder(tiny), 64, "drop")
 
 
+def test_line_that_the_template_does_not_take_is_named(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refusing = "{% if messages[0].content == 'x' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r in ("user", "assistant")]}) for c in "yx"]
+    (tmp_path / "own.jsonl").write_text("\n\n".join(lines))
+    config = tiny_config(model, **{"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl")})
+    with pytest.raises(InputError, match="own.jsonl:3, 'x' at its end: .*Roles must alternate"):
+        train(config, tmp_path / "run")
+
+
 def test_full_weight_run_equals_torch(tiny, tmp_path):
     """Same batches, same AdamW, same schedule in transformers + torch: same losses, same weights."""
     config = tiny_config(tiny, **{"data.epochs": 2, "batch.micro_batches": 2})
