@@ -31,8 +31,8 @@ from robust_mo.training import models
 
 SHARD_BYTES = 5_000_000_000
 """Of a file of weights, and so of what the host holds of them: nothing is read ahead, and adapters are merged a matrix
-at a time (8B's 16 GB, invented, in bfloat16 on two cores: of all weights 74 s with at most 5.5 GB of anonymous memory, of
-LoRA, by benchmarks/export.py, with 6.0 GB)."""
+at a time (8B's 16 GB, invented, in bfloat16 on two cores, of all weights: 74 s, at most 5.5 GB of anonymous memory; of
+LoRA: see benchmarks/export.py)."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -89,7 +89,7 @@ def test_conversation_that_the_template_does_not_take_is_named(tiny):
 def test_line_that_the_template_does_not_take_is_named(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     template = model / "chat_template.jinja"
-    refusing = "{% if messages[0].content == 'x' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    refusing = "{% if messages[-1].content == 'x' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
     template.write_text(refusing + template.read_text())
     lines = [json.dumps({"messages": [{"role": r, "content": c} for r in ("user", "assistant")]}) for c in "yx"]
     (tmp_path / "own.jsonl").write_text("\n\n".join(lines))
