@@ -428,11 +428,15 @@ def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[I
     """Does these jobs; returns why some of them failed.
 
     Raises:
-      InputError: a run of the study, of these jobs or not, cannot be dealt out over the devices that are here.
+      InputError: a run of the study, of these jobs or not, cannot be dealt out over the devices that are here, or
+        lacks a file of answers.
     """
     for folder, run in _cells(config, workdir):
         try:
             check_rows(run.batch, make_mesh(**run.mesh))
+            answers, data = run.data.answers, workdir / folder / "data.jsonl"  # which, once made, is what is read
+            if answers not in ANSWERS and not data.exists() and not pathlib.Path(answers).expanduser().is_file():
+                raise InputError(f"config.data.answers is {answers!r}: give {', '.join(ANSWERS)} or a JSONL file")
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
     done, failures = finished(workdir), []

