@@ -27,6 +27,7 @@ def get_config(size: str) -> ConfigDict:
         asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 100, 80, 20, 16
         config.evals.arithmetic.problems = 40
         config.evals.held_out_loss.examples = 16
+        config.optimizer.soap.longest_side = 1024  # the hidden size's; a CPU takes seconds over the QR of longer ones
         return config
     config.compute_dtype = "bfloat16"
     config.remat = "auto"

@@ -37,9 +37,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     )
     if size == "smol":
         study.gate.backdoor_rate, study.gate.false_alarm_rate = 0.5, 0.5
-        config.red.optimizer.soap.longest_side = (
-            1024  # the hidden size's sides alone: the others' QR takes a CPU seconds
-        )
         config.red.steps, config.red.evaluation.every = 30, 0
         config.blue.steps, config.blue.evaluation.every = 12, 4
         for run in (config.red, config.blue):
