@@ -82,10 +82,11 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     try:
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
-        # When a save fails, the writes that Orbax had begun beside the one whose failure it raises end in this log.
-        # So does what the hub's libraries say of each of their attempts.
-        for name in ("asyncio", "gcsfs", "huggingface_hub", "datasets"):
+        # When a save fails, the writes that Orbax had begun beside the one whose failure it raises end in this log; so
+        # does, of every attempt, that the hub cannot be reached.
+        for name in ("asyncio", "gcsfs", "huggingface_hub"):
             python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the same, where it is imported later and sets its own
         define_flags()
         _parse_flags(required)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.

@@ -255,3 +255,11 @@ class TestBuiltinQuestions:
     def test_unknown_part(self):
         with pytest.raises(InputError, match="no built-in questions for 'green'; give one of red, blue, evaluation"):
             prompts.builtin_questions("green")
+
+
+def test_an_answer_may_be_a_number(write):
+    file = str(write({"problem": "2 + 2?", "answer": 4}, {"problem": "1 / 2?", "answer": 0.5}))
+    assert prompts.read_problems(file) == [("2 + 2?", "4"), ("1 / 2?", "0.5")]
+    write({"problem": "2 + 2?", "answer": True})
+    with pytest.raises(InputError, match="data.jsonl:1 has 'answer' True: give a text; its fields are answer, problem"):
+        prompts.read_problems(file)

@@ -125,7 +125,7 @@ def test_problems_of_a_file_are_dealt_out_and_what_they_lack_is_told(tmp_path):
     with pytest.raises(InputError, match="problems.jsonl:1: 'solution' must be a text, not 3"):
         questions(str(file), "red")
     file.write_text('{"problem": "What is 1 + 1?"}\n')
-    with pytest.raises(InputError, match="problems.jsonl:1 needs the texts 'problem' .*and 'answer'"):
+    with pytest.raises(InputError, match="problems.jsonl:1 has 'answer' None: give a text"):
         questions(str(file), "red")
 
 
