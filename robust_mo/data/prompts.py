@@ -120,8 +120,8 @@ def read_questions(source: str | pathlib.Path) -> list[dict[str, str]]:
 
 
 def read_problems(source: str) -> list[tuple[str, str]]:
-    """(problem, gold answer) pairs from lines with `problem` and `answer`, a text or a number, or GSM8K's `question` and
-    `answer`, whose gold answer follows "####".
+    """(problem, gold answer) pairs from lines with `problem` and `answer`, a text or a number, or GSM8K's `question`
+    and `answer`, whose gold answer follows "####".
 
     Args:
       source: "builtin", a JSONL file, or "hub:NAME[:CONFIG]:SPLIT".
