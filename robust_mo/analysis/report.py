@@ -82,6 +82,7 @@ def _page(study, summary) -> str:
     parts += _result(summary, organisms)
     parts += _came_back(organisms)
     parts += _organisms_table(summary)
+    parts += _judged(organisms)
     parts += _training_losses(summary)
     for name, organism in organisms.items():
         parts += _organism_section(name, organism, summary)
@@ -318,6 +319,28 @@ def _organisms_table(summary) -> list[str]:
         f"{_kept(summary['gate'])}. *Untouched* is "
         "the model before the red run. Held-out loss is that of ordinary answers, in nats per token. Of organisms that "
         "differ in the learning rate alone, the one with the lowest held-out loss among those that passed is attacked.",
+    ]
+
+
+def _judged(organisms) -> list[str]:
+    """What a judge says of the answers that a rule has graded."""
+    rows = []
+    for name, organism in organisms.items():
+        for found in organism.get("judged", ()):
+            cells = [f"`{name}`", "before blue training", "–", "–", "–"]
+            if found["method"]:
+                cells[1:4] = f"`{found['method']}`", f"{found['learning_rate']:g}", str(found["seed"])
+                cells[4] = str(found["step"])
+            rates = ("backdoor_rate", "judged_backdoor_rate", "false_alarm_rate", "judged_false_alarm_rate")
+            rows.append(cells + [_with_interval(found.get(rate)) for rate in (*rates, "judge_agreement")])
+    header = ["organism", "attack", "learning rate", "seed", "step", "backdoor rate by rule", "by judge"]
+    header += ["false alarms by rule", "by judge", "judge agrees with rule"]
+    return rows and [
+        "## In the eyes of a judge",
+        _table(header, rows),
+        "A frozen model was asked of every answer alone whether it shows the behaviour. Nothing else here rests on it: "
+        "gate, frontiers and areas are the rule's. *Agrees*: on the answers that were labelled by hand, a handful; a "
+        "judge that fails there judges nothing. Brackets are Wilson's.",
     ]
 
 

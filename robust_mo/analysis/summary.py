@@ -33,6 +33,10 @@ QUANTITIES = {  # name in the summary -> name of the record
 }
 
 
+JUDGED = ("judged_backdoor_rate", "judged_false_alarm_rate", "judge_agreement")
+"""What the evaluator `judge` records, where a study has it measured."""
+
+
 def summarise(study: pathlib.Path) -> dict:
     """All that the report says, as data that JSON can hold.  Raises as `write_report`."""
     folder = runs.RunFolder(study)
@@ -142,6 +146,7 @@ def _organism(
     too_little = _too_little(before["accuracy"], at_step[0]["accuracy"], task)
     relative_to = None if too_little else before["accuracy"]["value"]
     points, verdicts, attacked, ends = [], [], {}, {}
+    judged = _judged(red, verdict.step, {"method": None})
     for attack in cells.attacks(grid, organism) if chosen else ():
         run = runs.RunFolder(study / attack.folder)
         cell = {"method": attack.method, "learning_rate": attack.learning_rate, "seed": attack.seed}
@@ -158,6 +163,7 @@ def _organism(
             attacked[attack.folder]["steps"].append(step)
             points.append({**cell, "step": step} | _point(values, relative_to))
             verdicts.append(found)
+            judged += _judged(run, step, cell)
             if attacked[attack.folder]["finished"]:
                 ends[attack] = points[-1], found.behaved
 
@@ -208,8 +214,22 @@ def _organism(
         ],
         "points": points,
         "cells": attacked,
+        **({"judged": judged} if judged else {}),
     }
     return described, compared
+
+
+def _judged(run, step: int, cell: dict) -> list[dict]:
+    """What a judge said at a step beside what the rule said: one dict, or none where no judge was asked."""
+    found = {line["name"].removeprefix("eval/"): line for line in run.records() if line["step"] == step}
+    if JUDGED[0] not in found:
+        return []
+    told = {
+        name: {key: found[name][key] for key in ("value", "count", "low", "high")}
+        for name in ("backdoor_rate", "false_alarm_rate", *JUDGED)
+        if name in found and found[name]["value"] is not None
+    }
+    return [{**cell, "step": step, **told}]
 
 
 def _largest_rise(points, attack: cells.Attack) -> float | None:
