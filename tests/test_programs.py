@@ -54,10 +54,10 @@ def train(model, workdir, *arguments, config="red_full.py:smol", **settings):
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: "), line
     for word in words:
-        assert word in last, last
+        assert word in line, line
 
 
 def prompts_file(folder: pathlib.Path, *texts: str) -> pathlib.Path:

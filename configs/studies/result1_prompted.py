@@ -36,5 +36,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     study.orderings = (
         ("dynamic, pirate_sft", "dynamic, pirate_removal"),
         ("dynamic, pirate_sft", "static, pirate_sft"),
+        ("dynamic, pirate_removal", "static, pirate_sft"),
     )
     return config

@@ -35,5 +35,5 @@ def get_config(size: str = "8b") -> ConfigDict:
         (f"{smaller}, {method}", f"{larger}, {method}")
         for method in PUBLISHED
         for smaller, larger in (("fwft", "merged"), ("merged", "continued"))
-    )
+    ) + tuple((f"{name}, qa_sft", f"{name}, pirate_sft") for name in study.arms)
     return config
