@@ -124,6 +124,7 @@ def alone(tiny, tmp_path_factory) -> RunFolder:
 
 
 READING = """
+import dataclasses
 import sys
 from pathlib import Path
 from robust_mo import hosts
@@ -141,7 +142,11 @@ class Counted:
     def __getattr__(self, name): return getattr(self.tensor, name)
 
 placed = hugging_face._placed
-hugging_face._placed = lambda tensors, *rest, **more: placed([Counted(tensor) for tensor in tensors], *rest, **more)
+
+def counting(stored, target):
+    return placed(dataclasses.replace(stored, tensors=list(map(Counted, stored.tensors))), target)
+
+hugging_face._placed = counting
 model = hugging_face.build(hugging_face.read_config(Path(folder)), None, *["float32"] * 2, "none")
 hugging_face.load_params(Path(folder), model, meshes.make_mesh(1, -1, 1))
 Path(output + number).write_text(str(Counted.bytes))
