@@ -99,7 +99,7 @@ def load_frozen(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str) -
 
 
 @contextlib.contextmanager
-def opened(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None):
+def opened(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None):
     """`load_model` for who wants all parameters once, one after another, within the block: they stay in their files,
     and an index into a leaf reads a layer of it, with adapters merged into it.  That a checkpoint is damaged may be
     told at the block's end."""

@@ -366,6 +366,7 @@ def make_schedule(name: str, *, warmup: float, descent: float, steps: int) -> op
         raise InputError(f"config.schedule.name is {name!r}: choose from {', '.join(sorted(SCHEDULES))}")
     if not 0 <= warmup < 1:
         raise InputError(f"config.schedule.warmup is {warmup}: give a share of the run, at least 0 and below 1")
-    if not 0 < descent <= (1 - warmup if name == "warmup_stable_decay" else 1):
-        raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most 1 - warmup")
+    most = 1 - warmup if name == "warmup_stable_decay" else 1
+    if not 0 < descent <= most:
+        raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most {most:g}")
     return SCHEDULES[name](round(warmup * steps), steps, max(1, round(descent * steps)))

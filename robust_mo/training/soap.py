@@ -150,7 +150,8 @@ def soap(
         longest = max((lengths[side] for side in sides), default=0)
         if on_tpu and first_basis == "eigh" and longest > _LONGEST_EIGH_ON_TPU:
             raise InputError(
-                f"soap: first_basis is 'eigh', of sides of {longest}, which a TPU's compiler does not finish; give 'qr'"
+                f"soap: first_basis is 'eigh', of sides of {longest}, over which a TPU's compiler takes too "
+                "long; give 'qr'"
             )
         return sides
 
