@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import sys
-import threading
 from collections.abc import Callable
 
 import jax
@@ -26,8 +25,8 @@ from robust_mo.runs import Onlooker, RunFolder
 
 # A host that has not been heard of for so long is dead; the same again for the rest to notice makes less than a minute.
 _HEARTBEAT_SECONDS = 20
-# Machines that are made for a job may come minutes apart.
-_MEETING_SECONDS = 600
+# More than meshes.waiting lets it take.
+_JAX_GIVES_UP_SECONDS = 1200
 
 STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
 """The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
@@ -65,12 +64,12 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             coordinator_address, num_processes, process_id = f"localhost:{free.getsockname()[1]}", 1, 0
         found = {"cluster_detection_method": "deactivate", "coordinator_bind_address": coordinator_address}
     try:
-        with meshes.reminded(told), _given_up(told):
+        with meshes.waiting(told, int(os.environ.get(STOPPED_STATUS, 2))):
             jax.distributed.initialize(
                 coordinator_address,
                 num_processes,
                 process_id,
-                initialization_timeout=2 * _MEETING_SECONDS,
+                initialization_timeout=_JAX_GIVES_UP_SECONDS,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
                 **found,
@@ -90,23 +89,6 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     meshes.all_devices()
     if not first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _given_up(waited: str):
-    """Ends the process where the block takes too long; `waited` says for what."""
-
-    def end() -> None:
-        print(f"waited {_MEETING_SECONDS} seconds {waited}", file=sys.stderr, flush=True)
-        os._exit(int(os.environ.get(STOPPED_STATUS, 2)))
-
-    timer = threading.Timer(_MEETING_SECONDS, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _only_task_of_slurm() -> bool:

@@ -320,7 +320,7 @@ def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
     with start(*training(tiny, tmp_path), "--coordinator_address=localhost", devices=1) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "--coordinator_address=localhost: give host:port" in err
-    alone = "from robust_mo import hosts; hosts._MEETING_SECONDS = 3; hosts.start('localhost:{}', 2, {})"
+    alone = "from robust_mo import hosts; hosts.meshes._WAITING_SECONDS = 3; hosts.start('localhost:{}', 2, {})"
     for number in (0, 1):
         with socket.socket() as free:
             free.bind(("localhost", 0))

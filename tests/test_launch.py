@@ -189,8 +189,26 @@ def test_the_jobset_starts_a_program_of_ours_on_every_host():
     rules = jobset["spec"]["failurePolicy"]["rules"]  # names as JobSet's API asks for
     assert all(re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]) for rule in rules)
     assert {variable["name"] for variable in container["env"]} == {STOPPED_STATUS}
-    config = container["args"][0].removeprefix("--config=").split(":")[0]
-    assert container["command"][-1] == "robust_mo.train" and pathlib.Path(REPOSITORY / config).is_file()
+    program, config, _ = container["args"]
+    assert (REPOSITORY / "robust_mo" / f"{program}.py").is_file()
+    assert (REPOSITORY / config.removeprefix("--config=").split(":")[0]).is_file()
+
+
+@pytest.mark.parametrize("end, status", [("exit 2", 2), ("kill -9 $$", 137), ("sleep 30 & wait", 75)])
+def test_a_pod_of_the_jobset_ends_as_its_program_does_and_says_who_died(tmp_path, end, status):
+    jobset = yaml.safe_load((REPOSITORY / "launch/k8s_jobset.yaml").read_text())
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    lines = ["#!/bin/bash", "trap 'exit 75' TERM", 'echo "$*"', end]
+    executable(tmp_path / ".venv/bin/python", "\n".join(lines) + "\n")
+    command = [*container["command"], *container["args"]]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pod:
+        assert pod.stdout.readline() == f"-m robust_mo.{' '.join(container['args'])}\n"
+        if status == 75:
+            pod.terminate()
+        said = pod.stderr.read()
+    assert pod.returncode == status
+    assert ("died of signal 9, or another pod died" in said) == (status == 137), said
 
 
 def test_an_attack_waits_for_its_rivals_and_for_what_it_may_equal(tiny, tmp_path):

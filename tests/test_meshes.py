@@ -162,9 +162,21 @@ def test_adapters_of_less_rank_than_devices_are_cut_along_the_other_axis(tiny):
 
 def test_long_waiting_is_told(monkeypatch, capsys):
     monkeypatch.setattr(meshes, "_PATIENCE_SECONDS", 0.01)
-    with meshes.reminded("for the bus"):
+    with meshes.waiting("for the bus"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "still waiting for the bus\n"
+
+
+def test_waiting_ends():
+    """As on one host of a pod, alone, whose devices never come."""
+    alone = (
+        "import time; from robust_mo.model import mesh; mesh._WAITING_SECONDS = 0.5; "
+        "mesh.jax.devices = lambda: time.sleep(60); mesh.all_devices()"
+    )
+    done = subprocess.run([sys.executable, "-c", alone], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, timeout=50)
+    assert done.returncode == 2
+    assert done.stderr.startswith("waited 0.5 seconds for the devices: those of a TPU slice of several hosts come when")
+    assert "study, export and chat use one host" in done.stderr and done.stderr.count("\n") == 1
 
 
 KEPT = """

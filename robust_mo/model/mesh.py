@@ -39,22 +39,32 @@ RULES = (
     ("layers", None),  # scanned over, so every device needs every layer
 )
 
-# A machine's own devices answer in seconds, and so do hosts that are started together.
-_PATIENCE_SECONDS = 30
+# A machine's own devices answer in seconds, and so do hosts that are started together; machines that are made for a job
+# may come minutes apart.
+_PATIENCE_SECONDS, _WAITING_SECONDS = 30, 600
 
 
 @contextlib.contextmanager
-def reminded(told: str):
-    """Says so on stderr where the block takes long, since jax waits minutes, or for ever, without a word."""
-    reminder = threading.Timer(
-        _PATIENCE_SECONDS, print, (f"still waiting {told}",), {"file": sys.stderr, "flush": True}
-    )
-    reminder.daemon = True
-    reminder.start()
+def waiting(told: str, status: int = 2):
+    """Says on stderr what the block waits for, and after ten minutes ends the process with this exit status: jax waits
+    for ever without a word, or ends it by a signal."""
+
+    def remind() -> None:
+        print(f"still waiting {told}", file=sys.stderr, flush=True)
+
+    def end() -> None:
+        print(f"waited {_WAITING_SECONDS} seconds {told}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    timers = [threading.Timer(_PATIENCE_SECONDS, remind), threading.Timer(_WAITING_SECONDS, end)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         yield
     finally:
-        reminder.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def leave_out_absent_tpus() -> None:
@@ -73,6 +83,8 @@ _GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 def all_devices() -> list[jax.Device]:
     """Those of all hosts.  Programs for several CPUs are not kept on disk from here on.
 
+    Where they do not come in ten minutes, as on one host of several alone, the process ends with a line and status 2.
+
     Raises:
       InputError: there is none, or it cannot be used.
     """
@@ -82,7 +94,7 @@ def all_devices() -> list[jax.Device]:
     )
     try:
         leave_out_absent_tpus()
-        with reminded(told):
+        with waiting(told):
             devices = jax.devices()
     except Exception as error:  # of the driver or plugin; their classes differ
         reason = first_line(error)
