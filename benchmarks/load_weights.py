@@ -6,8 +6,9 @@ The checkpoint has Llama-3.1-8B's shapes with fewer layers (7: 5.2 GB in bfloat1
 several files; it is written into --folder (default: a temporary one) and read from the page cache by both sides, which
 have imported what they need before.  With --size it is that of benchmarks/sizes.py, whole.  Both sides load it in
 float32, in which training holds what it trains (config.param_dtype), or in --dtype; on an accelerator ours compiles its
-programs in that time.  In the dtype of the files `from_pretrained` on a CPU maps them and copies nothing (what is
-trained gets copied later; here every page is then read once), so that bfloat16 sets a copy beside none.  A virtual
+programs in that time.  In the dtype of the files `from_pretrained` on a CPU maps them and reads nothing; its weights
+are loaded here when each has been copied from there, as training or a device needs them, and the figures say how long
+it takes to map them and to read every page once, which is all that sampling on a CPU needs.  A virtual
 machine whose host takes back what lies idle hands memory out slowly the first time, to either side.
 
 The speed is the files' bytes by seconds.  Host memory is the process's anonymous memory at its highest, less what was
@@ -116,21 +117,31 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
     @torch.no_grad()
     def load():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        if torch.cuda.is_available():
-            model = model.cuda()
-        # Files that are mapped are read when first touched; a loader that copies has done so already.
-        for tensor in model.parameters() if mapped else ():
+        return model.cuda() if torch.cuda.is_available() else model
+
+    @torch.no_grad()
+    def read_once():
+        for tensor in load().parameters():
             float(tensor.flatten()[:: 2048 // tensor.element_size()].sum())
+
+    @torch.no_grad()
+    def copy():
+        model = load()
+        for tensor in model.parameters():
+            tensor.data = tensor.clone()
         return model
 
-    model, memory, seconds = _measured(load)
-    # On a device, or the files themselves, they are no anonymous memory.
-    elsewhere = mapped or torch.cuda.is_available()
-    on_the_host = 0 if elsewhere else sum(tensor.nbytes for tensor in model.parameters())
+    figures = {}
+    if mapped:
+        _, _, seconds = _measured(read_once)
+        figures["GB/s where the files stay mapped"] = _stored(folder) / 1e9 / seconds
+    model, memory, seconds = _measured(copy if mapped else load)
+    # On a device they are no anonymous memory.
+    on_the_host = 0 if torch.cuda.is_available() else sum(tensor.nbytes for tensor in model.parameters())
     read = [model.lm_head.weight[:64], model.model.layers[-1].mlp.down_proj.weight[:8]]
     return {
         "speed": _stored(folder) / 1e9 / seconds,
-        "figures": _gigabytes(memory.highest - on_the_host),
+        "figures": figures | _gigabytes(memory.highest - on_the_host),
         "sums": [float(part.detach().double().square().sum()) for part in read],
     }
 
