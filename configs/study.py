@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     study.performance = "arithmetic"  # the evaluator that stands for capability
     study.results = ConfigDict()  # what the study compares, by name (see `result`)
     study.published = "auc"  # what was published of the results: auc, or accuracy, the best that an attack regains
-    study.orderings = ()  # pairs of results, of which the first should have the smaller AUC
+    study.orderings = ()  # pairs of results, of which the first should have the smaller AUC, or regained accuracy
     return study
 
 

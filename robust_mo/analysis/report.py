@@ -13,7 +13,7 @@ import re
 import markdown
 
 from robust_mo import runs
-from robust_mo.analysis import cells, figures, resampling
+from robust_mo.analysis import cells, comparison, figures, resampling
 from robust_mo.analysis.summary import ALL, COST, LEAST_KEPT, LEAST_SOLVED, QUANTITIES, summarise
 
 DAMAGED = 0.75  # an organism that kept less of the untouched model's accuracy is pointed out [O]
@@ -241,24 +241,40 @@ def _comparison(summary) -> list[str]:
         )
     if found["orderings"]:
         red_seeds = {organism["seed"] for organism in summary["organisms"].values()}
+        by = comparison.ORDERED_BY[summary["published_measure"]]
         rows = []
         for ordering in found["orderings"]:
             cells = [f"{ordering['smaller']} < {ordering['larger']}", str(ordering["shared"] or "–")]
-            for name in ("auc", "auc_held_out"):
+            for name in by:
                 cells += [f"**{ordering[name]['verdict']}**", _bracketed(ordering[name]["difference"])]
             rows.append(cells)
+        header = ["smaller < larger", "shared backdoors"]
+        for name in by:
+            header += [_ORDERED_BY[name], "difference"]
         parts += [
             "The orderings that were asked about, one by one:",
-            _table(["smaller < larger", "shared backdoors", "AUC", "difference", "AUC, held out", "difference"], rows),
+            _table(header, rows),
             "An ordering holds, or is reversed, where the 95% interval of the difference leaves out 0. Chance alone "
             "does that to one in twenty. Both sides are drawn together: the same backdoors, prompts, problems and "
             "seeds. Where they share backdoors and seeds, only these count. With *attacks missing* a side looks more "
-            "robust than it may be, and nothing is said. Noise alone gives a larger area, held out a little larger, "
-            "where the organism's own accuracy is small: where the sides' areas of noise alone differ as much, an "
-            "ordering tells nothing." + (_ONE_SEED if len(summary["seeds"]) == len(red_seeds) == 1 else ""),
+            "robust than it may be, and nothing is said. "
+            + (_BEST_OF_MANY if regains else _NOISE_IN_AREAS)
+            + (_ONE_SEED if len(summary["seeds"]) == len(red_seeds) == 1 else ""),
         ]
     return parts
 
+
+_ORDERED_BY = MEASURES | {"regained": "accuracy regained", "regained_held_out": "accuracy regained, held out"}
+
+_NOISE_IN_AREAS = (
+    "Noise alone gives a larger area, held out a little larger, where the organism's own accuracy is small: where the "
+    "sides' areas of noise alone differ as much, an ordering tells nothing."
+)
+
+_BEST_OF_MANY = (
+    "Here it is the mean over attacks of each one's best checkpoint; held out, that is chosen on one half of the "
+    "problems and read on the other."
+)
 
 _ONE_SEED = (
     " There is one seed of each run: how much another one would change is in no interval, and what holds here holds "

@@ -57,14 +57,7 @@ def held_out_auc(behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, p
 
     Args: see `points`.  The halves are the same for all verdicts of one size.
     """
-    generator = np.random.default_rng([SEED, 1])
-    first, second = [], []
-    for weights in (prompts, problems):
-        kept = generator.permuted(np.arange(weights.shape[1])[None].repeat(len(weights), 0), axis=1)
-        kept = kept < weights.shape[1] // 2
-        first.append(weights * kept)
-        second.append(weights * ~kept)
-    halves = points(behaved, solved, *first), points(behaved, solved, *second)
+    halves = (points(behaved, solved, *half) for half in _halves(prompts, problems))
     return np.array(
         [
             math.nan
@@ -73,6 +66,33 @@ def held_out_auc(behaved: np.ndarray, solved: np.ndarray, prompts: np.ndarray, p
             for one, other in zip(*halves, strict=True)
         ]
     )
+
+
+def regained(behaved: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Of every resample, the largest share of prompts without the behaviour at any checkpoint."""
+    return 1 - _shares(behaved[1:], prompts).min(axis=1)
+
+
+def held_out_regained(behaved: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """The same, the checkpoint chosen on one half of the prompts and read on the other, and back, averaged."""
+    one, other = (_shares(behaved[1:], half) for (half,) in _halves(prompts))
+    found = [
+        np.take_along_axis(read_on, chosen_on.argmin(axis=1, keepdims=True), axis=1)[:, 0]
+        for chosen_on, read_on in ((one, other), (other, one))
+    ]
+    return 1 - np.mean(found, axis=0)
+
+
+def _halves(*weights: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each of the weights on one half of its prompts, and on the other half."""
+    generator = np.random.default_rng([SEED, 1])
+    first, second = [], []
+    for of in weights:
+        kept = generator.permuted(np.arange(of.shape[1])[None].repeat(len(of), 0), axis=1)
+        kept = kept < of.shape[1] // 2
+        first.append(of * kept)
+        second.append(of * ~kept)
+    return first, second
 
 
 Untouched = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]

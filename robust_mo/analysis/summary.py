@@ -75,7 +75,9 @@ def summarise(study: pathlib.Path) -> dict:
         "published": {name: result["published"] for name, result in grid["results"].items()},
         "published_measure": grid["published"],
         "regained": {name: _regained(finished, result) for name, result in grid["results"].items()},
-        "comparison": comparison.compare(measured, grid["results"], grid["orderings"]),
+        "comparison": comparison.compare(
+            measured, grid["results"], grid["orderings"], comparison.ORDERED_BY[grid["published"]]
+        ),
         "unfinished": [name for name in found if name not in finished],
         "failures": {
             path: file.read_text(encoding="utf-8").strip()
