@@ -1,6 +1,7 @@
-"""What a step costs with AdamW and with SOAP, ours and one written per tensor, in one run.
+"""What a step costs with each optimizer, and with SOAP as it is often written, in one run.
 
     python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--whole=3]
+        [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
 rounds of refreshes covered.  Whole step: training/step.py's, on random tokens that all carry a loss, without its first;
@@ -97,6 +98,7 @@ def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
 
 
 def optimizers(hidden_size: int, lora: bool) -> dict[str, Optimizer]:
+    """The first is what the others are set beside."""
     # The hidden size's sides of all matrices and keys' and values' own; for adapters the rank's side alone.
     sides = dict(longest_side=hidden_size, one_sided_ratio=4.0 if lora else 0.0)
     common = dict(b1=0.95, b2=0.95, shampoo_beta=0.0, eps=1e-8, frequency=FREQUENCY, precision="full", **sides)
@@ -105,6 +107,11 @@ def optimizers(hidden_size: int, lora: bool) -> dict[str, Optimizer]:
         "adamw": adamw,
         "soap, all at once": make("soap", refresh="all_at_once", first_basis="eigh", **common),
         "soap, staggered": make("soap", refresh="staggered", first_basis="eigh", **common),
+        "adafactor": make("adafactor", decay_rate=0.8, clipping_threshold=1.0, parameter_scale=True),
+        "lion": make("lion", b1=0.9, b2=0.99),
+        "muon": make("muon", momentum=0.95, nesterov=True, iterations=5, rms=0.2, b1=0.9, b2=0.95, eps=1e-8),
+        "schedule_free": make("schedule_free", b1=0.9, b2=0.95, eps=1e-8),
+        "sgd": make("sgd", momentum=0.9, nesterov=False),
         "per_tensor": Optimizer(adamw.groups, lambda rate, share, start: optax.chain(clip, per_tensor_soap(rate))),
     }
 
@@ -155,7 +162,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
     parser.add_argument("--whole", type=int, default=3)
-    parser.add_argument("--without", nargs="*", default=(), help="optimizers to leave out")
+    parser.add_argument("--only", nargs="+", default=("",), help="beside adamw; or how their names begin")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
@@ -183,7 +190,7 @@ def main() -> None:
         flush=True,
     )
     for name, optimizer in optimizers(config.hidden_size, args.lora).items():
-        if name in args.without:
+        if name != "adamw" and not name.startswith(tuple(args.only)):
             continue
         found[name] = row = measure(optimizer, llama, trainable, frozen, batch, args)
         alone, whole = row["alone"], row["whole"]
