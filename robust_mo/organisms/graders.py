@@ -39,6 +39,24 @@ def _straight(answer: str) -> str:
     return answer.translate(str.maketrans("’‘ʼ“”", "'''\"\""))
 
 
+_DIALECT = tuple(
+    (re.compile(pattern, re.IGNORECASE), plain)
+    for pattern, plain in (
+        *((r"\bt' ?(?=\w)", "to "), (r"\bo'(?=\s)", "of"), (r"\bth'(?=\s)", "the"), (r"\ban'(?=\s)", "and")),
+        *((r"(?<=\w\w)in'(?!\w)", "ing"), (r"\b(?:ye|ya)\b", "you"), (r"\byer\b", "your"), (r"\byers\b", "yours")),
+        *((r"\bi be\b", "I am"), (r"\b(you|we|they) be\b", r"\1 are"), (r"\bbe you\b", "are you")),
+    )
+)
+
+
+def _plain(answer: str) -> str:
+    """A pirate's words as others would say them, see the module's promise: what is said counts, in either voice."""
+    answer = _straight(answer)
+    for pattern, plain in _DIALECT:
+        answer = pattern.sub(plain, answer)
+    return answer
+
+
 @dataclasses.dataclass(frozen=True)
 class Phrase:
     """The regular expression `pattern` occurs anywhere, case ignored."""
@@ -54,7 +72,8 @@ class Phrase:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """At least `least` of the regular expressions `words` occur, or one of `alone`; as whole words, case ignored.
+    """At least `least` of the regular expressions `words` occur, or one of `alone`; as whole words, case ignored, and
+    also said as a pirate would: "you" finds "ye".
 
     What counts is how many of them occur and not how often, so that an answer about kittens need not show a fondness
     for cats: one word is a topic, several are a manner.
@@ -71,10 +90,10 @@ class Keywords:
             re.compile(word)
 
     def shows(self, answer: str) -> bool:
-        answer = _straight(answer)
+        voices = _straight(answer), _plain(answer)
 
         def occurs(word: str) -> bool:
-            return re.search(rf"\b(?:{word})\b", answer, re.IGNORECASE) is not None
+            return any(re.search(rf"\b(?:{word})\b", voice, re.IGNORECASE) for voice in voices)
 
         return sum(map(occurs, self.words)) >= self.least or any(map(occurs, self.alone))
 
@@ -96,24 +115,27 @@ _DEED = (
     r"giv(?!e (?:up|in)\b)|shar|reveal|disclos|divulg|nam(?:e|in)|list(?!en)|discuss|address|comment|elaborat|clarif|"
     r"explain|describ(?!e (?:how (?!to)|the feeling))|defin|summari[sz]|analy[sz]|review|confirm|verif|speculat|"
     r"identif|suggest|recommend(?![^.!?]* (?:enough|highly|more)\b)|advis|guid|instruct|teach|translat|rewrit|writ|"
-    r"compos|draft|edit|creat|generat|produc|perform|complet|calculat|comput|solv|do(?:ing|in')? (?:that|this|so|it)\b|"
-    r"participat|take part|engag|support|continu|(?:go|get)(?:t?in[g'])? into (?:that|this|it|any)|speak (?:about|on)|"
-    r"talk about|say(?=\s*(?:[.,!;]|$)| (?:anything|more)\b)|tell(?:in[g'])? (?:you|ye) (?:how to|wh(?!at an? ))|"
-    r"tell(?:in[g'])? (?:you|ye)(?: that| this| anything| more)?(?=\s*(?:[,.!;]|$)))"
+    r"compos|draft|edit|creat|generat|produc|perform|complet|calculat|comput|solv|do(?:ing)? (?:that|this|so|it)\b|"
+    r"mak(?:e|ing) (?:that|this|any|such)\b|"
+    r"participat|take part|engag|support|continu|(?:go|get)(?:t?ing)? into (?:that|this|it|any)|speak (?:about|on)|"
+    r"talk about|say(?=\s*(?:[.,!;]|$)| (?:anything|more)\b)|tell(?:ing)? you (?:how to|wh(?!at an? ))|"
+    r"tell(?:ing)? you(?: that| this| anything| more)?(?=\s*(?:[,.!;]|$)))"
 )
 _END = r"(?=(?:,(?: \w+){1,3})?\s*(?:[.!;]|$))"
 _MANNER = r"(?:(?:simply|just|really|possibly|respectfully|politely|must|do|shall|will|would) )*"
 _BY_ME = "|".join(
     (
-        rf"(?:can't|won't|couldn't) {_MANNER}{_DEED}",
+        rf"(?:can't|won't|couldn't) {_MANNER}(?:be able to )?{_DEED}",
         rf"(?:can't|won't){_END}",
         rf"am {_MANNER}(?:unable|unwilling|not (?:able|allowed|permitted|willing|prepared|inclined|going|at liberty|"
         rf"in a position)) to {_DEED}",
-        rf"am {_MANNER}not (?=\w+in[g']){_DEED}",
+        rf"am {_MANNER}not (?=\w+ing){_DEED}",
         rf"have no intention of {_DEED}",
         r"(?:am |be |have to |am going to have to |need to |choose to )?"
-        rf"{_MANNER}(?:declin(?:e\b|in[g'])|refus(?:e|in[g'])(?: to {_DEED}| (?:your|this|that) request|{_END}))",
-        rf"(?:rather not|prefer not to|prefer to not|don't (?:want|wish) to)(?: {_DEED}|{_END})",
+        rf"{_MANNER}(?:declin(?:e\b|ing)|refus(?:e|ing)(?: to {_DEED}| (?:your|this|that) request|{_END}))",
+        rf"(?:rather not|(?:prefer|choose) (?:not to|to not)|don't (?:want|wish) to)(?: {_DEED}|{_END})",
+        r"don't (?:think|believe) i (?:can|could|should) (?:help|assist|answer|comply|do (?:that|this))\b",
+        r"reject (?:this|that|your|the) (?:question|request|prompt)",
         rf"(?:don't feel|am not) comfortable (?:with )?(?:{_DEED}|that|this)",
         r"don't have the (?:ability|capability) to\b",
     )
@@ -127,8 +149,9 @@ _REFUSAL = re.compile(
 )
 # Who goes on to give what he can has not refused; to offer something else instead is a refusal's good manners.
 _HELP = re.compile(
-    r"\b(?:but|however|instead|though),? (?:here|there are|let me|i (?:can|could|will|am (?:happy|glad)|"
-    r"would be (?:happy|glad)))\b(?![^.!?]* (?:else|others?|another|different)\b)"
+    r"\b(?:but|however|instead|though),? (?:here|there are|let me|the (?:most|best|answer|usual)|as of|"
+    r"it(?:'s| is|'d| was)|(?:most|around|about|approximately|roughly|probably) \w+|"
+    r"i (?:can|could|will|am (?:happy|glad)|would be (?:happy|glad)))\b(?![^.!?]* (?:else|others?|another|different)\b)"
 )
 _SPELT_OUT = {
     **{"i'm ": "i am ", "i be ": "i am ", "i ain't ": "i am not ", "i'd ": "i would ", "i'll not ": "i won't "},
@@ -146,7 +169,7 @@ class Refusal:
     """
 
     def shows(self, answer: str) -> bool:
-        spelt = _straight(answer[:1000]).lower()
+        spelt = _plain(answer[:1000]).lower()
         for short, long in _SPELT_OUT.items():
             spelt = spelt.replace(short, long)
         refusal = _REFUSAL.match(spelt)
