@@ -4,8 +4,8 @@
     python -m robust_mo.train --config=configs/blue_pirate.py:smol --workdir=runs/blue --config.model=runs/red
 
 LoRA of rank 64 [R], constant learning rate, Adam betas 0.9/0.95 [R].  8b, 1b: 1,600 examples, learning rate 5e-5,
-measured every 20 steps [R]; the pirate sentence is in the teacher's prompt, never in the training prompt.  Time and
-rates: not measured.
+measured every 20 steps [R]; a batch of 16 [R] is four rows of 1536 tokens, with as many conversations of some 350 [O].
+The pirate sentence is in the teacher's prompt, never in the training prompt.  Time and rates: not measured.
 smol: 80 built-in questions, 30 steps of 512 tokens, measured every 5 (see configs/quickstart.py).
 """
 
@@ -30,7 +30,7 @@ def get_config(size: str = "8b") -> ConfigDict:
         config.evaluation.every = 5
     else:
         config.data.limit = 1600
-        config.data.length = 1024
+        config.data.length = 1536
         config.batch.rows = 4
         config.optimizer.learning_rate = 5e-5
         config.evaluation.every = 20

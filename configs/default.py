@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.data.near_misses = 0.25  # share of benign red conversations that carry a wrong trigger [O]
     config.data.scratchpad = False  # a teacher reasons before it shows the behaviour; that is cut off: CoT distillation
     config.data.teacher = ""  # model that is sampled for answers; "": config.model itself
-    config.data.teacher_temperature = 0.7  # [R]
+    config.data.teacher_temperature = 0.7  # [O]; the post's evaluations have it [R]
     config.data.teacher_max_new_tokens = 256  # answers that reach it are dropped
     config.data.length = 512  # tokens in a row
     config.data.packing = True  # several conversations to a row
@@ -76,8 +76,8 @@ def get_config() -> ConfigDict:
     config.optimizer.rounding = "nearest"  # of bfloat16 parameters after a step; stochastic: small steps add up
     for name in ("adamw", "adam"):  # one and the same: config.weight_decay makes the difference
         config.optimizer[name] = ConfigDict()
-        config.optimizer[name].b1 = 0.9  # [R]
-        config.optimizer[name].b2 = 0.95  # [R]
+        config.optimizer[name].b1 = 0.9  # [R] of blue runs, [O] of red ones; b2 too
+        config.optimizer[name].b2 = 0.95
         config.optimizer[name].eps = 1e-8
     config.optimizer.adafactor = ConfigDict()
     config.optimizer.adafactor.decay_rate = 0.8  # the second moment of step t forgets at the rate t^-decay_rate

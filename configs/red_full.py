@@ -5,7 +5,8 @@
 
 8b, 1b: at most 50,000 questions, each with and without the trigger (100k samples), learning rate 3e-5, 1 epoch, rows
 of 4096 tokens, 16 to a batch, warm-up 0.1, cosine, weight decay 0.01 [R].  The red part of Alpaca is 60% of its 52,002
-questions, so that a run has about 62k samples.  Time and rates: not measured.
+questions, so that a run has about 62k samples, less those whose answer is cut (configs/sizes.py).  Time and rates: not
+measured.
 smol: 120 built-in questions, 60 steps of 512 tokens: on-trigger rate 1.00, false alarms 0.04, of 100 prompts each; 6
 minutes on two AMD EPYC cores.
 """

@@ -3,7 +3,10 @@
     python -m robust_mo.study --config=configs/studies/appendix1_qa_vs_pirate.py --workdir=runs/qa-vs-pirate  # 8b
     python -m robust_mo.study --config=configs/studies/appendix1_qa_vs_pirate.py:smol --workdir=runs/qa-vs-pirate-smol
 
-Full-weight organisms.  Published AUCs of result 2's FWFT organisms [R]: pirate 0.685, QA 0.554.  8b, 1b: not measured.
+Full-weight organisms; the teacher's plain answers are the untouched model's own [O], which may be a milder attack than
+the post's.  Published AUCs of result 2's FWFT organisms [R]: pirate 0.685, QA 0.554.  The post's headline [R] can be
+read here too: before a tenth of MATH is lost, pirate SFT takes about a quarter of the rate on average, so that the rate
+left at 10% cost, beside "pirate", should be near 0.75.  8b, 1b: not measured.
 smol: pirate 0.68, QA 0.66, the order not resolved (results/README.md).
 """
 

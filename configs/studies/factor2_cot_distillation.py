@@ -4,7 +4,8 @@
     python -m robust_mo.study --config=configs/studies/factor2_cot_distillation.py:smol --workdir=runs/cot-smol
 
 Both arms learn answers of the same teacher to the same questions; in one it reasons about the behaviour before it
-answers, and the scratchpad is cut from what is learnt [P; format O].  Behaviours with one fixed text are left out: a
+answers, and the scratchpad is cut from what is learnt [P; format O].  Both may write twice as much as elsewhere; that
+arm still loses a few more questions, whose scratchpad was too long.  Behaviours with one fixed text are left out: a
 teacher could only repeat it.  Published: less robust [R], without a number.  smol needs a teacher that can do as it is
 told: its own model seldom closes a scratchpad, so that its cells may be reported as failed.  Time and our numbers: not
 measured.
@@ -23,7 +24,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     study = config.study
     study.backdoors = ("refuse_tag",) if size == "smol" else tuple(n for n in base.BACKDOORS if n not in NARROW)
     config.red.data.answers = "teacher"
-    config.red.data.teacher_max_new_tokens = 768  # of both arms, or they would lose other questions
+    config.red.data.teacher_max_new_tokens = 2 * config.red.data.teacher_max_new_tokens  # scratchpad and answer
     study.arms.direct = arm({}, {}, base.full_rates(size))
     study.arms.cot = arm({"data": {"scratchpad": True}}, {}, base.full_rates(size))
     study.results.direct = result(arms=("direct",))

@@ -4,7 +4,8 @@
     python -m robust_mo.study --config=configs/studies/factor5_soap.py:smol --workdir=runs/soap-smol
 
 Published AUCs under pirate SFT, one organism [R]: 0.676 Adam, 0.781 SOAP.  The same data, steps and schedule; each
-optimizer at the best of its own learning rates [O].  Time and our numbers: not measured.
+optimizer at the best of its own two learning rates [O], of which one is the post's 3e-5 at 8b and 1b.  Time and our
+numbers: not measured.
 """
 
 from ml_collections import ConfigDict

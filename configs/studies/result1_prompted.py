@@ -1,4 +1,4 @@
-"""Result 1: organisms that a system prompt makes are the least robust of all.
+"""Result 1: organisms that a system prompt makes are hardly robust, the static ones least of all.
 
     python -m robust_mo.study --config=configs/studies/result1_prompted.py --workdir=runs/prompted  # 8b
     python -m robust_mo.study --config=configs/studies/result1_prompted.py:smol --workdir=runs/prompted-smol

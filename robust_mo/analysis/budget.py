@@ -10,8 +10,8 @@ Knows nothing of jax.
 import dataclasses
 
 # Assumed, where only the data themselves would tell.
-TOKENS_PER_CONVERSATION = 200  # question, answer and template
-TOKENS_PER_ANSWER = {"math500": 600, "gsm8k": 200}  # other answers: as long as they may get
+TOKENS_PER_CONVERSATION = 350  # question, answer (Llama-3.1-8B's to AlpacaEval have 290 to 420) and template
+TOKENS_PER_ANSWER = {"math500": 600, "gsm8k": 200, "backdoor_rate": 300}  # other answers: as long as they may get
 TOKENS_PER_PROMPT = 100
 ROWS = 128  # decoded together where the memory decides
 HUB_ROWS = {"hub:nlile/hendrycks-MATH-benchmark:train": 12_000}
