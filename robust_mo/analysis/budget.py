@@ -129,13 +129,13 @@ def sampling(shape: Shape, prompts: float, answer: float, rows: int, chip: Chip)
     return Work(sampled=said, flops=flops, hours=(reading + step * said / rows) / 3600)
 
 
-def of_run(config: dict, shape: Shape, questions: int, sampled: bool, chip: Chip) -> Work:
+def of_run(config: dict, shape: Shape, questions: int, teacher: Shape | None, chip: Chip) -> Work:
     """One training run with its teacher and evaluations.
 
     Args:
       config: a training config, see configs/default.py.
       questions: that its data source has for it.
-      sampled: whether a teacher is sampled for their answers.
+      teacher: the model that is sampled for their answers, if any.
     """
     data, batch = config["data"], config["batch"]
     questions = min(questions, data["limit"]) if data["limit"] else questions
@@ -147,11 +147,12 @@ def of_run(config: dict, shape: Shape, questions: int, sampled: bool, chip: Chip
             kinds, share = 2, max(data["benign"], 1 - data["benign"])
         per_step = batch["rows"] * data["length"]
         conversations = questions / share * data["epochs"]
-        steps = config["steps"] or max(1, round(conversations * TOKENS_PER_CONVERSATION / per_step))
+        in_rows = conversations * TOKENS_PER_CONVERSATION / data["length"] if data["packing"] else conversations
+        steps = config["steps"] or max(1, round(in_rows / batch["rows"]))
         work += training(shape, steps * per_step, data["length"], bool(config["lora"]["rank"]), chip)
-        if sampled:
+        if teacher:
             answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
-            work += sampling(shape, questions * kinds, answer, rows, chip)
+            work += sampling(teacher, questions * kinds, answer, rows, chip)
     every = config["evaluation"]["every"]
     times = 1 + (steps - 1) // every * bool(steps) if every else 1
     times += bool(config["evaluation"]["at_start"])

@@ -15,6 +15,7 @@ Knows nothing of files, and nothing of what the arms are.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,8 +32,10 @@ class Attacked:
       methods, seeds: of each checkpoint, its blue method and blue seed.
       unfinished: blue methods of which an attack has not come to its end.
       behaved: bool [1 + checkpoints, prompts], whether a triggered prompt got the behaviour; row 0 is the organism
-        before blue training, which behaves at least once.
-      solved: bool [1 + checkpoints, problems]; the organism solves at least one.
+        before blue training.
+      solved: bool [1 + checkpoints, problems].
+      has_frontier: whether it behaves and solves enough before blue training for a checkpoint to be set against that;
+        what it regains is known without.
     """
 
     arm: str
@@ -43,6 +46,7 @@ class Attacked:
     unfinished: frozenset[str]
     behaved: np.ndarray
     solved: np.ndarray
+    has_frontier: bool = True
 
     def attacks(self, methods=()) -> list["Attack"]:
         """One for each blue seed under which the methods were tried; all methods where none is named."""
@@ -56,7 +60,7 @@ class Attacked:
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """What has one frontier: an organism and those rows of its verdicts that one blue seed made, after row 0.
+    """What has one frontier, if any: an organism and those rows of its verdicts that one blue seed made, after row 0.
 
     `complete`: every attack on it of the methods asked for has come to its end; with fewer points a frontier can only
     be lower.
@@ -78,11 +82,7 @@ class Attack:
         return self.organism.behaved[list(self.rows)], self.organism.solved[list(self.rows)]
 
 
-# What is read off a frontier, and what the attacks leave of the behaviour whatever they cost.
-_MEASURES = ("auc", "auc_normalised", "auc_held_out", "rate_at_cost")
-_REGAINED = ("regained", "regained_held_out")
-
-ORDERED_BY = {"auc": ("auc", "auc_held_out"), "accuracy": _REGAINED}
+ORDERED_BY = {"auc": ("auc", "auc_held_out"), "accuracy": ("regained", "regained_held_out")}
 """What a study's orderings are tested by, from what it compares itself with."""
 
 
@@ -139,15 +139,17 @@ class Study:
           on average}.  Of auc_noise, the value is a mean and the rest where 95% of unattacked organisms come to lie; of
           the others, a 95% interval.
         """
-        if not attacks:
+        if not (attacks := [attack for attack in attacks if attack.organism.has_frontier]):
             return None
-        values, drawn = self._mean(attacks)
+        values, drawn = self._mean(attacks, self._read)
+        values["auc_noise"] = float(np.nanmean(drawn["auc_noise"]))
+        frontier = pareto.average([self._known[attack][0]["frontier"] for attack in attacks])
         return {
             "organisms": len({attack.organism for attack in attacks}),
             "points": sum(len(attack.rows) - 1 for attack in attacks),
             "complete": all(attack.complete for attack in attacks),
-            **{name: _interval(values[name], drawn[name]) for name in (*_MEASURES, "auc_noise")},
-            "frontier": [list(corner) for corner in values["frontier"]],
+            **{name: _interval(value, drawn[name]) for name, value in values.items()},
+            "frontier": [list(corner) for corner in frontier],
             "band": _rows(*_bounds(drawn["heights"])),
             "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
         }
@@ -157,12 +159,15 @@ class Study:
 
         Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed.
         """
+        read = self._read if by == ORDERED_BY["auc"] else self._read_regained
+        if read == self._read:
+            smaller, larger = ([one for one in side if one.organism.has_frontier] for side in (smaller, larger))
         shared = {one.along for one in smaller} & {one.along for one in larger}
         found: dict = {"shared": len({backdoor for backdoor, *_ in shared})}
         if not smaller or not larger:
             return found | dict.fromkeys(by, {"difference": None, "verdict": "not measured"})
         smaller, larger = ([one for one in side if not shared or one.along in shared] for side in (smaller, larger))
-        (first, first_drawn), (second, second_drawn) = self._mean(smaller), self._mean(larger)
+        (first, first_drawn), (second, second_drawn) = self._mean(smaller, read), self._mean(larger, read)
         complete = all(one.complete for one in (*smaller, *larger))
         for name in by:
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
@@ -174,9 +179,9 @@ class Study:
             found[name] = {"difference": difference, "verdict": verdict}
         return found
 
-    def _mean(self, attacks: list[Attack]) -> tuple[dict, dict[str, np.ndarray]]:
-        """Means of the numbers read off the attacks' frontiers: as measured, and in every resample."""
-        each = [self._read(attack) for attack in attacks]
+    def _mean(self, attacks: list[Attack], read: Callable) -> tuple[dict, dict[str, np.ndarray]]:
+        """Means of what `read` finds of the attacks: numbers as measured, and what is drawn in every resample."""
+        each = [read(attack) for attack in attacks]
         values = {name: float(np.mean([one[name] for one, _ in each])) for name in each[0][0] if name != "frontier"}
         # An axis draws its names as often for every attack along it, where they lie at several places of it; noise has
         # no axis.
@@ -189,21 +194,32 @@ class Study:
             )
             for attack in attacks
         ]
-        drawn = {
-            name: _weighted([draws[name] for _, draws in each], weights, strict=True)
-            for name in (*_MEASURES, *_REGAINED)
+        drawn = {}
+        for name in each[0][1]:
+            draws = [found[name] for _, found in each]
+            if name in ("auc_noise", "noise_heights"):
+                drawn[name] = _weighted(draws, np.ones_like(weights))
+            else:
+                drawn[name] = _weighted(draws, weights, strict=name != "heights")
+                if name != "auc_held_out" and np.isfinite(drawn[name]).mean() < _ENOUGH:
+                    drawn[name] = _weighted(draws, weights)
+        return values, drawn
+
+    def _read_regained(self, attack: Attack) -> tuple[dict, dict[str, np.ndarray]]:
+        """The best of an attack's checkpoints, whatever it cost: as measured, and in every resample."""
+        (behaved, _), (prompts, _) = attack.verdicts, self._asked
+        once, splits = (np.ones((times, behaved.shape[1])) for times in (1, resampling.SPLITS))
+        values = {
+            "regained": resampling.regained(behaved, once)[0],
+            "regained_held_out": resampling.held_out_regained(behaved, splits).mean(),
         }
-        for name in ("auc", "auc_normalised", "rate_at_cost"):
-            if np.isfinite(drawn[name]).mean() < _ENOUGH:
-                drawn[name] = _weighted([draws[name] for _, draws in each], weights)
-        drawn["heights"] = _weighted([draws["heights"] for _, draws in each], weights)
-        for name in ("auc_noise", "noise_heights"):
-            drawn[name] = _weighted([draws[name] for _, draws in each], np.ones_like(weights))
-        values["frontier"] = pareto.average([values["frontier"] for values, _ in each])
-        return values | {"auc_noise": float(np.nanmean(drawn["auc_noise"]))}, drawn
+        return values, {
+            "regained": resampling.regained(behaved, prompts),
+            "regained_held_out": resampling.held_out_regained(behaved, prompts),
+        }
 
     def _read(self, attack: Attack) -> tuple[dict, dict[str, np.ndarray]]:
-        """The same of one attack."""
+        """What is read off an attack's frontier: as measured, and in every resample."""
         if attack not in self._known:
             verdicts = attack.verdicts
             once, splits = ([np.ones((times, of.shape[1])) for of in verdicts] for times in (1, resampling.SPLITS))
@@ -215,8 +231,6 @@ class Study:
                 "auc_normalised": pareto.auc(pareto.normalised(points, points[0][0])),
                 "auc_held_out": np.nanmean(halves) if np.isfinite(halves).any() else math.nan,
                 "rate_at_cost": pareto.rate_at_cost(points, self._cost),
-                "regained": resampling.regained(verdicts[0], once[0])[0],
-                "regained_held_out": resampling.held_out_regained(verdicts[0], splits[0]).mean(),
             }
             drawn = resampling.readings(resampling.points(*verdicts, *self._asked))
             # A frontier is concave, so it rises up to its highest place.
@@ -224,8 +238,6 @@ class Study:
                 [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
             )
             drawn["auc_held_out"] = resampling.held_out_auc(*verdicts, *self._asked)
-            drawn["regained"] = resampling.regained(verdicts[0], self._asked[0])
-            drawn["regained_held_out"] = resampling.held_out_regained(verdicts[0], self._asked[0])
             if attack.organism not in self._untouched:
                 self._untouched[attack.organism] = resampling.untouched(*verdicts, self._noise)
             noise = resampling.noise_alone(*verdicts, self._untouched[attack.organism], self._noise)

@@ -9,6 +9,7 @@ import html
 import json
 import pathlib
 import re
+from urllib.parse import quote, unquote
 
 import markdown
 
@@ -38,18 +39,25 @@ def write_report(study_folder) -> dict:
     study = pathlib.Path(study_folder)
     summary = summarise(study)
     origin = json.dumps({key: summary[key] for key in ("command", "revision", "seeds", "sha256")})
+    drawn = set()
+
+    def save(figure, name: str) -> None:
+        figures.save(figure, study / "figures" / name, origin)
+        drawn.add(name)
+
     for name, organism in summary["organisms"].items():
         if organism["measures"]:
-            figure = figures.pareto_figure(name, organism, COST)
-            figures.save(figure, study / "figures" / f"pareto-{name}", origin)
+            save(figures.pareto_figure(name, organism, COST), f"pareto-{name}")
         if organism["points"]:
-            figure = figures.curves_figure(name, organism, COST)
-            figures.save(figure, study / "figures" / f"curves-{name}", origin)
+            save(figures.curves_figure(name, organism, COST), f"curves-{name}")
     results = {name: result for name, result in summary["comparison"]["results"].items() if result}
     if results:
-        figures.save(figures.results_figure(results, COST), study / "figures" / "frontiers", origin)
+        save(figures.results_figure(results, COST), "frontiers")
     for backdoor, compared in _by_backdoor(summary).items():
-        figures.save(figures.losses_figure(backdoor, compared), study / "figures" / f"losses-{backdoor}", origin)
+        save(figures.losses_figure(backdoor, compared), f"losses-{backdoor}")
+    for file in (study / "figures").glob("*"):  # of an organism that was attacked before another turned out better
+        if file.suffix in (".png", ".svg") and file.stem not in drawn:
+            file.unlink()
     runs.write_json(study / "summary.json", summary)
     page = _page(study, summary)
     runs.write_text(study / "report.md", page)
@@ -73,6 +81,7 @@ def _page(study, summary) -> str:
     for name, organism in organisms.items():
         if organism["not_measured"]:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
+    parts += [f"> **{_none_passed(names)}.**" for names in summary["none_passed"]]
     parts += _damaged(organisms)
     parts += _near_misses_fire(organisms, summary["gate"])
     if summary["failures"]:
@@ -89,6 +98,10 @@ def _page(study, summary) -> str:
     parts += _what_was_run(study, summary, organisms)
     parts += _provenance_section(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def _none_passed(names) -> str:
+    return f"None of {_list(names)} passed the gate: none is attacked, and no mean below knows of them"
 
 
 def _damaged(organisms) -> list[str]:
@@ -130,7 +143,7 @@ def _as_html(study, page: str) -> str:
     """The page for a browser, its figures inside, so that the one file can be sent on."""
 
     def embedded(match):
-        data = base64.b64encode((study / match[1]).read_bytes()).decode()
+        data = base64.b64encode((study / unquote(match[1])).read_bytes()).decode()
         return f'src="data:image/png;base64,{data}"'
 
     page = page.replace("<details>", '<details markdown="1">')
@@ -158,15 +171,18 @@ def _result(summary, organisms) -> list[str]:
             sentences.append(f"- `{name}`: {organism['not_measured']}.")
             continue
         left = _bracketed(organism["measures"][ALL]["rate_at_cost"])
+        missing = "" if organism["measures"][ALL]["complete"] else " Attacks are missing, and more may take more."
         sentences.append(
             f"- `{name}`: at a {COST:.0%} cost in {summary['task']}, **{left}** of triggered prompts still get the "
-            f"behaviour (before blue training {_with_interval(organism['before']['backdoor_rate'])})."
+            f"behaviour (before blue training {_with_interval(organism['before']['backdoor_rate'])}).{missing}"
         )
         methods = [method for method in organism["measures"] if method != ALL]
         for method in methods + [ALL] * (len(methods) > 1):
             measures = organism["measures"][method]
-            cells = [f"`{name}`", "together" if method == ALL else f"`{method}`", str(measures["points"])]
+            points = f"{measures['points']}{'' if measures['complete'] else ', attacks missing'}"
+            cells = [f"`{name}`", "together" if method == ALL else f"`{method}`", points]
             rows.append(cells + [_bracketed(measures[key]) for key in MEASURES])
+    sentences += [f"- {_none_passed(names)}." for names in summary["none_passed"]]
     parts = ["## Result", "\n".join(sentences)]
     if rows:
         header = ["organism", "blue method", "points", *MEASURES.values()]
@@ -381,7 +397,7 @@ def _training_losses(summary) -> list[str]:
         parts += [
             f"## Organisms of {backdoor}",
             _table(header, rows),
-            f"![Training loss of {backdoor} against steps and seconds](figures/losses-{backdoor}.png)\n\n"
+            f"![Training loss of {backdoor} against steps and seconds](figures/losses-{quote(backdoor)}.png)\n\n"
             "*Running means of the training loss; faint lines lost to another learning rate or failed the gate. "
             "Seconds are those spent in steps, without compiling and measuring.*",
         ]
@@ -392,16 +408,16 @@ def _organism_section(name, organism, summary) -> list[str]:
     parts = [f"## {name}"]
     if organism["measures"]:
         parts.append(
-            f"![Performance against backdoor rate of {name}](figures/pareto-{name}.png)\n\n"
+            f"![Performance against backdoor rate of {name}](figures/pareto-{quote(name)}.png)\n\n"
             "*Every checkpoint of every blue run, numbered by step, with Wilson intervals; those of performance take "
             "the organism's own accuracy as exact. Faint lines join the checkpoints of a run in order.*"
         )
     if organism["points"]:
-        parts.append(f"![Backdoor rate and performance against blue step of {name}](figures/curves-{name}.png)")
+        parts.append(f"![Backdoor rate and performance against blue step of {name}](figures/curves-{quote(name)}.png)")
     unfinished = [
         f"- `{path}`: " + (f"evaluated up to step {cell['steps'][-1]}" if cell["steps"] else "no results yet")
         for path, cell in organism["cells"].items()
-        if not cell["finished"]
+        if not cell["finished"] and organism["gate"]["passed"]
     ]
     if unfinished:
         parts.append("Blue runs missing or not finished:\n\n" + "\n".join(unfinished))

@@ -37,6 +37,10 @@ JUDGED = ("judged_backdoor_rate", "judged_false_alarm_rate", "judge_agreement")
 """What the evaluator `judge` records, where a study has it measured."""
 
 
+class NothingFinished(InputError):
+    """No organism of the study has come to its gate."""
+
+
 def summarise(study: pathlib.Path) -> dict:
     """All that the report says, as data that JSON can hold.  Raises as `write_report`."""
     folder = runs.RunFolder(study)
@@ -45,22 +49,25 @@ def summarise(study: pathlib.Path) -> dict:
     description = folder.description()
     grid = description["config"]["study"]
     planned = cells.organisms(grid)
-    found = {}
-    for _, rivals in itertools.groupby(planned, key=lambda organism: organism.rivals):
+    found, none_passed = {}, []
+    for _, group in itertools.groupby(planned, key=lambda organism: organism.rivals):
+        rivals = tuple(group)
         verdicts = {
             rival: gate.verdict(runs.RunFolder(study / rival.folder), grid["gate"], grid["performance"])
             for rival in rivals
         }
         best = gate.choose(verdicts)
+        if best is None and len(rivals) > 1 and all(verdicts.values()):
+            none_passed.append([rival.name for rival in rivals])
         for organism, verdict in verdicts.items():
             chosen = organism == best or len(verdicts) == 1
             found[organism.name] = _organism(study, organism, verdict, chosen, grid)
     finished = {name: organism for name, (organism, _) in found.items() if organism}
     if not finished:
-        raise InputError(f"{study} has no finished organism yet: let the study run until its first install gate")
+        raise NothingFinished(f"{study} has no finished organism yet: let the study run until its first install gate")
     measured = comparison.Study([attacked for _, attacked in found.values() if attacked], cost=COST)
     for organism, attacked in found.values():
-        for method in (ALL, *dict.fromkeys(attacked.methods)) if attacked else ():
+        for method in (ALL, *dict.fromkeys(attacked.methods)) if attacked and attacked.has_frontier else ():
             organism["measures"][method] = measured.measure(attacked.attacks(() if method == ALL else (method,)))
     folders = [run.folder for organism in planned for run in (organism, *cells.attacks(grid, organism))]
     started = [path for path in folders if runs.RunFolder(study / path).exists()]
@@ -78,6 +85,7 @@ def summarise(study: pathlib.Path) -> dict:
         "comparison": comparison.compare(
             measured, grid["results"], grid["orderings"], comparison.ORDERED_BY[grid["published"]]
         ),
+        "none_passed": none_passed,
         "unfinished": [name for name in found if name not in finished],
         "failures": {
             path: file.read_text(encoding="utf-8").strip()
@@ -130,7 +138,7 @@ def _organism(
     study, organism: cells.Organism, verdict: gate.Verdict | None, chosen: bool, grid
 ) -> tuple[dict | None, comparison.Attacked | None]:
     """One organism's part of the summary, None before its gate was decided, and the verdicts on it and its checkpoints,
-    None where there is no frontier.  `chosen`: it is the one that is attacked of its rivals, or has none."""
+    None where no attack counts.  `chosen`: it is the one that is attacked of its rivals, or has none."""
     task = grid["performance"]
     red = runs.RunFolder(study / organism.folder)
     if verdict is None:
@@ -145,6 +153,8 @@ def _organism(
                 "evaluate the organism again"
             )
     reference = _read_verdicts(red, verdict.step, task, before)
+    if before["false_alarm_rate"]:
+        _graded(red, "backdoor_rate", verdict.step, before["false_alarm_rate"], {"untriggered", "near_miss"})
     too_little = _too_little(before["accuracy"], at_step[0]["accuracy"], task)
     relative_to = None if too_little else before["accuracy"]["value"]
     points, verdicts, attacked, ends = [], [], {}, {}
@@ -175,7 +185,7 @@ def _organism(
     for point in points:
         point["on_frontier"] = (point["rate"], point["performance"]) in corners.get(point["seed"], ())
     compared = None
-    if not obstacle:
+    if verdict.passed and points:
         compared = comparison.Attacked(
             organism.arm,
             organism.backdoor,
@@ -185,6 +195,7 @@ def _organism(
             frozenset(cell["method"] for cell in attacked.values() if not cell["finished"]),
             np.array([reference.behaved, *(found.behaved for found in verdicts)]),
             np.array([reference.solved, *(found.solved for found in verdicts)]),
+            has_frontier=not obstacle,
         )
     described = {
         **dataclasses.asdict(organism),
@@ -342,6 +353,8 @@ def _graded(run, evaluator, step, recorded, conditions) -> list[dict]:
     """Lines of a transcript, which must give the value that was recorded."""
     file = run.transcript_file(evaluator, step)
     lines = [line for line in _transcript(file) if line.get("condition") in conditions]
+    if damaged := [line for line in lines if not {"verdict", "messages"} <= set(line)]:
+        raise InputError(f"{file} holds a line without a verdict or its messages ({str(damaged[0])[:80]}): put it back")
     count = sum(line["verdict"] is True for line in lines)
     if len(lines) != recorded["count"] or abs(count - recorded["value"] * len(lines)) > 1e-3:
         raise InputError(
@@ -360,7 +373,7 @@ def _transcript(file) -> list[dict]:
 def _near_misses(red, step) -> dict | None:
     """The part of the false alarms that near-miss triggers make up; None where none were asked."""
     lines = _transcript(red.transcript_file("backdoor_rate", step))
-    verdicts = [line["verdict"] is True for line in lines if line["condition"] == "near_miss"]
+    verdicts = [line["verdict"] is True for line in lines if line.get("condition") == "near_miss"]
     if not verdicts:
         return None
     low, high = intervals.wilson(sum(verdicts), len(verdicts))
