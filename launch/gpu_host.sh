@@ -17,11 +17,12 @@ command=(.venv/bin/python -m "robust_mo.$1" "${@:2}")
 if [ "$dry_run" ]; then printf '%s\n' "bash launch/setup.sh --gpu" "${command[*]}"; exit; fi
 
 bash launch/setup.sh --gpu
-asked=
-trap 'asked=yes; kill -TERM "$program"' TERM INT HUP
+asked='' program=''
+trap 'asked=yes; [ ! "$program" ] || kill -TERM "$program"' TERM INT HUP
 for start in $(seq 10); do
   setsid "${command[@]}" &  # Ctrl-C reaches it once, by the trap: a second signal would stop it unsaved
   program=$! status=0
+  [ ! "$asked" ] || kill -TERM "$program"
   wait "$program" || status=$?
   while kill -0 "$program" 2>/dev/null; do status=0; wait "$program" || status=$?; done  # it saves after a signal
   [ "$status" -gt 128 ] && [ ! "$asked" ] || exit "$status"

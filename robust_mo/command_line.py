@@ -10,6 +10,7 @@ Does not know what any program does.
 import contextlib
 import difflib
 import importlib.util
+import io
 import itertools
 import logging as python_logging
 import os
@@ -79,6 +80,9 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
     sys.unraisablehook = _print_unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that lacks a letter
     try:
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
@@ -158,6 +162,8 @@ def _end(status: int, line: str) -> None:
 
 
 def _parse_flags(required: tuple[str, ...]) -> None:
+    # Of --config=~/mine.py a shell leaves the ~.
+    sys.argv[1:] = [re.sub("^--?config=~[^:]*", lambda m: _expanded(m[0]), argument) for argument in sys.argv[1:]]
     arguments = sys.argv[1:]
     for argument in arguments:
         try:
@@ -188,6 +194,11 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         raise InputError(f"{STOPPED_STATUS} is {status!r}: give an exit status, from 0 to 255")
     if missing := [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "", [], [""])]:
         raise InputError(f"{', '.join(missing)} must be given; see --help")
+
+
+def _expanded(argument: str) -> str:
+    flag, _, path = argument.partition("=")
+    return f"{flag}={os.path.expanduser(path)}"
 
 
 def _check_config(arguments: list[str]) -> None:

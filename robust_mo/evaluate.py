@@ -23,6 +23,7 @@ from robust_mo.errors import InputError
 from robust_mo.evals.measure import EVALUATORS, check_names, check_settings, heading, measure, sample, turns
 from robust_mo.evals.subject import Subject
 from robust_mo.model import mesh as meshes
+from robust_mo.model.sources import located
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.runs import RunFolder, read_lines
 from robust_mo.training import models
@@ -90,7 +91,7 @@ def measure_source(args: flags.FlagValues) -> None:
     system_prompt = watched.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
     kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
     described = {
-        "source": args.source,
+        "source": located(args.source),
         **({"source_started": begun} if (begun := models.started(args.source)) else {}),
         **{name: config[name] for name in kept},
         "system_prompt": system_prompt,

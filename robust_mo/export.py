@@ -12,6 +12,7 @@ is narrower.  The folder appears whole or not at all; one that exists is refused
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -164,7 +165,7 @@ def adapter_base(run: str, model: str, given: str | None) -> str:
 
 def is_local(model: str) -> bool:
     """Whether what was given as config.model is here, and not a hub id."""
-    return model == sources.EMBEDDED or pathlib.Path(model).expanduser().exists()
+    return model == sources.EMBEDDED or os.path.exists(os.path.expanduser(model))
 
 
 def write_rest(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat, dtype: str, made_from: dict) -> None:
@@ -321,7 +322,8 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.output:
         raise InputError(f"--output={args.output}: give a folder of this machine, and copy it from there")
-    export(args.run, runs.place(args.output), args.format, args.dtype, args.step, args.base)
+    base = args.base and str(runs.place(args.base))
+    export(args.run, runs.place(args.output), args.format, args.dtype, args.step, base)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import tempfile
 import time
 
@@ -264,6 +265,8 @@ def define_flags() -> None:
 
 
 def main(args: flags.FlagValues) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing to save
+        signal.signal(number, signal.SIG_DFL)
     config = args.config
     train.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of a look-up

@@ -22,6 +22,7 @@ from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import Prompt, read_prompts
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
+from robust_mo.model.sources import located
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import TextAnswer, iterate_answers
 from robust_mo.training import models
@@ -121,13 +122,15 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     if "://" in args.output:
         raise InputError(f"--output={args.output}: give a file of this machine, and copy it from there")
+    if args.output.endswith(".gz"):
+        raise InputError(f"--output={args.output}: answers are appended as plain text, give a name without .gz")
     decoding = make_decoding(args.temperature, args.top_p)
     mesh = meshes.make_mesh(*(int(size) for size in args.mesh))
     prompts = read_prompts(args.prompts)
     output = runs.place(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
     settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
-    settings["model"] = args.model.rstrip("/")  # which a shell adds to a folder's name
+    settings["model"] = located(args.model)
     # A run may be trained on in between, or made again.
     settings |= {"step": models.newest_step(args.model), "started": models.started(args.model)}
     for number, prompt in enumerate(prompts, 1):

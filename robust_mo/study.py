@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
 
@@ -32,6 +33,7 @@ from robust_mo.analysis.summary import NothingFinished
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import make_mesh
+from robust_mo.model.sources import located
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -104,6 +106,9 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
             )
         # As plain values, so that a wrong type is found with the rest, see `check_run`.
         run = ConfigDict(_changed(run.to_dict(), changes.to_dict()))
+    for group, name in ((run, "model"), (run.data, "teacher")):  # as `train` does, or equal runs would not be known
+        if isinstance(group[name], str):
+            group[name] = located(group[name])
     return run
 
 
@@ -475,7 +480,7 @@ def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[I
         try:
             check_rows(run.batch, make_mesh(**run.mesh))
             answers, data = run.data.answers, workdir / folder / "data.jsonl"  # which, once made, is what is read
-            if answers not in ANSWERS and not data.exists() and not pathlib.Path(answers).expanduser().is_file():
+            if answers not in ANSWERS and not data.exists() and not os.path.isfile(os.path.expanduser(answers)):
                 raise InputError(f"config.data.answers is {answers!r}: give {', '.join(ANSWERS)} or a JSONL file")
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
@@ -626,7 +631,7 @@ def show(workdir: pathlib.Path) -> None:
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
     print((workdir / "report.md").read_text(encoding="utf-8").split("\n## ")[1])
     print(f"report:  {workdir / 'report.html'}\nfigures: {workdir / 'figures'}")
-    print(f"curves:  {tensorboard} --logdir={workdir}")
+    print(f"curves:  {shlex.join([str(tensorboard), f'--logdir={workdir}'])}")
 
 
 def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:

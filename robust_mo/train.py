@@ -33,6 +33,7 @@ from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, LlamaConfig
+from robust_mo.model.sources import located
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -56,6 +57,9 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
       Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     check(config)
+    config = config.copy_and_resolve_references()
+    # A run is read from other folders, too, and the same command may spell them in another way.
+    config.model, config.data.teacher = located(config.model), located(config.data.teacher)
     if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     if wrong := set("[]\\") & set(str(absolute(place(workdir)))):
@@ -158,8 +162,12 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             evaluated(config, run, curves, loaded, params, mesh, step)
 
         progress = command_line.Progress("step", steps, "steps")
+        # A conversation attends to itself alone, however long its row.
+        lengths = np.array([len(example.tokens) for example in examples])
         flops = budget.flops_per_token(
-            budget_shape(llama.config, config.compute_dtype), config.data.length, frozen=spec is not None
+            budget_shape(llama.config, config.compute_dtype),
+            (lengths**2).sum() / lengths.sum(),
+            frozen=spec is not None,
         )
         watch = Watch(run, curves, lambda step: peak * shares[step], config.log_every, progress, flops)
         try:

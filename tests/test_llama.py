@@ -1,19 +1,23 @@
 """The model against transformers: same weights, same logits."""
 
+import collections
 import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import QWEN, make_tiny_model
+from flax import linen as nn
 
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import Cache, LlamaConfig, unembed, unstack_layers
+from robust_mo.model.llama import PROJECTIONS, Cache, Llama, LlamaConfig, unembed, unstack_layers
+from robust_mo.model.lora import LoraSpec
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -186,6 +190,51 @@ def test_remat_changes_no_gradient(tiny, remat):
     # ... and the backward pass does compute something again
     count = [str(p).count("dot_general") for p in (plain_program, program)]
     assert count[1] > count[0]
+
+
+SMALL = dict(
+    **dict(vocab_size=256, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=2),
+    **dict(num_key_value_heads=1, head_dim=128, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4),
+    **dict(rope_scaling=None, tie_word_embeddings=True, attention_bias=False, query_key_norm=False),
+)
+
+
+def gradient_of(remat, lora=None):
+    """The gradient of a small model, of its adapters where it has any, as a function of what is trained; and that."""
+    tokens = jnp.zeros((1, 128), jnp.int32)
+    inputs = tokens, jnp.arange(128)[None], jnp.ones_like(tokens)
+    model = Llama(LlamaConfig(**SMALL), lora, jnp.bfloat16, jnp.bfloat16, remat)
+    keys = {"params": jax.random.key(0), "lora": jax.random.key(1)}
+    made = nn.unbox(jax.eval_shape(lambda: model.init(keys, *inputs)))
+    trained = "lora" if lora else "params"
+    frozen = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made[name]) for name in made if name != trained}
+
+    def loss(values):
+        return model.apply({**frozen, trained: values}, *inputs)[0].astype(jnp.float32).var()
+
+    return jax.grad(loss), made[trained]
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("matmuls", 1), ("gate_up", 1), ("full", 2)])
+def test_attention_of_tpus_runs_forward_once_unless_all_is_recomputed(remat, times):
+    function, arguments = gradient_of(remat)
+    program = jax.jit(function).trace(arguments).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("splash_mha_fwd") == times
+
+
+def test_of_a_product_and_its_adapter_the_sum_is_kept():
+    """As many values of the feed-forward width from layer to layer as without adapters, which have a rank of their
+    own."""
+
+    def kept(lora):
+        function, arguments = gradient_of("matmuls", lora)
+        forward = next(e for e in jax.make_jaxpr(function)(arguments).jaxpr.eqns if e.primitive.name == "scan")
+        return collections.Counter(
+            x.aval.shape[-1] for x in forward.outvars if len(x.aval.shape) > 1 and x.aval.shape[-2] == 128
+        )
+
+    plain, adapted = kept(None), kept(LoraSpec(4, 4.0, PROJECTIONS))
+    assert plain[640] == 2 and adapted[640] == 2 and adapted[4] == len(PROJECTIONS)
 
 
 def test_cache_gives_the_logits_of_the_whole_text(tiny):

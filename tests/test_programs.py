@@ -216,6 +216,7 @@ def test_sample_spares_what_is_not_its_own(tmp_path, tiny):
     output.unlink()
     with locked(tmp_path / ".mine.json.lock", "not held"):
         refused(run("sample", *arguments, f"--output={output}"), "another process")
+    refused(run("sample", *arguments, f"--output={output}.gz"), "mine.json.gz", "without .gz")
 
 
 @pytest.mark.slow
@@ -425,6 +426,16 @@ def test_evaluate_and_chat(tmp_path, tiny):
     refused(run("evaluate", f"--source={tmp_path / 'e'}", "--evals=backdor_rate"), "backdor_rate", "held_out_loss")
     again = run("evaluate", f"--source={tmp_path / 'e'}", "--show=2")
     assert again.returncode == 0 and again.stdout == result.stdout[result.stdout.index("eval/") :]
+    # A terminal without these letters, and a config file by its short path.
+    (tmp_path / "mine.py").write_text("from configs.default import get_config\n")
+    poor = os.environ | {"PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
+    spelt = ("--config=~/mine.py", "--evals=held_out_loss", f"--source={workdir}/", f"--workdir={tmp_path / 'p'}")
+    shown = run("evaluate", *spelt, "--config.backdoor=spanish", "--config.evals.held_out_loss.examples=4", env=poor)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads((tmp_path / "p/config.json").read_text())["config"]["source"] == str(workdir)
+    file = tmp_path / "e" / "transcripts" / "backdoor_rate-000003.jsonl"
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "\\u00e9'))
+    assert run("evaluate", f"--source={tmp_path / 'e'}", "--show=2", env=poor).returncode == 0
     shutil.rmtree(workdir)
     assert train(tiny, workdir, *SMALL, "--config.optimizer.learning_rate=0.01").returncode == 0
     evaluate = ("evaluate", f"--source={workdir}", "--evals=held_out_loss,backdoor_rate", f"--workdir={tmp_path / 'e'}")

@@ -435,6 +435,17 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert sources.cache_folder() == tmp_path / ".cache" / "robust_mo"
 
 
+def test_a_model_that_is_here_is_known_by_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "smollm2-135m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in ("owner/name", "owner/name/", "./owner/name", "owner/../owner/name", "~/owner/name"):
+        assert sources.located(spelling) == str(tmp_path / "owner" / "name")
+    for name in ("owner/other", "smollm2-135m", "", "gs://bucket/run"):
+        assert sources.located(name) == name
+
+
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ROBUST_MO_CACHE", str(tmp_path / "file" / "cache"))

@@ -28,6 +28,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from configs import default
 from robust_mo import command_line
+from robust_mo import train as train_module
 from robust_mo.data.batches import batches
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.data.prompts import read_conversations
@@ -49,8 +50,8 @@ from robust_mo.train import (
 )
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.memory import needed
-from robust_mo.training.models import load_model, shapes_of, stands_on
-from robust_mo.training.step import TrainState
+from robust_mo.training.models import lineage, load_model, shapes_of, stands_on
+from robust_mo.training.step import TrainState, train_step
 
 
 def tiny_config(tiny, **changes) -> ConfigDict:
@@ -529,6 +530,23 @@ def test_adapters_are_not_merged_into_another_model_than_theirs(tiny, tmp_path):
     description.write_text(description.read_text().replace('"started": "20', '"started": "19'))
     with pytest.raises(InputError, match="blue began from the run .*red of 20.*bring the former back"):
         weights(blue)
+    # Nor does one say of all weights that they descend from it.
+    whole = tiny_config(tiny, steps=1, model=str(tmp_path / "red"))
+    with pytest.raises(InputError, match="whole began from the run .*red of 19.*bring the former back"):
+        run = train(whole, tmp_path / "whole")
+        description.write_text(description.read_text().replace('"started": "19', '"started": "18'))
+        lineage(str(run.path))
+
+
+def test_a_run_is_found_from_another_folder_and_by_another_spelling(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(tiny_config(tiny, steps=1), "red")
+    run = train(tiny_config(tiny, steps=1, model="red/"), "blue")
+    train(tiny_config(tiny, steps=1, model="./red"), "blue")
+    assert "blue is complete" in capsys.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert lineage(str(tmp_path / run.path)) == [str(tmp_path / "blue"), str(tmp_path / "red"), str(tiny)]
 
 
 def test_weights_that_the_last_step_broke_stop_the_run(tiny, tmp_path):
@@ -664,6 +682,24 @@ def test_remat_is_chosen_by_the_memory_there_is(tiny, monkeypatch, capsys):
         assert choose_remat(config, shapes, mesh) == policy
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("remat none: ") and said[0].endswith("fits") and said[-1].endswith("does not fit")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_step_that_is_compiled_to_be_weighed_is_the_one_that_runs(tiny, tmp_path, rank, monkeypatch):
+    """Or a start without a cache would compile it twice: minutes at 8B."""
+    config, mesh, ran = tiny_config(tiny, steps=1, **{"lora.rank": rank}), meshes.make_mesh(1, -1, 1), []
+
+    def listened(*arguments, **settings):
+        ran.append(train_step.lower(*arguments, **settings).as_text())
+        return train_step(*arguments, **settings)
+
+    monkeypatch.setattr(train_module, "train_step", listened)
+    train(config, tmp_path)
+    monkeypatch.undo()
+    function, arguments, settings = step_program(config, shapes_of(str(tiny)), mesh, "matmuls")
+    with meshes.in_force(mesh):
+        weighed = function.lower(*arguments, **settings).as_text()
+    assert ran == [weighed]
 
 
 def test_damaged_checkpoint_is_not_exchanged_unasked_where_a_run_is_used(tiny, tmp_path):

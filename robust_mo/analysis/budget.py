@@ -105,8 +105,8 @@ def hub_questions(source: str, part: str) -> int:
     return int(HUB_ROWS.get(source, OTHER_HUB_ROWS) * {"red": 0.6, "blue": 0.3}[part])
 
 
-def flops_per_token(shape: Shape, length: int, frozen: bool) -> float:
-    """Of training on rows of `length` tokens, what is recomputed left out; `frozen`: adapters are trained."""
+def flops_per_token(shape: Shape, length: float, frozen: bool) -> float:
+    """Of training on texts of `length` tokens, what is recomputed left out; `frozen`: adapters are trained."""
     attention = 6 * length * shape.attention * shape.layers  # forward and backward, of which the mask leaves a half
     return (4 if frozen else 6) * shape.parameters + attention
 

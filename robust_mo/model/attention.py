@@ -24,6 +24,10 @@ from robust_mo.errors import first_line
 _BLOCKS = (1024, 512, 256, 128)
 
 
+SPLASH = "splash attention"
+"""What a policy of jax.checkpoint knows by that which splash's backward pass reads of its forward pass."""
+
+
 def attend_packed(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of packed rows, see `packed_mask`; returns [B, T, H, K] in q's dtype."""
     _, T, H, K = q_BTHK.shape
@@ -131,7 +135,9 @@ def by_splash_kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, interpret: bool = Fals
 
     def here(q_BHTK, k_BGTK, v_BGTK, segments_BT):
         mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BHTK.shape[1])
-        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+        kernel = splash.make_splash_mha_single_device(
+            mask, block_sizes=blocks, residual_checkpoint_name=SPLASH, interpret=interpret
+        )
         return jax.vmap(kernel)(q_BHTK, k_BGTK, v_BGTK, splash.SegmentIds(segments_BT, segments_BT))
 
     if not jax.sharding.get_abstract_mesh().empty:

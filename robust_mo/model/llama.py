@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from robust_mo.errors import InputError
 from robust_mo.model import attention
 from robust_mo.model.live_attention import attend_live
-from robust_mo.model.lora import LoraSpec, Projection
+from robust_mo.model.lora import PRODUCT, LoraSpec, Projection
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,14 +33,14 @@ _NAMED = ("queries", "keys", "values", "attended", "between")  # of a layer's va
 # to memory: 13.2 s against 15.4 s of a step's backward pass, SmolLM2, 1,024 tokens).  "gate_up" recomputes the two
 # widest products too, of the feed-forward part: a third of the memory, for an eighth (SmolLM2) to a quarter (8B, LoRA)
 # more FLOPs.  "offload" keeps the same in the host's memory.  "full" keeps nothing, for a third (LoRA: half) more.
-# "matmuls" and "gate_up" keep what cuDNN's attention gave, too.
+# "matmuls" and "gate_up" keep what the attention kernels of cuDNN and of TPUs gave, too.
 REMAT_POLICIES = {
     "none": None,
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.cudnn_saveable
+        jax.checkpoint_policies.save_only_these_names(PRODUCT, attention.SPLASH), attention.cudnn_saveable
     ),
     "gate_up": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(*_NAMED), attention.cudnn_saveable
+        jax.checkpoint_policies.save_only_these_names(*_NAMED, attention.SPLASH), attention.cudnn_saveable
     ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),

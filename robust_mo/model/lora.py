@@ -12,8 +12,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from robust_mo.errors import InputError
+
+PRODUCT = "product"
+"""What a policy of jax.checkpoint knows a projection's output by, and what its adapter has between its two factors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Projection(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", zeros, shape[1:], self.param_dtype).astype(self.compute_dtype)
         if self.lora is None or self.name not in self.lora.targets:
-            return y.reshape(*leading, -1)
+            return checkpoint_name(y, PRODUCT).reshape(*leading, -1)
         bound = shape[0] ** -0.5
 
         def uniform(key, shape, dtype):
@@ -78,8 +82,9 @@ class Projection(nn.Module):
 
         a = factor("a", uniform, (self.axes[0], "rank"), (shape[0], self.lora.rank))
         b = factor("b", nn.initializers.zeros, ("rank", self.axes[1]), (self.lora.rank, shape[1]))
-        y = y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.compute_dtype)
-        return y.reshape(*leading, -1)
+        # Named is the sum: the backward pass reads neither part of it.
+        y = y + checkpoint_name(x @ a, PRODUCT) @ b * jnp.asarray(self.lora.scale, self.compute_dtype)
+        return checkpoint_name(y, PRODUCT).reshape(*leading, -1)
 
 
 def merge(params, lora, spec: LoraSpec):

@@ -44,7 +44,14 @@ PICKLED_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
 
 def cache_folder() -> pathlib.Path:
     """Where converted models are kept: ROBUST_MO_CACHE, or ~/.cache/robust_mo.  It may not exist yet."""
-    return pathlib.Path(os.environ.get("ROBUST_MO_CACHE") or "~/.cache/robust_mo").expanduser()
+    return pathlib.Path(os.path.expanduser(os.environ.get("ROBUST_MO_CACHE") or "~/.cache/robust_mo"))
+
+
+def located(model: str) -> str:
+    """The name by which a model is found from any folder: of a file or folder that is here its absolute path, spelt in
+    one way; of any other the name as it stands."""
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if model and model != EMBEDDED and os.path.exists(path) else model
 
 
 def resolve(model: str | os.PathLike[str]) -> pathlib.Path:

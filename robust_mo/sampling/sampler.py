@@ -217,7 +217,8 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
     def one_token(carry):
         step, s = carry
         layers = params if "layers_0" in params else unstack_layers(params)
-        hidden, cache = model.apply({"params": layers}, s.last_N[:, None], s.positions_N[:, None], cache=s.cache)
+        at_N = jnp.where(s.done_N, 0, s.positions_N)  # so that kernels read one entry of what is done
+        hidden, cache = model.apply({"params": layers}, s.last_N[:, None], at_N[:, None], cache=s.cache)
         tokens_N, logprobs_N = _choose(unembed(params, hidden[:, 0]), s.counts_N, s.keys_N, decoding)
         # A slot that is done stands still: what it computes is written nowhere that is read.
         moved_N = (~s.done_N).astype(jnp.int32)

@@ -133,7 +133,7 @@ def shapes_of(model: str) -> LlamaConfig:
     Raises:
       InputError: nothing of that name; the known ones are listed.
     """
-    model = lineage(model)[-1]
+    model = os.path.expanduser(lineage(model)[-1])
     if hugging_face.is_adapter(model):
         return shapes_of(_beneath(pathlib.Path(model)))
     if (pathlib.Path(model) / "config.json").is_file():
@@ -187,11 +187,12 @@ def lineage(source: str) -> list[str]:
     """`source` and what it descends from: runs, each begun from the next one, and last a model that is no run.
 
     Raises:
-      InputError: a run's config names no model, or one that comes from the run itself.
+      InputError: a run's config names no model, or one that comes from the run itself or has been made again since.
     """
     found, places = [source], {os.path.realpath(source)}
     while is_run(found[-1]):
         model = _setting(found[-1], "model")
+        RunFolder(found[-1]).check_model(started(model))
         if os.path.realpath(model) in places:
             file = RunFolder(found[-1]).path / "config.json"
             raise InputError(f"{file}: config.model is {model!r}, which no run can have begun from: correct it")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError
 from robust_mo.training.groups import Group, factors, norms, whole_norm
@@ -294,7 +294,8 @@ def gradient_point(optimizer_state, params):
 
 def placed_like(trainable, optimizer_state, mesh):
     """The shapes of an optimizer's state with the places where `init` puts it: SOAP's by a rule of its own, any other's
-    beside the parameter at the same place, as `zeros_like` does.
+    beside the parameter at the same place, as `zeros_like` does, and counts on every device.  So the step that is
+    compiled for these shapes is the one that runs.
 
     Args:
       trainable: shapes and shardings of what is trained.
@@ -311,7 +312,7 @@ def placed_like(trainable, optimizer_state, mesh):
         tails = (parameters.get(path[start:]) for start in range(len(path)))
         parameter = next((found for found in tails if found is not None), None)
         if parameter is None or parameter.shape != leaf.shape:
-            return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
 
     return jax.tree.map_with_path(place, optimizer_state, is_leaf=lambda part: isinstance(part, SoapState))
