@@ -17,16 +17,18 @@ command=(.venv/bin/python -m "robust_mo.$1" "${@:2}")
 if [ "$dry_run" ]; then printf '%s\n' "bash launch/setup.sh --gpu" "${command[*]}"; exit; fi
 
 bash launch/setup.sh --gpu
-asked='' program=''
-trap 'asked=yes; [ ! "$program" ] || kill -TERM "$program"' TERM INT HUP
+asked='' program='' early=''
+trap 'asked=yes; if [ "$program" ]; then kill -TERM "$program"; else early=yes; fi' TERM INT HUP
 for start in $(seq 10); do
   setsid "${command[@]}" &  # Ctrl-C reaches it once, by the trap: a second signal would stop it unsaved
   program=$! status=0
-  [ ! "$asked" ] || kill -TERM "$program"
+  [ ! "$early" ] || kill -TERM "$program"
   wait "$program" || status=$?
   while kill -0 "$program" 2>/dev/null; do status=0; wait "$program" || status=$?; done  # it saves after a signal
   [ "$status" -gt 128 ] && [ ! "$asked" ] || exit "$status"
   echo "gpu_host.sh: the program died of signal $((status - 128)) (start $start of 10); the same command goes on" >&2
+  program=''
   sleep 5
+  [ ! "$asked" ] || exit "$status"
 done
 exit "$status"
