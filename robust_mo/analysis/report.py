@@ -81,7 +81,8 @@ def _page(study, summary) -> str:
     for name, organism in organisms.items():
         if organism["not_measured"]:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
-    parts += [f"> **{_none_passed(names)}.**" for names in summary["none_passed"]]
+    if summary["none_passed"]:
+        parts.append(f"> **{_none_passed(summary)}**")
     parts += _damaged(organisms)
     parts += _near_misses_fire(organisms, summary["gate"])
     if summary["failures"]:
@@ -100,8 +101,9 @@ def _page(study, summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _none_passed(names) -> str:
-    return f"None of {_list(names)} passed the gate: none is attacked, and no mean below knows of them"
+def _none_passed(summary) -> str:
+    names = _list(summary["none_passed"])
+    return f"At none of their learning rates did these pass the gate, so they stand in no mean: {names}."
 
 
 def _damaged(organisms) -> list[str]:
@@ -182,7 +184,8 @@ def _result(summary, organisms) -> list[str]:
             points = f"{measures['points']}{'' if measures['complete'] else ', attacks missing'}"
             cells = [f"`{name}`", "together" if method == ALL else f"`{method}`", points]
             rows.append(cells + [_bracketed(measures[key]) for key in MEASURES])
-    sentences += [f"- {_none_passed(names)}." for names in summary["none_passed"]]
+    if summary["none_passed"]:
+        sentences.append(f"- {_none_passed(summary)}")
     parts = ["## Result", "\n".join(sentences)]
     if rows:
         header = ["organism", "blue method", "points", *MEASURES.values()]

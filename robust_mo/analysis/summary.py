@@ -58,7 +58,7 @@ def summarise(study: pathlib.Path) -> dict:
         }
         best = gate.choose(verdicts)
         if best is None and len(rivals) > 1 and all(verdicts.values()):
-            none_passed.append([rival.name for rival in rivals])
+            none_passed.append(dataclasses.replace(rivals[0], learning_rate=None).name)
         for organism, verdict in verdicts.items():
             chosen = organism == best or len(verdicts) == 1
             found[organism.name] = _organism(study, organism, verdict, chosen, grid)
