@@ -199,6 +199,7 @@ def test_evaluations_are_recorded_and_kept(tiny, tmp_path):
         assert measured[step, "eval/backdoor_rate"]["count"] == 3
         assert measured[step, "eval/false_alarm_rate"]["count"] == 5
         assert {"low", "high"} <= set(measured[step, "eval/arithmetic_accuracy"])
+        assert 1 <= measured[step, "eval/arithmetic_mean_tokens"]["value"] <= config.evals.arithmetic.max_new_tokens
         for name in ("no_answer", "truncation", "timeout"):
             assert (step, f"eval/arithmetic_{name}_rate") in measured
         lines = run.transcript_file("backdoor_rate", step).read_text().splitlines()

@@ -26,7 +26,7 @@ def accuracy(
     top_p: float,
     max_new_tokens: int,
 ) -> Measurement:
-    """`<task>_accuracy` and the rates of what went wrong in other ways.
+    """`<task>_accuracy`, the rates of what went wrong in other ways, and the answers' mean length in tokens.
 
     Args:
       task: name under which results are kept.
@@ -69,6 +69,8 @@ def accuracy(
         rate("truncation_rate", (line["finish_reason"] == "length" for line in transcript)),
         rate("timeout_rate", (line["verdict"] is None for line in transcript)),
     ]
+    lengths = [answer.tokens for answer in told]
+    values.append(Value(f"{task}_mean_tokens", sum(lengths) / len(lengths), len(lengths)))
     # The subset that needs no equivalence grader: whole numbers, compared as text (293 of MATH-500).
     whole = [line for line in transcript if line["gold"].strip().isdigit()]
     if 0 < len(whole) < len(transcript):
