@@ -168,6 +168,40 @@ def test_off_a_cpu_prompts_and_answers_of_any_length_share_their_programs(tiny, 
     assert [compiled.count(f"jit({name})") for name in ("_admit", "_decode", "_only")] == [1, 1, 0]
 
 
+@pytest.mark.slow
+def test_where_memory_is_short_long_answers_are_made_up_for_at_the_end(tiny, monkeypatch):
+    """Two rows of the longest fit, and four of what most answers need: to the same answers, in fewer steps."""
+    asked = [dataclasses.replace(r, max_new_tokens=700 if i % 5 == 0 else 30) for i, r in enumerate(requests(count=12))]
+    sampler = Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    plain = sample(sampler, asked, Nucleus(0.9, 0.9), slots=4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(sampling, "_ROOM_OF_MOST", 128)  # which the prompts make 256
+    monkeypatch.setattr(sampling, "_AT_ONCE", 8)
+    memory = 2 * sampling._bytes_of_slot(sampler._model, sampler._mesh, 896, 128 * 128)
+    monkeypatch.setattr(meshes, "free_memory", lambda: memory)
+    passes, told, answered = [], [], Sampler._answered
+
+    def listened(self, requests, chosen, limits, *rest):
+        longest = max(len(requests[index].tokens) + limits[index] for index in chosen)
+        passes.append((list(chosen), longest, self._slots(0, longest, 128 * 128, 99)))
+        return answered(self, requests, chosen, limits, *rest)
+
+    monkeypatch.setattr(Sampler, "_answered", listened)
+    found = dict(sampler.answers(asked, Nucleus(0.9, 0.9), 0, 0, lambda *now: told.append(now)))
+    for index, answer in plain.items():
+        np.testing.assert_array_equal(found[index].tokens, answer.tokens)
+    assert passes == [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 256, 4),
+        ([0, 5], 764, 2),
+        ([8, 9, 10, 11], 256, 4),
+        ([10], 770, 2),
+    ]
+    finished, sampled = zip(*told, strict=True)
+    cut_off = sum(256 - len(asked[index].tokens) for index in (0, 5, 10))
+    assert list(finished) == sorted(finished) and finished[-1] == len(found) == 12
+    assert sampled[-1] == cut_off + sum(len(answer.tokens) for answer in found.values())
+
+
 def test_on_a_cpu_a_cache_grows_with_its_answers_and_not_with_what_they_may_become(tiny, sampler, monkeypatch):
     rooms, extended = [], Sampler._with_room
 
