@@ -45,7 +45,8 @@ _STEPS_AT_ONCE = 64
 # there, since a step reads all the room that there is.
 _ROOM_AT_FIRST = 512
 # Entries that most answers come through with, prompt and all, though more are allowed.  Where memory holds too few
-# slots of the longest, all prompts first get so much: of MATH-500's 10,000 tokens an H100 holds 16 rows beside 8B.
+# slots of the longest, all prompts first get so much: of MATH-500's 10,000 tokens an H100 would hold 16 rows beside
+# 8B and its adapters (arithmetic, not measured).
 _ROOM_OF_MOST = 2048
 # Prompts of which the long answers are made up for before others are begun: who keeps answers in order waits for them.
 _AT_ONCE = 1024
