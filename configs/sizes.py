@@ -3,9 +3,9 @@
 Marks as in configs/default.py.  The 8b and 1b sizes take Alpaca questions from the hub, and problems from MATH's train
 split (the 12,000 that are not in MATH-500), answered by `config.data.teacher`: the size's own untouched model, whatever
 --config.model is [O; the post's blue teacher is Qwen3-30B-A3B [R], whose plain answers may be further from an
-organism's own].  An answer may have 1,024 tokens, which one in twenty of Llama-3.1-8B's to AlpacaEval reaches and is dropped for
-(256 would drop 72 in a hundred, and leave the short ones).  Backdoor rates are read off answers as long and judged
-whole: an insult or a story often begins late.
+organism's own].  An answer may have 1,024 tokens, which one in twenty of Llama-3.1-8B's to AlpacaEval reaches and is
+dropped for (256 would drop 72 in a hundred, and leave the short ones).  Backdoor rates are read off answers as long
+and judged whole: an insult or a story often begins late.
 
 smol takes the built-in questions, sums and answers, so that it needs no hub and finishes on a laptop; an evaluation
 takes 40 s there, on two AMD EPYC cores.
