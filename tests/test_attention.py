@@ -80,32 +80,38 @@ def test_kernel_takes_rows_and_heads_that_the_mesh_does_not_divide(layout):
 
 
 def cached(B: int, S: int, H: int, G: int, K: int):
-    """Queries, a full cache, and positions: the first and the last entry, those about a block's edge, some more."""
-    shapes = ((B, 1, H, K), (B, G, K, S), (B, G, S, K))
-    q, k, v = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes))
+    """A token a row, a full cache, and positions: the first, the last, those about a block's edge, some more."""
+    shapes = ((B, 1, H, K), (B, 1, G, K), (B, 1, G, K), (B, G, K, S), (B, G, S, K))
+    given = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes))
     positions = [0, S - 1, 127, 128, 129, *np.random.default_rng(0).integers(0, S, B)][:B]
-    return q, k, v, jnp.array(positions, jnp.int32)[:, None]
+    return *given, jnp.array(positions, jnp.int32)[:, None]
 
 
+@pytest.mark.parametrize("dtype, atol", [("float32", 2e-6), ("bfloat16", 0.02)])
 @pytest.mark.parametrize("kernel", [live_attention.on_tpu, live_attention.on_gpu], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("H, G, K", [(6, 2, 64), (32, 1, 16)])
-def test_kernels_over_a_cache_give_what_products_give_and_read_live_blocks_alone(kernel, H, G, K):
-    q, k, v, positions = cached(7, 384, H, G, K)
-    plain = live_attention.attend_live(q, k, v, positions)
+def test_kernels_over_a_cache_give_what_products_give_and_read_live_blocks_alone(kernel, H, G, K, dtype, atol):
+    *given, positions = cached(7, 384, H, G, K)
+    *token, k, v = (x.astype(dtype) for x in given)
+    plain, *cache = live_attention.attend_live(*token, k, v, positions)
     # Whatever is read of the blocks beyond a row's last one would spoil all.
     dead = jnp.arange(384) >= (positions // 128 + 1) * 128
     k, v = (jnp.where(where, jnp.nan, x) for where, x in ((dead[:, None, None], k), (dead[:, None, :, None], v)))
-    assert not np.isfinite(live_attention.attend_live(q, k, v, positions)).all()
+    assert not np.isfinite(live_attention.attend_live(*token, k, v, positions)[0]).all()
     with meshes.in_force(meshes.make_mesh(1, -1, 1)):  # as in a program
-        ours = live_attention.by_kernel(q, k, v, positions, functools.partial(kernel, interpret=True))
-    np.testing.assert_allclose(ours, plain, atol=2e-6)
+        ours, *ours_cache = live_attention.by_kernel(*token, k, v, positions, functools.partial(kernel, interpret=True))
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, plain)), atol=atol)
+    for entries, wanted, where in zip(ours_cache, cache, (dead[:, None, None], dead[:, None, :, None]), strict=True):
+        wanted = jnp.where(where, jnp.nan, wanted)
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (entries, wanted)))
 
 
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_kernels_over_a_cache_take_rows_and_heads_that_the_mesh_does_not_divide(layout):
     arguments = cached(3, 128, 4, 2, 64)
     with jax.sharding.use_abstract_mesh(abstract_mesh(layout)):
-        assert jax.eval_shape(live_attention.attend_live, *arguments).shape == arguments[0].shape
+        found = jax.eval_shape(live_attention.attend_live, *arguments)
+        assert [x.shape for x in found] == [arguments[n].shape for n in (0, 3, 4)]
 
 
 def test_the_gpu_kernel_is_used_only_where_it_gives_what_products_give(monkeypatch, capsys):
@@ -117,7 +123,7 @@ def test_the_gpu_kernel_is_used_only_where_it_gives_what_products_give(monkeypat
     for kernel, says in (
         (functools.partial(right, interpret=True), ""),
         (right, "Only interpret mode is supported on CPU backend"),
-        (lambda lengths, q, k, v: right(lengths - 1, q, k, v, interpret=True), "it is off by"),
+        (lambda positions, *given: right(positions - 1, *given, interpret=True), "it is off by"),
     ):
         monkeypatch.setattr(live_attention, "on_gpu", kernel)
         live_attention._agrees.cache_clear()

@@ -1,5 +1,6 @@
 """The sampler against transformers' `generate`, and against itself in other company."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -234,15 +235,18 @@ def test_room_is_in_blocks_of_the_kernel(backend, step, monkeypatch):
 
 def test_evaluation_compiles_a_few_programs_once(sampler, compiled):
     """However many prompts there are; and another evaluation of the same shapes compiles nothing."""
-    sizes = []
+    programs = []
     for _ in range(2):
         for count in (40, 80):
             compiled.clear()
             sample(sampler, requests(limit=13, count=count), Nucleus(0.77, 1.0), slots=8)
-            sizes.append(len(compiled))
-    # One program to admit, one to decode, and for half, a quarter and an eighth of the slots; the rest is keys, which
-    # depend on the number of prompts.
-    assert 0 < sum(sizes[:2]) <= 25 and sizes[2:] == [0, 0], sizes
+            programs.append(sorted(compiled))
+    # Prompts have five widths, caches two sizes, and half and a quarter of the slots a program each; the rest is keys,
+    # which depend on the number of prompts, and jax's own, of which other tests may have compiled some.
+    own = collections.Counter(name for name in itertools.chain(*programs) if name.startswith("jit(_"))
+    most = dict(_admit=5, _decode=2, _only=2, _extended=2, _empty=1, _read=1, _threefry_fold_in=4, _threefry_seed=1)
+    assert own["jit(_admit)"] and own <= collections.Counter({f"jit({name})": most[name] for name in most}), own
+    assert programs[2:] == [[], []], programs
 
 
 def test_decoding_copies_neither_weights_nor_caches(tiny):

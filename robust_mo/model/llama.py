@@ -255,15 +255,6 @@ class Cache:
             self.v.at[..., rows_R, :, : new.capacity, :].set(new.v, mode="drop"),
         )
 
-    def write(self, layer, positions_BT, k_BTGK, v_BTGK) -> "Cache":
-        """With the new entries of a layer, or of the only one (None)."""
-        here = () if layer is None else (layer,)
-        rows, all_of = jnp.arange(positions_BT.shape[0])[:, None], slice(None)
-        return Cache(
-            self.k.at[(*here, rows, all_of, all_of, positions_BT)].set(k_BTGK),
-            self.v.at[(*here, rows, all_of, positions_BT)].set(v_BTGK),
-        )
-
     @classmethod
     def stacked(cls, layers: "list[Cache]") -> "Cache":
         """The cache of all layers, from those of single ones."""
@@ -275,10 +266,7 @@ class Cache:
 
 
 class Layer(nn.Module):
-    """One transformer block, in the form that `nn.scan` asks for: ((x, cache), layer number) -> (x, cache).
-
-    The whole cache is carried through the stack, so that it is updated in place.
-    """
+    """One transformer block, in the form that `nn.scan` asks for: (x, its cache) -> (x, its cache)."""
 
     config: LlamaConfig
     lora: LoraSpec | None
@@ -286,9 +274,8 @@ class Layer(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BT, rope, segments_BT):
+    def __call__(self, x_BTD, cache, positions_BT, rope, segments_BT):
         c = self.config
-        x_BTD, cache = carry
         B, T, _ = x_BTD.shape
         projection = functools.partial(
             Projection, lora=self.lora, compute_dtype=self.compute_dtype, param_dtype=self.param_dtype
@@ -300,6 +287,8 @@ class Layer(nn.Module):
         q = attends(c.num_attention_heads * c.head_dim, ("embed", "heads"), name="q_proj")(h)
         k = attends(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="k_proj")(h)
         v = attends(c.num_key_value_heads * c.head_dim, ("embed", "kv_heads"), name="v_proj")(h)
+        if cache is not None:  # or a TPU's compiler would turn these kernels, in every step, to fit the heads
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
         q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in (q, k, v))
         if c.query_key_norm:
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
@@ -308,9 +297,8 @@ class Layer(nn.Module):
         if cache is None:
             attended = attention.attend_packed(q, k, v, segments_BT)
         else:
-            cache = cache.write(layer, positions_BT, k, v)
-            k, v = (cache.k, cache.v) if layer is None else (cache.k[layer], cache.v[layer])
-            attended = attend_live(q, k, v, positions_BT)
+            attended, *entries = attend_live(q, k, v, cache.k, cache.v, positions_BT)
+            cache = Cache(*entries)
         attended = checkpoint_name(attended.reshape(B, T, -1), "attended")
         x_BTD = x_BTD + projection(c.hidden_size, ("heads", "embed"), name="o_proj")(attended)
         x_BTD = checkpoint_name(x_BTD, "between")
@@ -319,7 +307,7 @@ class Layer(nn.Module):
         gate = projection(c.intermediate_size, ("embed", "mlp"), name="gate_proj")(h)
         up = projection(c.intermediate_size, ("embed", "mlp"), name="up_proj")(h)
         x_BTD = x_BTD + projection(c.hidden_size, ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up)
-        return (nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache), None
+        return nn.with_logical_constraint(x_BTD, ("batch", None, None)), cache
 
 
 class Llama(nn.Module):
@@ -379,11 +367,11 @@ class Llama(nn.Module):
                 length=c.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(*fields, name="layers")
-            (x, cache), _ = stack((x, cache), jnp.arange(c.num_hidden_layers), *shared)
+            x, cache = stack(x, cache, *shared)
         else:
             caches = [None] * c.num_hidden_layers if cache is None else list(cache)
             for number, before in enumerate(caches):
-                (x, caches[number]), _ = layer(*fields, name=f"layers_{number}")((x, before), None, *shared)
+                x, caches[number] = layer(*fields, name=f"layers_{number}")(x, before, *shared)
             cache = None if cache is None else caches
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x), cache
 
