@@ -94,8 +94,8 @@ def test_frozen_weights_are_held_as_products_read_them(tmp_path):
 
 @pytest.mark.parametrize("size, most", [("8b", 0.70), ("1b", 0.71)])
 def test_flops_are_those_that_are_counted_on_paper(size, most):
-    """With nothing recomputed the step does what 6N and masked attention, executed whole, come to, within 5%: so the
-    head's products are not done twice.  A LoRA step does at most 0.70 of that: frozen weights get no gradient."""
+    """With nothing recomputed the step does what 6N and attention, executed up to the end of an eighth of the queries,
+    come to, within 5%: so the head's products are not done twice.  A LoRA step does at most 0.70 of that: frozen weights get no gradient."""
     mesh, steps = meshes.make_mesh(1, -1, 1), []
     for name, frozen in (("red_full", False), ("red_lora", True)):
         config = load_config(f"configs/{name}.py", size)
@@ -106,7 +106,7 @@ def test_flops_are_those_that_are_counted_on_paper(size, most):
         with meshes.in_force(mesh):
             steps.append(product_flops(function.trace(*arguments, **settings).jaxpr.jaxpr))
         shape = train.budget_shape(models.shapes_of(config.model), config.compute_dtype)
-        per_token = budget.flops_per_token(shape, 2 * 2048, frozen)  # what the mask leaves out is done too
+        per_token = budget.flops_per_token(shape, 2048 * 9 // 8, frozen)  # a part of what the mask leaves out is done
         assert per_token * 2048 <= steps[-1] <= 1.05 * per_token * 2048
     assert steps[1] <= most * steps[0]
 
