@@ -90,8 +90,8 @@ def sample_program(config: ConfigDict, mesh: Mesh):
         raise InputError("--program=sample: config.evaluation.names has no evaluator that samples, such as math500")
     slots = config.evaluation.batch_size or _ROWS
     loaded = models.abstract(llama, mesh, "params")
-    params = own_copy(loaded, llama.compute_dtype, chip_limit(mesh) - held(loaded))
-    return decode_program(llama, params, mesh, slots, _LONGEST_PROMPT, max(asked))
+    params = own_copy(llama, loaded, chip_limit(mesh) - held(loaded))
+    return decode_program(llama, params, slots, _LONGEST_PROMPT, max(asked))
 
 
 def _measured_model(config: ConfigDict) -> Llama:
@@ -105,7 +105,7 @@ def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
         return 0
     llama = _measured_model(config)
     loaded = models.abstract(llama, mesh, "params")
-    copy = own_copy(loaded, llama.compute_dtype, chip_limit(mesh) - held(loaded))
+    copy = own_copy(llama, loaded, chip_limit(mesh) - held(loaded))
 
     def copied(x, to) -> bool:
         return x.dtype != to.dtype or not x.sharding.is_equivalent_to(to.sharding, x.ndim)
@@ -157,7 +157,7 @@ def suggest(config: ConfigDict, program: str, mesh: Mesh, found: dict) -> dict |
         changed.update_from_flattened_dict(change)
         tried_mesh = meshes.make_mesh(**changed.mesh, devices=list(mesh.devices.flat))
         taken = beside(changed, program, tried_mesh)
-        tried = measure(PROGRAMS[program](changed, tried_mesh), tried_mesh, limit, taken)
+        tried = measure(PROGRAMS[program](changed, tried_mesh), limit, taken)
         gib = tried["bytes_per_chip"]["total"] / _GIB
         print(f"{as_flags(change)}: {gib:.2f} GiB, {'fits' if tried['fits'] else 'does not fit'}", flush=True)
         if tried["fits"]:
@@ -170,7 +170,7 @@ def as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def measure(program, mesh: Mesh, limit: int, taken: int = 0) -> dict:
+def measure(program, limit: int, taken: int = 0) -> dict:
     """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
     compiled, and temporaries, output and collectives are None.
 
@@ -179,6 +179,7 @@ def measure(program, mesh: Mesh, limit: int, taken: int = 0) -> dict:
       taken: those of them that other things take; they are counted among the arguments.
     """
     function, arguments, settings = program
+    mesh = meshes.of(arguments)  # which sampling may have chosen itself
     with meshes.in_force(mesh):
         traced = function.trace(*arguments, **settings)
         flops = product_flops(traced.jaxpr.jaxpr)
@@ -198,6 +199,7 @@ def measure(program, mesh: Mesh, limit: int, taken: int = 0) -> dict:
     return {
         "fits": fits,
         "chips": mesh.size,
+        "mesh": dict(mesh.shape),
         "bytes_per_chip": sizes,
         "limit_bytes": limit,
         "flops": flops,
@@ -275,10 +277,10 @@ def main(args: flags.FlagValues) -> None:
     automatic = args.program == "train" and config.remat == "auto"
     for remat in AUTOMATIC_REMAT if automatic else [config.remat]:
         config.remat = remat
-        found = measure(PROGRAMS[args.program](config, mesh), mesh, limit, beside(config, args.program, mesh))
+        found = measure(PROGRAMS[args.program](config, mesh), limit, beside(config, args.program, mesh))
         if found["fits"]:
             break
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    shape = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
     if args.program == "train":
         tokens = config.batch.rows * config.data.length
         about = f"{config.batch.rows} rows of {config.data.length} tokens"
@@ -286,6 +288,8 @@ def main(args: flags.FlagValues) -> None:
         tokens = config.evaluation.batch_size or _ROWS
         about = f"{tokens} answers at once, each with room for the longest"
     print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {about}")
+    if found["mesh"] != dict(mesh.shape):
+        print("this mesh is sampling's own: with the config's no chip has room for weights that are not cut along fsdp")
     if automatic:
         print(f"config.remat auto: {config.remat}")
     print("\n".join(report(found, args.program, tokens)), flush=True)

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,14 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         lengths = (5, 40, 12, 1, 9)
         tokens = np.random.default_rng(1).integers(0, 250, (5, 40)).astype(np.int32)
         asked = [Request(np.r_[tokens[0, :17], row[:n]], 12) for row, n in zip(tokens, lengths, strict=True)]
-        sampler = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
-        for index, answer in sampler.answers(asked, Greedy(), 0, 4, lambda *_: None):
-            found[f"{kind} answer {index}"] = np.stack([answer.tokens, answer.logprobs])
+        samplers = {"": Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)}
+        if kind == "full":  # with too little memory on each device for whole weights
+            free = 2 * sum(x.nbytes for x in jax.tree.leaves(params)) - 1
+            with unittest.mock.patch.object(meshes, "free_memory", lambda free=free: free):
+                samplers[" of shared weights"] = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
+        for name, sampler in samplers.items():
+            for index, answer in sampler.answers(asked, Greedy(), 0, 4, lambda *_: None):
+                found[f"{kind} answer {index}{name}"] = np.stack([answer.tokens, answer.logprobs])
         with meshes.in_force(mesh):  # of three rows, as evaluations may have them
             three = {name: values[:3] for name, values in rows().items()}
             found[f"{kind} held-out"] = np.array(evaluate_loss(build(folder), params, None, three, 100))

@@ -94,8 +94,9 @@ def test_frozen_weights_are_held_as_products_read_them(tmp_path):
 
 @pytest.mark.parametrize("size, most", [("8b", 0.70), ("1b", 0.71)])
 def test_flops_are_those_that_are_counted_on_paper(size, most):
-    """With nothing recomputed the step does what 6N and attention, executed up to the end of an eighth of the queries,
-    come to, within 5%: so the head's products are not done twice.  A LoRA step does at most 0.70 of that: frozen weights get no gradient."""
+    """With nothing recomputed the step does what 6N and attention, of each eighth of the queries up to its end, come
+    to, within 5%: so the head's products are not done twice.  A LoRA step does at most 0.70 of that: frozen weights get
+    no gradient."""
     mesh, steps = meshes.make_mesh(1, -1, 1), []
     for name, frozen in (("red_full", False), ("red_lora", True)):
         config = load_config(f"configs/{name}.py", size)
@@ -147,7 +148,7 @@ text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32)).compile
 steps = {}
 for layers in map(int, numbers):
     config = config_of(pathlib.Path(folder), layers)
-    steps[layers] = preflight.measure(preflight.train_program(config, mesh), mesh, limit=10**9)
+    steps[layers] = preflight.measure(preflight.train_program(config, mesh), limit=10**9)
 print(json.dumps({"known": collectives(text), "steps": steps}))
 """
 
@@ -277,7 +278,7 @@ def test_what_is_suggested_fits(tmp_path, capsys):
     for change in ({}, {"remat": "full"}, {"remat": "full", "batch.micro_batches": 2}):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(change)
-        found = preflight.measure(preflight.train_program(changed, mesh), mesh, limit=2**40)
+        found = preflight.measure(preflight.train_program(changed, mesh), limit=2**40)
         sizes.append(found["bytes_per_chip"]["total"])
     assert sizes[0] > sizes[1] > sizes[2]
     for limit, suggestion in ((sizes[1], {"remat": "full"}), (sizes[2], change), (sizes[2] // 2, None)):
@@ -294,7 +295,7 @@ def test_fewer_answers_are_suggested_where_their_caches_do_not_fit(tmp_path):
 
     def measured(slots, limit):
         config.evaluation.batch_size = slots
-        return preflight.measure(preflight.sample_program(config, mesh), mesh, limit, loaded)
+        return preflight.measure(preflight.sample_program(config, mesh), limit, loaded)
 
     limit = measured(16, 2**40)["bytes_per_chip"]["total"]
     found = measured(64, limit)
@@ -318,7 +319,7 @@ def test_missing_compiler_is_told(monkeypatch):
 def test_what_is_given_is_more_than_a_chip_holds(tmp_path):
     mesh = meshes.make_mesh(1, -1, 1)
     program = preflight.train_program(config_of(tmp_path, layers=1), mesh)
-    found = preflight.measure(program, mesh, limit=10**5)
+    found = preflight.measure(program, limit=10**5)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program[1]))
     assert not found["fits"] and found["bytes_per_chip"]["total"] == kept and found["compile_seconds"] < 0.1
     assert [found["bytes_per_chip"][part] for part in ("temporaries", "output")] == [None, None]
@@ -331,13 +332,13 @@ def test_sampler_is_compiled_with_room_for_the_longest_answer(tmp_path):
     config = config_of(tmp_path, layers=2, **{"evals.arithmetic.max_new_tokens": 1000, "evaluation.batch_size": 3})
     _, (params, state, _), _ = program = preflight.sample_program(config, mesh)
     assert state.cache[0].k.shape == (3, 2, 16, 1536) and len(state.cache) == 2
-    found = preflight.measure(program, mesh, limit=2**34)
+    found = preflight.measure(program, limit=2**34)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
     assert found["fits"] and abs(found["bytes_per_chip"]["arguments"] - kept) < 100
     # all parameters but norms and biases once a token, of tied embeddings the head
     assert found["flops"] > 2 * 3 * models.shapes_of(config.model).product_parameters
     loaded = preflight.beside(config, "sample", mesh)
-    more = preflight.measure(program, mesh, 2**34, loaded)["bytes_per_chip"]
+    more = preflight.measure(program, 2**34, loaded)["bytes_per_chip"]
     assert loaded > 0 and more["total"] == loaded + found["bytes_per_chip"]["total"]
     config.evaluation.names = ("held_out_loss",)
     with pytest.raises(InputError, match="no evaluator that samples"):
@@ -396,8 +397,8 @@ from robust_mo.training import models
 mesh = meshes.make_mesh(1, 4, 1, preflight.devices_of("v5p:2x2x1"))
 config = dataclasses.replace(models.shapes_of("Llama-3.1-8B-Instruct"), num_hidden_layers=3)
 model = hugging_face.build(config, None, "bfloat16", "bfloat16", "none")
-params = own_copy(models.abstract(model, mesh, "params"), model.compute_dtype, 2**36)
-decode, arguments, settings = decode_program(model, params, mesh, slots=128, prompt=512, longest=1024)
+params = own_copy(model, models.abstract(model, mesh, "params"), 2**36)
+decode, arguments, settings = decode_program(model, params, slots=128, prompt=512, longest=1024)
 with meshes.in_force(mesh):
     need, text = preflight._compile(decode.lower(*arguments, **settings), arguments)
 (body,) = re.findall(r"while\\(.*body=(%[\\w.]+)", text)

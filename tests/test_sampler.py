@@ -253,8 +253,9 @@ def test_decoding_copies_neither_weights_nor_caches(tiny):
     """In the compiled loop: they are read where they lie, and new entries written in place."""
     mesh = meshes.make_mesh(1, -1, 1)
     model = hugging_face.build(hugging_face.read_config(tiny), None, "float32", "float32", "none")
-    params = jax.eval_shape(unstack_layers, models.abstract(model, mesh, "params"))
-    decode, (params, state, enough), settings = decode_program(model, params, mesh, slots=3, prompt=70, longest=50)
+    params = models.abstract(model, mesh, "params")
+    decode, (params, state, enough), settings = decode_program(model, params, slots=3, prompt=70, longest=50)
+    params = jax.eval_shape(unstack_layers, params)
     with meshes.in_force(mesh):
         text = decode.lower(params, state, enough, **settings).compile().as_text()
     (body,) = re.findall(r"while\(.*body=(%[\w.]+)", text)
@@ -298,19 +299,21 @@ from robust_mo.training.memory import held
 mesh, found = meshes.make_mesh(1, -1, 1), []
 model = hugging_face.build(hugging_face.read_config(pathlib.Path(sys.argv[1])), None, "float32", "float32", "none")
 given = models.abstract(model, mesh, "params")
-whole = held(own_copy(given, model.compute_dtype, None))
-for free in (None, 2 * whole, 2 * whole - 1):
-    params = own_copy(given, model.compute_dtype, free)
-    decode, arguments, settings = decode_program(model, params, mesh, slots=8, prompt=70, longest=50)
-    with meshes.in_force(mesh):
+whole = held(own_copy(model, given, None))
+for free in (None, 2 * whole, 2 * whole - 1, 8):
+    params = own_copy(model, given, free)
+    decode, arguments, settings = decode_program(model, params, slots=8, prompt=70, longest=50)
+    with meshes.in_force(meshes.of(params)):
         text = decode.lower(*arguments, **settings).compile().as_text()
-    found.append((held(params), collectives(text).get("all-gather", {"bytes": 0})["bytes"]))
+    gathered = collectives(text).get("all-gather", {"bytes": 0})["bytes"]
+    found.append((meshes.of(params).shape["tensor"], held(params), gathered))
 print(json.dumps(found))
 """
 
 
-def test_decoding_gathers_no_weights_where_they_fit_whole(tiny):
-    """For a token devices tell each other its rows' state.  Where memory has the weights cut, all of them beside it."""
+def test_decoding_gathers_no_weights_where_devices_can_hold_or_share_them(tiny):
+    """For a token devices tell each other its rows' state.  Where not even two devices, as many as the tiny model has
+    key heads, hold them together, they gather all of them beside it."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -320,8 +323,11 @@ def test_decoding_gathers_no_weights_where_they_fit_whole(tiny):
     command = [sys.executable, "-c", EIGHT_DEVICES, str(tiny)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    (whole, gathered), enough, (cut, gathered_cut) = json.loads(done.stdout.splitlines()[-1])
-    assert enough == [whole, gathered] and gathered < whole / 30
+    (_, whole, gathered), enough, (sharing, half, gathered_half), (_, cut, gathered_cut) = json.loads(
+        done.stdout.splitlines()[-1]
+    )
+    assert enough == [1, whole, gathered] and gathered < whole / 30
+    assert sharing == 2 and half < 0.8 * whole and gathered_half < whole / 30
     assert cut < whole / 7 and gathered_cut > 0.99 * whole
 
 

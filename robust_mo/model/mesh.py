@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -124,6 +124,16 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
         shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
         raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def with_more_along_tensor(mesh: Mesh, heads: int) -> Iterator[Mesh]:
+    """Meshes of the same devices, twice as many of them along `tensor` each time and half along `fsdp`, as long as
+    there are that many key heads."""
+    replica, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    while fsdp % 2 == 0 and heads % (2 * tensor) == 0:
+        fsdp, tensor = fsdp // 2, 2 * tensor
+        # In their order: programs take arrays of several meshes only if their devices have the same.
+        yield Mesh(mesh.devices.reshape(replica, fsdp, tensor), AXES, axis_types=mesh.axis_types)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError
+from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import Cache, Llama, unembed, unstack_layers
 from robust_mo.sampling.decoding import Greedy, Nucleus
@@ -246,10 +247,14 @@ def _decode(params, state, enough_done, *, model, decoding, stop_ids):
     return _placed(jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1])
 
 
-def own_copy(params, dtype, free: int | None):
+def own_copy(model: Llama, params, free: int | None):
     """Shapes and places of the parameters that a sampler reads: in the dtype of the products, and not cut along `fsdp`,
-    where for every token every layer would have to be gathered again.  They stay cut where they would else take more
-    than half of the memory that is free on a device, the caches' as well; None: no one knows how much that is."""
+    where for every token every layer would have to be gathered again.
+
+    Where that is more than half of the memory that is free on a device, the caches' as well, as few devices as it takes
+    share each product instead, as on a mesh with more of them along `tensor` and fewer along `fsdp`; if that does not
+    help either, they stay cut as they are.  `free`: bytes; None: no one knows.
+    """
 
     def kept(axes):
         axes = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis not in ("fsdp", None))
@@ -258,12 +263,25 @@ def own_copy(params, dtype, free: int | None):
     def whole(sharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*map(kept, sharding.spec)))
 
-    def lying(place):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place(x.sharding)), params)
+    def lying(places):
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, model.compute_dtype, sharding=at), params, places
+        )
 
-    copy = lying(whole)
-    size = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(copy))
-    return copy if free is None or 2 * size <= free else lying(lambda sharding: sharding)
+    def fits(copy) -> bool:
+        size = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(copy))
+        return free is None or 2 * size <= free
+
+    places = jax.tree.map(lambda x: x.sharding, params)
+    copy = lying(jax.tree.map(whole, places))
+    if fits(copy):
+        return copy
+    names = hugging_face.abstract_variables(model)["params"]
+    for mesh in meshes.with_more_along_tensor(meshes.of(params), model.config.num_key_value_heads):
+        copy = lying(jax.tree.map(whole, meshes.shardings(names, mesh)))
+        if fits(copy):
+            return copy
+    return lying(places)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "places"))
@@ -274,9 +292,10 @@ def _apart(params, *, dtype, places):
     return unstack_layers(jax.tree.unflatten(outline, lying))
 
 
-def decode_program(model: Llama, params, mesh, slots: int, prompt: int, longest: int):
+def decode_program(model: Llama, params, slots: int, prompt: int, longest: int):
     """(function, arguments, static arguments) of greedy decoding, as shapes, where it needs most: every slot has room
-    for a prompt of so many tokens and for the longest answer.  `params`: what `own_copy` gives, or of layers apart."""
+    for a prompt of so many tokens and for the longest answer.  `params`: what `own_copy` gives."""
+    mesh = meshes.of(params)
     capacity = _room(min(prompt + longest, model.config.max_position_embeddings))
     with meshes.in_force(mesh):
         empty = functools.partial(_empty, model=model, slots=_dealt_out(slots, mesh), longest=longest)
@@ -347,8 +366,8 @@ class Sampler:
     """
 
     def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
-        self._model, self._mesh = model, meshes.of(params)
-        own = own_copy(params, model.compute_dtype, meshes.free_memory())
+        own = own_copy(model, params, meshes.free_memory())
+        self._model, self._mesh = model, meshes.of(own)
         # Of stacked layers a CPU and a GPU copy each layer's kernels before they read them: a fifth of a step of
         # SmolLM2 on a CPU (122 ms against 100), 9.5 of the 20.7 ms of an 8B step of 128 rows on an H100.  There
         # decoding gets the layers apart.  On a GPU all programs do: whoever hands the stacked ones over and keeps
