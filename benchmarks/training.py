@@ -13,8 +13,10 @@ With --packed (`smol`) it is 128 conversations whose lengths are spread as those
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
 longest of them: 16 updates, of which we make at most as many.  Only what is neither padding nor repeated counts, and
 the learning rate is 0: the losses of the whole must be the same.  (Of 24 conversations, as until 2026-11-28, eight are
-not as unequal as eight of many: 0.53 of the peer's tokens were useful, of these 0.46.)  Writes benchmarks/results/training[-SIZE].json, or with what was
-asked for behind it, such as training-8b-lora-checkpointing.json.
+not as unequal as eight of many: 0.53 of the peer's tokens were useful, of these 0.46.)
+
+Writes benchmarks/results/training[-SIZE].json, or with what was asked for behind it, such as
+training-8b-lora-checkpointing.json.
 """
 
 import argparse

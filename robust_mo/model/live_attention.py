@@ -27,6 +27,7 @@ _FEWEST_QUERIES = 16
 _LANES, _LINES = 128, 16
 
 
+@jax.jit  # so that layers of equal shape are traced once
 def attend_live(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
