@@ -35,7 +35,7 @@ from robust_mo.errors import InputError, first_line
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT, Llama
-from robust_mo.sampling.sampler import decode_program, own_copy
+from robust_mo.sampling.sampler import decode_program, lies_so, own_copy
 from robust_mo.training import models
 from robust_mo.training.memory import Need, held, needed, out_of_memory
 
@@ -107,12 +107,11 @@ def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
     loaded = models.abstract(llama, mesh, "params")
     copy = own_copy(llama, loaded, chip_limit(mesh) - held(loaded))
 
-    def copied(x, to) -> bool:
-        return x.dtype != to.dtype or not x.sharding.is_equivalent_to(to.sharding, x.ndim)
-
     # On a CPU the sampler has each layer's parameters apart.
     everything = mesh.devices.flat[0].platform == "cpu"
-    return held([x for x, to in zip(*map(jax.tree.leaves, (loaded, copy)), strict=True) if everything or copied(x, to)])
+    return held(
+        [x for x, to in zip(*map(jax.tree.leaves, (loaded, copy)), strict=True) if everything or not lies_so(x, to)]
+    )
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
@@ -289,7 +288,9 @@ def main(args: flags.FlagValues) -> None:
         about = f"{tokens} answers at once, each with room for the longest"
     print(f"{config.model} on {args.topology}, {mesh.size} chips ({shape}), {about}")
     if found["mesh"] != dict(mesh.shape):
-        print("this mesh is sampling's own: with the config's no chip has room for weights that are not cut along fsdp")
+        print(
+            "this mesh is sampling's own: on the config's, weights not cut along fsdp take over half of a chip's room"
+        )
     if automatic:
         print(f"config.remat auto: {config.remat}")
     print("\n".join(report(found, args.program, tokens)), flush=True)

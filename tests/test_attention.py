@@ -91,7 +91,7 @@ def cached(B: int, S: int, H: int, G: int, K: int):
 @pytest.mark.parametrize("kernel", [live_attention.on_tpu, live_attention.on_gpu], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("H, G, K", [(6, 2, 64), (32, 1, 16)])
 def test_kernels_over_a_cache_give_what_products_give_and_read_live_blocks_alone(kernel, H, G, K, dtype, atol):
-    *given, positions = cached(7, 384, H, G, K)
+    *given, positions = cached(7, 384, H, G, K)  # in blocks of 128
     *token, k, v = (x.astype(dtype) for x in given)
     plain, *cache = live_attention.attend_live(*token, k, v, positions)
     # Whatever is read of the blocks beyond a row's last one would spoil all.
@@ -104,6 +104,17 @@ def test_kernels_over_a_cache_give_what_products_give_and_read_live_blocks_alone
     for entries, wanted, where in zip(ours_cache, cache, (dead[:, None, None], dead[:, None, :, None]), strict=True):
         wanted = jnp.where(where, jnp.nan, wanted)
         np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (entries, wanted)))
+
+
+@pytest.mark.parametrize("capacity", [256, 1024])
+def test_new_entries_go_where_they_belong_in_wider_blocks(capacity):
+    """On a TPU those are of 256 and 512 entries, of which tiles of 128 and 16 are written."""
+    *given, positions = cached(9, capacity, 4, 2, 16)
+    wanted = live_attention.attend_live(*given, positions)
+    ours = live_attention.by_kernel(*given, positions, functools.partial(live_attention.on_tpu, interpret=True))
+    np.testing.assert_allclose(ours[0], wanted[0], atol=2e-6)
+    for entries, expected in zip(ours[1:], wanted[1:], strict=True):
+        np.testing.assert_array_equal(entries, expected)
 
 
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])

@@ -419,7 +419,8 @@ print(json.dumps({
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["lines"] > 100 and found["kernels"] == 3 and not found["made"]
-    assert found["temporaries"] < 2**25
+    logits = 32 * 128256 * 4  # of a chip's rows
+    assert found["temporaries"] < logits + 2**22
 
 
 def test_soap_refuses_an_eigh_over_which_a_tpus_compiler_takes_too_long():

@@ -1,10 +1,10 @@
 """Attention over a cache, to which the tokens that ask add their own entries first.
 
 Promises: what `attention.attend` gives with the mask of the entries 0..position, softmax in float32, and the cache with
-the new keys and values in it, written in place.  A new token costs what its row holds so far, not what the cache has
-room for: on a TPU through a kernel whose grid takes rows block by block, on a GPU through one that loops over a row's
-own blocks, where that gives what products give.  Several tokens at once, other devices, and a cache that blocks do not
-fit: products over all of it.
+the new keys and values in it.  A new token is written in place and costs what its row holds so far, not what the cache
+has room for: on a TPU through a kernel whose grid takes rows block by block, on a GPU through one that loops over a
+row's own blocks, where that gives what products give.  Several tokens at once, other devices, and a cache that blocks
+do not fit: products over all of it.
 
 Shape letters: as in attention.py; M queries of one key head, filled up to what a unit for products takes.
 """

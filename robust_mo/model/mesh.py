@@ -127,13 +127,14 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
 
 
 def with_more_along_tensor(mesh: Mesh, heads: int) -> Iterator[Mesh]:
-    """Meshes of the same devices, twice as many of them along `tensor` each time and half along `fsdp`, as long as
-    there are that many key heads."""
+    """Meshes of the same devices with two, four, ... of them along `tensor` and so many times less along `fsdp`, as
+    long as that many key heads can be dealt out among them; none where `tensor` was chosen already."""
     replica, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-    while fsdp % 2 == 0 and heads % (2 * tensor) == 0:
-        fsdp, tensor = fsdp // 2, 2 * tensor
+    more = 2
+    while tensor == 1 and fsdp % more == 0 and heads % more == 0:
         # In their order: programs take arrays of several meshes only if their devices have the same.
-        yield Mesh(mesh.devices.reshape(replica, fsdp, tensor), AXES, axis_types=mesh.axis_types)
+        yield Mesh(mesh.devices.reshape(replica, fsdp // more, more), AXES, axis_types=mesh.axis_types)
+        more *= 2
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ than another program costs.  The host only moves prompts in and answers out.
 Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
 how often the same prompt came before in the list, not on its slot or its neighbours (float32, its products exact: off
 a CPU with JAX_DEFAULT_MATMUL_PRECISION=highest).
-The slots are dealt out among the devices of the mesh on which the parameters lie; of several hosts each makes the same
-calls and gets all answers.  What the programs read is a copy of the parameters, see `own_copy`, where they do not lie
-like that already.
+What the programs read is a copy of the parameters, see `own_copy`, where they do not lie like that already; the slots
+are dealt out among the devices of the mesh on which it lies.  Of several hosts each makes the same calls and gets all
+answers.
 Does not know about text, templates or files: prompts and answers are token ids.
 
 Shape letters: N slots, R prompts admitted at once, C tokens that all prompts begin with, P padded length of the rest,
@@ -284,11 +284,36 @@ def own_copy(model: Llama, params, free: int | None):
     return lying(places)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "places"))
-def _apart(params, *, dtype, places):
-    """Each layer's own parameters; `places`: those of the leaves of `params`."""
+def lies_so(x, to) -> bool:
+    """Whether a parameter needs no copy to have the dtype and the place of another."""
+    return x.dtype == to.dtype and x.sharding.is_equivalent_to(to.sharding, x.ndim)
+
+
+def _ways(model: Llama, params, own) -> tuple[tuple[NamedSharding, ...], ...]:
+    """For every leaf the places through which it gets to that of its copy.  To another mesh it goes by way of being cut
+    there as well: XLA moves one axis at a time, or else gives every device the whole."""
+    last = [to.sharding for to in jax.tree.leaves(own)]
+    if meshes.of(own) == meshes.of(params):
+        return tuple((place,) for place in last)
+    names = hugging_face.abstract_variables(model)["params"]
+    return tuple(zip(jax.tree.leaves(meshes.shardings(names, meshes.of(own))), last, strict=True))
+
+
+def _along(x, way, dtype):
+    return functools.reduce(jax.lax.with_sharding_constraint, way, x.astype(dtype))
+
+
+@functools.cache
+def _mover(way, dtype):
+    """parameter -> the same in this dtype, in the last of these places by way of the others."""
+    return jax.jit(functools.partial(_along, way=way, dtype=dtype), out_shardings=way[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "ways"))
+def _apart(params, *, dtype, ways):
+    """Each layer's own parameters; `ways`: those of the leaves of `params`, see `_ways`."""
     leaves, outline = jax.tree.flatten(params)
-    lying = [jax.lax.with_sharding_constraint(x.astype(dtype), at) for x, at in zip(leaves, places, strict=True)]
+    lying = [_along(x, way, dtype) for x, way in zip(leaves, ways, strict=True)]
     return unstack_layers(jax.tree.unflatten(outline, lying))
 
 
@@ -336,14 +361,16 @@ def _width(length: int) -> int:
     return _rounded_up(length, parts=2) if _fits_closely() else max(128, 1 << (length - 1).bit_length())
 
 
-def _bytes_of_slot(model: Llama, mesh, longest: int, scores: int) -> int:
+def _bytes_of_slot(model: Llama, mesh, longest: int, prompt: int, read: int) -> int:
     """What a slot takes of its device's memory: its cache, twice where that grows, its logits as they are drawn from,
-    in a few copies, and an eighth, since so many are admitted at once, of a prompt's attention scores, in two."""
+    in a few copies, and an eighth, since so many are admitted at once, of a prompt's cache, in three, and of its
+    attention scores, in two; of the prompt `read` tokens come before the `prompt` that are read for it alone."""
     config, tensor = model.config, mesh.shape["tensor"]
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
-    entries = _room(longest) * config.num_hidden_layers * heads * config.head_dim
-    cache = (2 if _fits_closely() else 1) * 2 * entries * model.compute_dtype.itemsize
-    return cache + 4 * 4 * config.vocab_size + math.ceil(config.num_attention_heads / tensor) * scores
+    entry = 2 * config.num_hidden_layers * heads * config.head_dim * model.compute_dtype.itemsize
+    cache = (2 if _fits_closely() else 1) * _room(longest) * entry
+    scores = math.ceil(config.num_attention_heads / tensor) * prompt * (read + prompt)
+    return cache + 4 * 4 * config.vocab_size + 3 * (read + prompt) * entry // 8 + scores
 
 
 def _dealt_out(rows: int, mesh) -> int:
@@ -372,15 +399,19 @@ class Sampler:
         # SmolLM2 on a CPU (122 ms against 100), 9.5 of the 20.7 ms of an 8B step of 128 rows on an H100.  There
         # decoding gets the layers apart.  On a GPU all programs do: whoever hands the stacked ones over and keeps
         # them holds both.
-        backend = jax.default_backend()
-        apart = functools.partial(
-            _apart, dtype=model.compute_dtype, places=tuple(x.sharding for x in jax.tree.leaves(own))
-        )
+        backend, dtype, ways = jax.default_backend(), model.compute_dtype, _ways(model, params, own)
         if backend == "gpu":
-            self._model, self._params = model.clone(scan_layers=False), apart(params)
-        else:  # what lies so already is not copied
-            self._params = jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, own)
-        self._decoded = apart(self._params) if backend == "cpu" else self._params
+            self._model, self._params = model.clone(scan_layers=False), _apart(params, dtype=dtype, ways=ways)
+        else:
+            leaves, outline = jax.tree.flatten(params)
+            moving = zip(leaves, jax.tree.leaves(own), ways, strict=True)
+            copies = [x if lies_so(x, to) else _mover(way, dtype)(x) for x, to, way in moving]
+            self._params = jax.tree.unflatten(outline, copies)
+        if backend == "cpu":
+            lying = tuple((to.sharding,) for to in jax.tree.leaves(own))
+            self._decoded = _apart(self._params, dtype=dtype, ways=lying)
+        else:
+            self._decoded = self._params
         self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
         self.idle = 0
 
@@ -434,8 +465,8 @@ class Sampler:
         room = max(_ROOM_OF_MOST, _rounded_up(2 * prompt, parts=1))
         if asked or _fits_closely() or meshes.free_memory() is None or room >= longest:
             return limits
-        scores = _width(prompt) ** 2
-        if self._slots(0, room, scores, prompts) < 2 * self._slots(0, longest, scores, prompts):
+        read = _width(prompt), 0
+        if self._slots(0, room, *read, prompts) < 2 * self._slots(0, longest, *read, prompts):
             return limits
         return [min(limit, room - length) for length, limit in zip(lengths, limits, strict=True)]
 
@@ -457,7 +488,7 @@ class Sampler:
         def fitting(shared: int) -> tuple[int, int]:
             """(slots, how many are admitted at once), where so many tokens are read once for all prompts."""
             rest = _width(longest_prompt - shared)
-            fit = self._slots(slots, max(longest, shared + rest), rest * (shared + rest), prompts)
+            fit = self._slots(slots, max(longest, shared + rest), rest, shared, prompts)
             return _dealt_out(fit, self._mesh), _dealt_out(fit // 8, self._mesh)
 
         def entries(index: int, count: int) -> int:
@@ -511,12 +542,12 @@ class Sampler:
             running = sum(int(counts_N[slot]) for slot in range(slots) if occupant[slot] is not None)
             on_progress(finished, sampled + running)
 
-    def _slots(self, asked: int, longest: int, scores: int, prompts: int) -> int:
-        """How many, of room for `longest` tokens each; `scores`: of the longest prompt, in one head's attention."""
+    def _slots(self, asked: int, longest: int, prompt: int, read: int, prompts: int) -> int:
+        """How many, of room for `longest` tokens each; `prompt`, `read`: see `_bytes_of_slot`."""
         free = meshes.free_memory()
         if free is None:
             return asked or min(_SLOTS, prompts)
-        fit = free // _bytes_of_slot(self._model, self._mesh, longest, scores) * meshes.rows_apart(self._mesh)
+        fit = free // _bytes_of_slot(self._model, self._mesh, longest, prompt, read) * meshes.rows_apart(self._mesh)
         if max(asked, 1) > fit:
             raise InputError(
                 f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit} rows of {longest} "
