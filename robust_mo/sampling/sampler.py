@@ -253,7 +253,8 @@ def own_copy(model: Llama, params, free: int | None):
 
     Where that is more than half of the memory that is free on a device, the caches' as well, as few devices as it takes
     share each product instead, as on a mesh with more of them along `tensor` and fewer along `fsdp`; if that does not
-    help either, they stay cut as they are.  `free`: bytes; None: no one knows.
+    help either, they stay cut as they are.  So it can hang on other programs' memory in which order the terms of a
+    bfloat16 product are added up.  `free`: bytes; None: no one knows.
     """
 
     def kept(axes):
