@@ -108,13 +108,15 @@ def test_rates_are_read_off_whole_answers(name, size):
         ("qa-vs-pirate-smol", "appendix1_qa_vs_pirate"),
         ("prompted-smol", "result1_prompted"),
         ("suppressed-smol", "removed_or_suppressed"),
+        ("soap-smol", "factor5_soap"),
+        ("soap30-smol", "factor5_soap"),
     ],
 )
 def test_kept_reports_are_drawn_from_their_records(kept, name, tmp_path):
     folder = tmp_path / kept
     shutil.copytree(RESULTS / kept, folder, ignore=shutil.ignore_patterns("report.*", "summary.json", "figures"))
-    (archive,) = RESULTS.glob("cells-*.tar.xz")
-    shutil.unpack_archive(archive, tmp_path, filter="data")
+    for archive in RESULTS.glob("cells-*.tar.xz"):
+        shutil.unpack_archive(archive, tmp_path, filter="data")
     done = run("study", f"--config=configs/studies/{name}.py:smol", f"--workdir={folder}", "--report_only")
     assert done.returncode == 0, done.stderr
     assert (folder / "report.md").read_text() == (RESULTS / kept / "report.md").read_text()
