@@ -94,7 +94,7 @@ def test_frozen_weights_are_held_as_products_read_them(tmp_path):
 
 @pytest.mark.parametrize("size, most", [("8b", 0.70), ("1b", 0.71)])
 def test_flops_are_those_that_are_counted_on_paper(size, most):
-    """With nothing recomputed the step does what 6N and attention, of each eighth of the queries up to its end, come
+    """With nothing recomputed the step does what 6N and attention, of each quarter of the queries up to its end, come
     to, within 5%: so the head's products are not done twice.  A LoRA step does at most 0.70 of that: frozen weights get
     no gradient."""
     mesh, steps = meshes.make_mesh(1, -1, 1), []
@@ -107,7 +107,7 @@ def test_flops_are_those_that_are_counted_on_paper(size, most):
         with meshes.in_force(mesh):
             steps.append(product_flops(function.trace(*arguments, **settings).jaxpr.jaxpr))
         shape = train.budget_shape(models.shapes_of(config.model), config.compute_dtype)
-        per_token = budget.flops_per_token(shape, 2048 * 9 // 8, frozen)  # a part of what the mask leaves out is done
+        per_token = budget.flops_per_token(shape, 2048 * 5 // 4, frozen)  # a part of what the mask leaves out is done
         assert per_token * 2048 <= steps[-1] <= 1.05 * per_token * 2048
     assert steps[1] <= most * steps[0]
 
