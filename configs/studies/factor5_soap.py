@@ -5,8 +5,8 @@
 
 Published AUCs under pirate SFT, one organism [R]: 0.676 Adam, 0.781 SOAP.  The same data, steps and schedule; each
 optimizer at the best of its own two learning rates [O], of which one is the post's 3e-5 at 8b and 1b.  At smol, with 60
-red steps, a lenient gate and two or three seeds: by rates SOAP's organisms are the less robust, by AUC it is not
-resolved (results/README.md); some 3 hours on two cores.  Else time and our numbers: not measured.
+red steps, one rate, a lenient gate and two or three seeds: by rates SOAP's organisms are the less robust, by AUC it is
+not resolved (results/README.md).  As it stands here, time and our numbers: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,8 @@ from robust_mo.errors import first_line
 # Sizes of the kernel's blocks, of which a row's length must be a multiple; the first that fits is taken.
 _BLOCKS = (1024, 512, 256, 128)
 # Products leave out the keys behind a part of the queries: of a long row's, in four parts, three eighths.  Eight leave
-# out a little more, but a step of SmolLM2 is not faster, and compiles in 4.9 s instead of 3.7 (2.8 in one part).
+# out a little more, but a step of SmolLM2 is not faster, and compiles in 5.3 s instead of 3.7 (3.0 in one part; medians
+# of five, two cores of an AMD EPYC).
 _PARTS, _FEWEST_QUERIES = 4, 64
 
 

@@ -137,7 +137,7 @@ def on_tpu(positions_B1, q_BGMK, k_B1GK, v_B1GK, k_BGKS, v_BGSK, interpret: bool
     block = _block(k_BGKS, _TPU_BLOCKS)
 
     def with_new(new, old, at, axis):
-        # Of 16 bits nothing can be chosen by element on all TPUs; through 32 nothing is lost.
+        # Not every TPU works on elements of 16 bits; through 32 nothing is lost.
         here = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis) == at
         return jnp.where(here, new.astype(jnp.float32), old.astype(jnp.float32)).astype(old.dtype)
 
