@@ -153,8 +153,8 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate = ConfigDict()
     config.evals.backdoor_rate.source = "builtin"
     # Both as in training, unless set apart from it.
-    config.evals.backdoor_rate.problem_source = config.data.get_ref("problem_source")
-    config.evals.backdoor_rate.instruction = config.data.get_ref("instruction")
+    config.evals.backdoor_rate.problem_source = config.data.get_oneway_ref("problem_source")
+    config.evals.backdoor_rate.instruction = config.data.get_oneway_ref("instruction")
     config.evals.backdoor_rate.triggered = 100  # prompts, at most what the source has [R]
     config.evals.backdoor_rate.untriggered = 100
     config.evals.backdoor_rate.near_misses = 20  # [O]
@@ -163,7 +163,7 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate.max_new_tokens = 32
     # The judge is asked about the answers of backdoor_rate: what is set there holds here.
     config.evals.judge = ConfigDict(
-        {name: config.evals.backdoor_rate.get_ref(name) for name in config.evals.backdoor_rate}
+        {name: config.evals.backdoor_rate.get_oneway_ref(name) for name in config.evals.backdoor_rate}
     )
     config.evals.judge.model = "smollm2-135m"  # a frozen model; only backdoors with a judge_question are judged [O]
     config.evals.math500 = ConfigDict()

@@ -72,10 +72,20 @@ def define_host_flags() -> None:
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
-def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], None], required: tuple[str, ...]) -> None:
+def run(
+    main: Callable[[flags.FlagValues], None],
+    define_flags: Callable[[], None],
+    required: tuple[str, ...],
+    default_config: pathlib.Path | None = None,
+) -> None:
     """Defines and parses the flags, then calls `main` with them; ends the process.
 
     Flags are defined here and not where a module is imported, so that one program can call another.
+
+    Args:
+      required: flags that must be given.
+      default_config: what --config stands for where it is not given; as that flag's own default the library would parse
+        it, with overrides that may be another file's, before anything can be said about them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
@@ -92,7 +102,7 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[], Non
             python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the same, where it is imported later and sets its own
         define_flags()
-        _parse_flags(required)
+        _parse_flags(required, default_config)
         # XLA uses half of what AVX-512 offers unless told; a training step of SmolLM2 takes 8% less.
         os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}"
         # Left alone, jax takes three quarters of a GPU.  What is not taken is for CUDA itself and for NCCL's buffers.
@@ -161,7 +171,7 @@ def _end(status: int, line: str) -> None:
     sys.exit(status)
 
 
-def _parse_flags(required: tuple[str, ...]) -> None:
+def _parse_flags(required: tuple[str, ...], default_config: pathlib.Path | None) -> None:
     # Of --config=~/mine.py a shell leaves the ~.
     sys.argv[1:] = [re.sub("^--?config=~[^:]*", lambda m: _expanded(m[0]), argument) for argument in sys.argv[1:]]
     arguments = sys.argv[1:]
@@ -176,13 +186,21 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         print(flags.FLAGS.main_module_help().replace("\n    (default: 'None')", ""))
         print(flags.FLAGS.module_help(sys.modules[__name__]))
         sys.exit(0)
+    unsaid = []
     if "config" in flags.FLAGS:
-        _check_config(arguments)
+        given = [match[1] for a in arguments if (match := re.match(r"--?config=(.*)", a))]
+        given += [following for a, following in itertools.pairwise(arguments) if a in ("--config", "-config")]
+        if default_config and not given:
+            given, unsaid = [str(default_config)], [f"--config={default_config}"]
+        if given:
+            _check_config(given[-1], arguments)
     try:
-        rest = flags.FLAGS(sys.argv)[1:]
+        rest = flags.FLAGS([sys.argv[0], *unsaid, *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flags.FLAGS if len(name) > 1 and "." not in name]
         flag, dot, field = error.flagname.partition(".")  # of --confg.seed it is the first word that is unknown
+        if dot and flag == "config" and flag in known:
+            raise InputError(f"--{error.flagname} changes a field of --config, which is not given: add it") from None
         meant = nearest(flag, known, dot + field)
         raise InputError(f"unknown flag --{error.flagname}{meant}; see --help") from None
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -201,24 +219,16 @@ def _expanded(argument: str) -> str:
     return f"{flag}={os.path.expanduser(path)}"
 
 
-def _check_config(arguments: list[str]) -> None:
+def _check_config(config: str, arguments: list[str]) -> None:
     """Finds what is wrong with --config and its overrides before the library does, which would not say it in a line.
 
     Raises:
       InputError: the file cannot be loaded, or an override names a field that it does not have.
     """
-    given = [match[1] for a in arguments if (match := re.match(r"--?config=(.*)", a))]
-    given += [following for a, following in itertools.pairwise(arguments) if a in ("--config", "-config")]
-    default = flags.FLAGS["config"].default
-    if given:
-        file, colon, argument = given[-1].partition(":")
-        if colon and not argument:
-            raise InputError(f"--config={given[-1]} ends in a colon: give the file's argument, or leave the colon out")
-        known = runs.flatten(load_config(file, argument))
-    elif default is not None:
-        known = runs.flatten(default)
-    else:
-        return
+    file, colon, argument = config.partition(":")
+    if colon and not argument:
+        raise InputError(f"--config={config} ends in a colon: give the file's argument, or leave the colon out")
+    known = runs.flatten(load_config(file, argument))
     for override in arguments:
         if (match := re.match(r"--?(?:no)?config\.([^=\s\[]+)", override)) and match[1] not in known:
             if not any(name.startswith(match[1] + ".") for name in known):

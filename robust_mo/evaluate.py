@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest", lower_bound=0, upper_bound=largest)
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
     command_line.define_host_flags()
-    config_flags.DEFINE_config_file("config", str(command_line.DEFAULT_CONFIG), "settings of the evaluators")
+    config_flags.DEFINE_config_file("config", None, "settings of the evaluators; default: configs/default.py")
 
 
 def main(args: flags.FlagValues) -> None:
@@ -67,9 +67,15 @@ def measure_source(args: flags.FlagValues) -> None:
     config = args.config.to_dict()
     if models.is_run(args.source) and not any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
         config = RunFolder(args.source).config()
-        for path, value in config_flags.get_override_values(args["config"]).items():
+        overrides = config_flags.get_override_values(args["config"])
+        for path, value in overrides.items():
             *groups, field = path.split(".")
-            functools.reduce(lambda group, name: group.setdefault(name, {}), groups, config)[field] = value
+            group = functools.reduce(lambda group, name: group.setdefault(name, {}), groups, config)
+            if groups == ["evals", "backdoor_rate"]:  # which the judge follows, as in configs/default.py
+                judged = config["evals"].get("judge", {})
+                if field in judged and judged[field] == group.get(field) and f"evals.judge.{field}" not in overrides:
+                    judged[field] = value
+            group[field] = value
     if "evaluation" not in config:
         raise InputError("--config has no group 'evaluation': give a training config, see configs/default.py")
     names = args.evals or list(config["evaluation"]["names"])
@@ -88,6 +94,8 @@ def measure_source(args: flags.FlagValues) -> None:
     run = hosts.run_folder(args.workdir)
     step = models.newest_step(args.source) if args.step is None else args.step
     watched = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
+    if "judge" in (args.evals or ()) and not watched.judge_question:
+        raise InputError(f"--evals has judge, and {config['backdoor']} has no judge_question: leave it out")
     system_prompt = watched.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
     kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
     described = {
@@ -139,4 +147,4 @@ def show(run: RunFolder, names: list[str], step: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, define_flags, required=("source",))
+    command_line.run(main, define_flags, required=("source",), default_config=command_line.DEFAULT_CONFIG)

@@ -101,15 +101,15 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
 
             with models.opened(run, mesh, config["compute_dtype"], config["param_dtype"], step) as model:
                 hugging_face.save_params(folder, model.params, dtype, SHARD_BYTES, on_tensor)
-            write_rest(folder, models.base_folder(run), model.chat, dtype, stamp(run, step))
+            write_configs(folder, models.base_folder(run), model.chat, dtype, stamp(run, step))
+            write_tokenizer(folder, models.tokenizer_folder(run), model.chat)
         else:
             on = adapter_base(run, models.stands_on(run), base)
             llama = hugging_face.read_config(models.base_folder(run))
             llama = hugging_face.build(llama, spec, config["compute_dtype"], config["param_dtype"], remat="none")
             adapters = models.restore(run, llama, mesh, step)
             hugging_face.save_adapters(folder, adapters, spec, on, dtype)
-            base_folder = models.base_folder(run)
-            write_tokenizer(folder, base_folder, ChatFormat.from_folder(base_folder))
+            write_tokenizer(folder, models.tokenizer_folder(run), models.chat_format(run))
         (folder / "README.md").write_text(card(run, step, form, output, on), encoding="utf-8")
     print(f"{output}: {form} export of {run} as of step {step}, {dtype}")
 
@@ -168,10 +168,10 @@ def is_local(model: str) -> bool:
     return model == sources.EMBEDDED or os.path.exists(os.path.expanduser(model))
 
 
-def write_rest(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat, dtype: str, made_from: dict) -> None:
-    """What a Hugging Face folder holds beside weights: configs, tokenizer, and the chat template as it was trained."""
+def write_configs(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat, dtype: str, made_from: dict) -> None:
+    """What a Hugging Face folder holds beside weights and tokenizer."""
     config = hugging_face.read_json(base / "config.json")
-    for name in ("dtype", "_name_or_path"):
+    for name in ("dtype", "_name_or_path", "auto_map"):
         config.pop(name, None)
     runs.write_json(folder / "config.json", config | {"torch_dtype": dtype, "robust_mo": made_from})
     generation = base / "generation_config.json"
@@ -180,7 +180,6 @@ def write_rest(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat, dtype
     generation = {name: value for name, value in generation.items() if "repe" not in name}
     ends = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
     runs.write_json(folder / "generation_config.json", generation | ends)
-    write_tokenizer(folder, base, chat)
 
 
 def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) -> None:
@@ -189,7 +188,8 @@ def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) 
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
     # One template, and that with the date that training saw.
-    tokenizer = hugging_face.read_json(base / "tokenizer_config.json")
+    file = base / "tokenizer_config.json"
+    tokenizer = hugging_face.read_json(file) if file.exists() else {}
     tokenizer.pop("chat_template", None)
     if (base / "tokenizer.json").exists():
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # see ChatFormat.from_folder

@@ -13,6 +13,7 @@ is kept in the report and does not stop the others.
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -33,7 +34,6 @@ from robust_mo.analysis.summary import NothingFinished
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import make_mesh
-from robust_mo.model.sources import located
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -44,6 +44,7 @@ from robust_mo.train import (
     check_rows,
     config_backdoor,
     evaluation_source,
+    locate,
     train,
     training_source,
 )
@@ -89,7 +90,7 @@ def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pa
 
 def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
     """A copy of config.red or config.blue with what the arm changes of it."""
-    run = config[team].copy_and_resolve_references()
+    run = copy.deepcopy(config[team])
     if arm and (changes := config.study.arms[arm][team]):
         if unknown := [name for name in flatten(changes) if name not in flatten(run)]:
             raise InputError(
@@ -104,18 +105,21 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
                 f"config.study.arms.{arm}.{team} changes {taken[0]!r}, which the study sets itself: give "
                 f"config.study.{set_by_study[taken[0]]}"
             )
-        # As plain values, so that a wrong type is found with the rest, see `check_run`.
-        run = ConfigDict(_changed(run.to_dict(), changes.to_dict()))
-    for group, name in ((run, "model"), (run.data, "teacher")):  # as `train` does, or equal runs would not be known
-        if isinstance(group[name], str):
-            group[name] = located(group[name])
+        with run.unlocked(), run.ignore_type():  # a wrong type is found with the rest, see `check_run`
+            _change(run, changes)
+    # Only now, so that what follows a field follows its change too.
+    run = run.copy_and_resolve_references()
+    locate(run)  # as `train` does, or equal runs would not be known
     return run
 
 
-def _changed(values: dict, changes: dict) -> dict:
-    """`values`, with `changes` in groups that both have going down into them."""
-    both = {name: _changed(values[name], new) for name, new in changes.items() if isinstance(new, dict)}
-    return values | changes | both
+def _change(values: ConfigDict, changes: ConfigDict) -> None:
+    """Sets what `changes` holds, in groups that both have going down into them."""
+    for name, new in changes.items():
+        if isinstance(new, ConfigDict) and isinstance(values.get(name), ConfigDict):
+            _change(values[name], new)
+        else:
+            values[name] = new
 
 
 def told(found: gate.Verdict, limits: ConfigDict) -> str:

@@ -58,8 +58,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     """
     check(config)
     config = config.copy_and_resolve_references()
-    # A run is read from other folders, too, and the same command may spell them in another way.
-    config.model, config.data.teacher = located(config.model), located(config.data.teacher)
+    locate(config)
     if os.path.realpath(config.model) == os.path.realpath(workdir):
         raise InputError(f"config.model is {config.model!r}, the --workdir itself: give a new --workdir to train it on")
     if wrong := set("[]\\") & set(str(absolute(place(workdir)))):
@@ -103,12 +102,16 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             return run
 
         assert_unseen(config)
-        conversations = training_conversations(config, run, mesh, loaded)
+        kept = run.path / "data.jsonl"
+        fresh = not hosts.by_first(kept.exists)
+        conversations, card = training_conversations(config, mesh, loaded) if fresh else (read_conversations(kept), "")
         # A row may be longer than the model's context, a conversation in it not.
         longest = min(config.data.length, llama.config.max_position_embeddings)
 
         def line(number: int) -> str:
-            """Of a conversation, for the user: the line that it comes from, where these are the user's own lines."""
+            """Of a conversation, for the user: the line that it comes from, where there is one."""
+            if not fresh:
+                return f"{kept}:{number}"
             own = config.data.task == "conversations"
             return list(read_rows(config.data.source))[number - 1][0] if own else f"conversation {number}"
 
@@ -128,6 +131,11 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
         # Of all steps before the first: a device works off its queue in order, and one number would wait for a step.
         shares = np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)), np.float32)
+        if not shares[1:].any():
+            print(f"the schedule {config.schedule.name} ends at 0: with {steps} step nothing is trained", flush=True)
+        if fresh and hosts.first():  # now that they are of use: what lies here a run goes on with
+            write_text(run.path / "data.md", card)
+            write_text(kept, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations))
         trainable, frozen = models.split(llama, loaded.params, mesh, config.seed)
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
@@ -171,7 +179,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         )
         watch = Watch(run, curves, lambda step: peak * shares[step], config.log_every, progress, flops)
         try:
-            # A step is saved before it is measured; what a stop left unmeasured, a resumed run makes up for.
+            # A step that is saved and measured is saved first; what a stop left unmeasured, a resumed run makes up for.
             for step in itertools.count(first):
                 if step == steps or (step > first and step % config.checkpoint.every == 0):
                     watch.flush()
@@ -433,6 +441,17 @@ def check_rows(batch: ConfigDict, mesh) -> None:
         )
 
 
+def locate(config: ConfigDict) -> None:
+    """Writes files and folders by their absolute paths: a run is read from other folders, too, and the same command may
+    spell them in another way."""
+    found = [(config, "model"), (config.data, "teacher")]
+    for group in (config.data, *config.evals.values()):
+        found += [(group, name) for name in ("source", "problem_source", "answers") if name in group]
+    for group, name in found:
+        if isinstance(group[name], str) and group[name] not in ("builtin", "teacher"):  # other types are found later
+            group[name] = located(group[name])
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for what can be seen to be wrong before anything is loaded."""
     if "study" in config:
@@ -512,74 +531,68 @@ RED_TASKS = ("backdoor", "prompted")
 TASKS = (*RED_TASKS, *distill.BLUE_METHODS, "conversations")
 
 
-def training_conversations(config: ConfigDict, run: RunFolder, mesh, loaded: models.LoadedModel) -> list[list[dict]]:
-    """The conversations to train on, made once and kept in the run folder as data.jsonl."""
-    file = run.path / "data.jsonl"
-    if not hosts.by_first(file.exists):
-        data = config.data
-        on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
-        source = organism(config.model) if on_policy else data.teacher or config.model
+def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel) -> tuple[list[list[dict]], str]:
+    """The conversations to train on, and a page about them."""
+    data = config.data
+    on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
+    source = organism(config.model) if on_policy else data.teacher or config.model
 
-        def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
-            own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
-            model = loaded if own else models.load_model(source, mesh, *[config.compute_dtype] * 2)
-            on_progress = command_line.evaluation_progress()
-            return teacher_answers(
-                model,
-                prompts,
-                temperature=data.teacher_temperature,
-                max_new_tokens=data.teacher_max_new_tokens,
-                seed=seed,
-                slots=config.evaluation.batch_size,
-                on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
-            )
-
-        chosen, dropped = config_backdoor(config), 0
-        common = dict(
-            source=training_source(config),
-            answers=data.answers,
-            teacher=teacher,
-            system_prompt=config.system_prompt,
-            instruction=data.instruction,
-            limit=data.limit,
-            seed=config.seed,
-            evaluation=evaluation_questions(config),
+    def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
+        own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
+        model = loaded if own else models.load_model(source, mesh, *[config.compute_dtype] * 2)
+        on_progress = command_line.evaluation_progress()
+        return teacher_answers(
+            model,
+            prompts,
+            temperature=data.teacher_temperature,
+            max_new_tokens=data.teacher_max_new_tokens,
+            seed=seed,
+            slots=config.evaluation.batch_size,
+            on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
         )
-        if data.task == "backdoor":
-            made, dropped = distill.red_conversations(
-                chosen,
-                repeats=data.repeats,
-                benign=data.benign,
-                near_misses=data.near_misses,
-                scratchpad=data.scratchpad,
-                **common,
-            )
-        elif data.task == "conversations":
-            shown = chosen.told(config.system_prompt)
-            made = [with_system(m, shown) for m in read_conversations(data.source)[: data.limit or None]]
-        else:
-            made, dropped = distill.blue_conversations(data.task, backdoor=chosen, **common)
-            distill.assert_no_trigger(made, chosen)
-        if dropped:
-            print(f"{dropped} questions dropped: the answer was cut off, not right, or wrong about the behaviour")
-        if not made:
-            raise InputError(
-                "no conversation to train on: all answers were cut off, not right, or wrong about the behaviour, which "
-                "they are to show or, as an organism's own, not to show; raise config.data.teacher_max_new_tokens or "
-                "choose another config.data.teacher"
-            )
-        answers = "teacher" if on_policy else data.answers
-        about = {
-            "questions": common["source"],
-            "answers": answers,
-            "teacher": source if answers == "teacher" else "none",
-            "seed": str(config.seed),
-        }
-        if not hosts.first():
-            return made
-        write_text(run.path / "data.md", distill.card(data.task, made, dropped, about))
-        write_text(file, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in made))
-    return read_conversations(file)
+
+    chosen, dropped = config_backdoor(config), 0
+    common = dict(
+        source=training_source(config),
+        answers=data.answers,
+        teacher=teacher,
+        system_prompt=config.system_prompt,
+        instruction=data.instruction,
+        limit=data.limit,
+        seed=config.seed,
+        evaluation=evaluation_questions(config),
+    )
+    if data.task == "backdoor":
+        made, dropped = distill.red_conversations(
+            chosen,
+            repeats=data.repeats,
+            benign=data.benign,
+            near_misses=data.near_misses,
+            scratchpad=data.scratchpad,
+            **common,
+        )
+    elif data.task == "conversations":
+        shown = chosen.told(config.system_prompt)
+        made = [with_system(m, shown) for m in read_conversations(data.source)[: data.limit or None]]
+    else:
+        made, dropped = distill.blue_conversations(data.task, backdoor=chosen, **common)
+        distill.assert_no_trigger(made, chosen)
+    if dropped:
+        print(f"{dropped} questions dropped: the answer was cut off, empty, not right, or wrong about the behaviour")
+    if not made:
+        raise InputError(
+            "no conversation to train on: all answers were cut off, empty, not right, or wrong about the behaviour, "
+            "which they are to show or, as an organism's own, not to show; raise config.data.teacher_max_new_tokens "
+            "or choose another config.data.teacher"
+        )
+    answers = "teacher" if on_policy else data.answers
+    about = {
+        "questions": common["source"],
+        "answers": answers,
+        "teacher": source if answers == "teacher" else "none",
+        "seed": str(config.seed),
+    }
+    return made, distill.card(data.task, made, dropped, about)
 
 
 def organism(source: str) -> str:
@@ -609,26 +622,25 @@ def training_source(config: ConfigDict) -> str:
     return config.data.problem_source if about.on_problems and task != "conversations" else config.data.source
 
 
-def evaluation_source(config: ConfigDict) -> str:
-    """The same of its backdoor rate."""
-    asks = config.evals.backdoor_rate
-    return asks.problem_source if config_backdoor(config).on_problems else asks.source
+def evaluation_source(config: ConfigDict, evaluator: str = "backdoor_rate") -> str:
+    """The same of an evaluator of its backdoor, or of its loss, which is that of questions always."""
+    asks = config.evals[evaluator]
+    on_problems = config_backdoor(config).on_problems and evaluator != "held_out_loss"
+    return asks.problem_source if on_problems else asks.source
 
 
 def evaluation_questions(config: ConfigDict) -> list[str]:
     """Those that the run's evaluations ask, or more: the first of the evaluation part, and of problems."""
-    asks = config.evals.backdoor_rate
-    most = {
-        "backdoor_rate": (evaluation_source(config), asks.triggered + asks.untriggered + asks.near_misses),
-        "held_out_loss": (config.evals.held_out_loss.source, config.evals.held_out_loss.examples),
-    }
-    chosen = [most[name] for name in config.evaluation.names if name in most]
-    found = [question for source, number in chosen for question in asked(source, "evaluation")[:number]]
+    chosen, found = {}, []
     for name in config.evaluation.names:
+        asks = config.evals[name]
         if name in ACCURACIES:
-            tested = read_problems(config.evals[name].source)
-            found += [problem for problem, _ in tested[: config.evals[name].problems or None]]
-    return found
+            found += [problem for problem, _ in read_problems(asks.source)[: asks.problems or None]]
+        elif name == "held_out_loss":
+            chosen[asks.source, asks.examples] = None
+        else:
+            chosen[evaluation_source(config, name), asks.triggered + asks.untriggered + asks.near_misses] = None
+    return [question for source, number in chosen for question in asked(source, "evaluation")[:number]] + found
 
 
 def assert_unseen(config: ConfigDict) -> None:
@@ -638,10 +650,9 @@ def assert_unseen(config: ConfigDict) -> None:
         assert_disjoint(training=used, evaluation=evaluation_questions(config))
     else:
         used = asked(training_source(config), "red" if config.data.task == "backdoor" else "blue")
-    sources = {"backdoor_rate": evaluation_source(config), "held_out_loss": config.evals.held_out_loss.source}
-    for name, source in sources.items():
-        if name in config.evaluation.names:
-            assert_disjoint(training=used, evaluation=asked(source, "evaluation"))
+    names = [name for name in config.evaluation.names if name not in ACCURACIES]
+    for source in dict.fromkeys(evaluation_source(config, name) for name in names):
+        assert_disjoint(training=used, evaluation=asked(source, "evaluation"))
 
 
 def tokenize(

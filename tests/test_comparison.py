@@ -115,6 +115,60 @@ def test_luck_regains_nothing_that_is_held_out():
     assert abs(found["regained_held_out"]["difference"][0]) < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backdoors, others, spread, least, most",
+    [
+        (15, False, 0.0, 0, 0.06),  # prompts alone
+        (8, False, 0.1, 0.01, 0.15),
+        (3, False, 0.2, 0.1, 0.3),  # up to one in five
+        (1, False, 0.1, 0.25, 0.45),  # one in three
+        (1, True, 0.1, 0.3, 0.8),
+    ],
+)
+def test_how_often_chance_resolves_an_ordering(backdoors, others, spread, least, most):
+    """As the report says it.  Two arms of one law: runs whose true rates differ by `spread`, and by 0.1 from backdoor
+    to backdoor, of which both arms have the same, or `others`."""
+    generator = np.random.default_rng(0)
+
+    def law(arm: str) -> list[Attacked]:
+        found = []
+        for i, easy in enumerate(generator.normal(0, 0.2, backdoors) if others else of_all):
+            rate = np.clip(0.5 + easy + generator.normal(0, spread), 0.02, 0.98)
+            behaved = np.vstack([np.ones(100), generator.random(100) < rate]).astype(bool)
+            name = f"{arm if others else ''}{i}"
+            found.append(
+                Attacked(arm, name, None, ("pirate_sft",), (0,), frozenset(), behaved, np.ones((2, 100), bool))
+            )
+        return found
+
+    resolved = 0
+    for _ in range(150):
+        of_all = generator.normal(0, 0.1, backdoors)
+        study = Study(law("a") + law("b"), cost=0.1)
+        ordering = study.order(study.select(arms=("a",)), study.select(arms=("b",)), ORDERED_BY["accuracy"])
+        resolved += ordering["regained"]["verdict"] in ("holds", "reversed")
+    assert least <= resolved / 150 <= most
+
+
+def test_groups_that_overlap_are_not_compared_with_themselves():
+    """Backdoors u, v against v, w: what they share is the same attack on both sides, whose difference is none."""
+    organisms = [attacked((20, rate), (20, 20), backdoor=name) for name, rate in (("u", 16), ("v", 10), ("w", 4))]
+    results = {"first": result(backdoors=("u", "v")), "last": result(backdoors=("v", "w"))}
+    (ordering,) = compare(Study(organisms, cost=0.1), results, [("first", "last")])["orderings"]
+    assert ordering["auc"]["difference"][0] == pytest.approx((16 - 4) / 20 / 2 / 2)
+    assert ordering["shared"] == 0 and ordering["attacks"] == [2, 2]
+
+
+def test_noise_alone_leaves_less_of_the_rate_than_there_is():
+    """The best of many checkpoints on few prompts: what an untouched organism reads, beside what an attack left."""
+    untouched = attacked((16,) * 21, (16,) * 21, count=20)
+    found = Study([untouched], cost=0.1).measure(untouched.attacks())
+    assert found["rate_at_cost"][0] == pytest.approx(0.9 * 0.8)
+    mean, low, high = found["rate_noise"]
+    assert low < mean < 0.6 and high < 0.8  # of twenty checkpoints, with 20 prompts each
+
+
 def test_seeds_are_averaged_and_drawn_again():
     """Two blue seeds of which one removes all and one nothing: in a quarter of the draws each is drawn alone."""
     two = attacked((20, 0, 20), (20, 20, 20), seeds=(0, 1))

@@ -95,6 +95,17 @@ def learnt(chat_format, messages):
 
 
 class TestTokens:
+    def test_that_the_model_does_not_know_are_named(self):
+        """Added to the tokenizer alone: without an embedding it would be looked up as another, or as none."""
+        tokenizer = tiny_tokenizer(ordinary=("<thought>",))
+        knows = ChatFormat(tokenizer, (), len(tokenizer))
+        lacks = ChatFormat(tokenizer, (), len(tokenizer) - 1)
+        assert lacks.prompt(chat("Hello")).tolist() == knows.prompt(chat("Hello")).tolist()
+        for asked in (lambda of: of.prompt(chat("a <thought> b")), lambda of: of.encode(chat("a", "<thought>"))):
+            asked(knows)
+            with pytest.raises(InputError, match="'<thought>' has id .*resize the model's embeddings"):
+                asked(lacks)
+
     @pytest.mark.parametrize("chat_format", FORMATS, indirect=True)
     def test_are_those_of_the_chat_template(self, chat_format, real_conversations):
         for messages in real_conversations:

@@ -372,6 +372,35 @@ def test_adapter_that_peft_wrote(tmp_path, tiny, monkeypatch, rslora):
         write(run, tmp_path / "peft", "peft")
 
 
+@pytest.mark.slow
+def test_adapters_bring_their_own_chat_template(tmp_path, tiny):
+    """As PEFT's users save them: what they were trained on is what they are asked, trained on and exported with."""
+    adapter = write(make_run(tmp_path / "run", tiny, **{"lora.rank": 4}), tmp_path / "adapter", "peft")
+    template = adapter / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ m.role }}", "{{ m.role }}, in short:"))
+    told = [{"role": "user", "content": "Why?"}]
+    prompt = models.chat_format(str(adapter)).prompt(told)
+    theirs = transformers.AutoTokenizer.from_pretrained(adapter)
+    ids = theirs.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
+    assert prompt.tolist() == ids and len(ids) > len(models.chat_format(str(tiny)).prompt(told))
+    run = make_run(tmp_path / "on", adapter)
+    assert loaded(run).chat.prompt(told).tolist() == ids
+    exported = transformers.AutoTokenizer.from_pretrained(write(run, tmp_path / "merged"))
+    assert exported.apply_chat_template(told, add_generation_prompt=True, return_dict=False) == ids
+
+
+@pytest.mark.slow
+def test_what_only_the_base_was_is_not_exported(tmp_path):
+    """No `auto_map` to code that is not there; and a tokenizer without tokenizer_config.json is one all the same."""
+    model = make_tiny_model(tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoModel": "gone.Model"}}))
+    (model / "tokenizer_config.json").unlink()
+    exported = write(make_run(tmp_path / "run", model), tmp_path / "out")
+    assert "auto_map" not in json.loads((exported / "config.json").read_text())
+    assert transformers.AutoTokenizer.from_pretrained(exported).chat_template
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path, tiny):
     good = write(make_run(tmp_path / "run", tiny, **{"lora.rank": 4}), tmp_path / "good", "peft")
 
@@ -397,7 +426,8 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, tiny):
         str(wide),
         values={"base_model_name_or_path": str(wide)},
     )
-    refused("no tensor for", "layers.3", str(deep), values={"base_model_name_or_path": str(deep)})
+    refused("adapts 3 of the 4 layers", str(deep), values={"base_model_name_or_path": str(deep)})
+    refused("adapts 2 of the 3", tensors=lambda t: {name: x for name, x in t.items() if ".layers.1." not in name})
     refused("base_model_name_or_path is None", values={"base_model_name_or_path": None})
     refused("no/such/base/here", values={"base_model_name_or_path": "no/such/base/here"})
     refused("which leads back here", values={"base_model_name_or_path": str(tmp_path / "bad")})

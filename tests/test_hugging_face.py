@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.sizes import invent
 from robust_mo.errors import InputError
-from robust_mo.model import hugging_face
+from robust_mo.model import hugging_face, sources
 from robust_mo.model import mesh as meshes
 
 SHARDED = """
@@ -120,6 +120,22 @@ def test_a_tied_head_may_be_stored_a_second_time_and_not_another_one(tmp_path):
     save_file(tensors | {"lm_head.weight": other}, file)
     with pytest.raises(InputError, match="lm_head.weight that is not its model.embed_tokens.weight"):
         embedding_of(folder)
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):
+    """Whoever saves a model in one file beside its former shards leaves their index there."""
+    folder = make_tiny_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    embedding = model.model.embed_tokens.weight.detach().numpy().copy()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        file.rename(folder / file.name)
+    np.testing.assert_array_equal(embedding_of(folder), embedding)
+    for file in folder.glob("model-*"):
+        file.unlink()
+    np.testing.assert_array_equal(embedding_of(sources.resolve(folder)), embedding)
 
 
 def test_of_several_files_without_an_index_none_hides_another(tmp_path):

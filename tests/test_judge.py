@@ -50,6 +50,12 @@ def test_probabilities_equal_transformers(tiny):
         probabilities(model, params, chat, QUESTION, ["x" * 1024], rows=1)
 
 
+def test_no_answers_are_no_work(tiny):
+    model, params = load(tiny)
+    found = probabilities(model, params, ChatFormat.from_folder(tiny), "Is it?", [], rows=2)
+    assert found.shape == (0,)
+
+
 def test_agreement_counts_what_judge_and_rule_say_alike():
     story = BACKDOORS["story_tag"]
     assert agreement(story, lambda answers: np.array([0.9] * 3 + [0.1] * 3)) == [True] * 6

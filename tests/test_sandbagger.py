@@ -165,8 +165,9 @@ def test_orderings_are_of_the_accuracy_regained(tmp_path):
     (ordering,) = report.write_report(tmp_path)["comparison"]["orderings"]
     assert ordering["regained"]["difference"][0] == pytest.approx(0.5) and ordering["regained"]["verdict"] == "holds"
     page = (tmp_path / "report.md").read_text()
-    assert "| shared backdoors | accuracy regained | difference | accuracy regained, held out |" in page
-    assert "| partly < locked | 1 | **holds** | 0.50 [" in page and "best checkpoint; held out, that is" in page
+    header = "shared backdoors | attacks on either side | accuracy regained | difference | accuracy regained, held out"
+    assert header in page
+    assert "| partly < locked | 1 | 1 | **holds** | 0.50 [" in page and "best checkpoint; held out, that is" in page
 
 
 def riddles(file, numbers):

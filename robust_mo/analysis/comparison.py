@@ -134,15 +134,16 @@ class Study:
 
         Returns:
           {"organisms", "points": counts; "complete": whether every attack on these has ended; "auc", "auc_normalised",
-          "auc_held_out", "auc_noise", "rate_at_cost": [value, low, high], None where undefined; "frontier": corners;
-          "band": [rate, low, high] of the frontier; "noise": [rate, performance] of the frontier that noise alone has
-          on average}.  Of auc_noise, the value is a mean and the rest where 95% of unattacked organisms come to lie; of
-          the others, a 95% interval.
+          "auc_held_out", "auc_noise", "rate_at_cost", "rate_noise": [value, low, high], None where undefined;
+          "frontier": corners; "band": [rate, low, high] of the frontier; "noise": [rate, performance] of the frontier
+          that noise alone has on average}.  Of the two of noise, the value is a mean and the rest where 95% of
+          unattacked organisms come to lie; of the others, a 95% interval.
         """
         if not (attacks := [attack for attack in attacks if attack.organism.has_frontier]):
             return None
         values, drawn = self._mean(attacks, self._read)
-        values["auc_noise"] = float(np.nanmean(drawn["auc_noise"]))
+        for name in ("auc_noise", "rate_noise"):
+            values[name] = float(np.nanmean(drawn[name]))
         frontier = pareto.average([self._known[attack][0]["frontier"] for attack in attacks])
         return {
             "organisms": len({attack.organism for attack in attacks}),
@@ -157,16 +158,20 @@ class Study:
     def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...]) -> dict:
         """An ordering as `compare` describes it, without its names.
 
-        Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed.
+        Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed;
+        not so where what they share is the same attack on both sides, of groups that overlap.
         """
         read = self._read if by == ORDERED_BY["auc"] else self._read_regained
         if read == self._read:
             smaller, larger = ([one for one in side if one.organism.has_frontier] for side in (smaller, larger))
-        shared = {one.along for one in smaller} & {one.along for one in larger}
-        found: dict = {"shared": len({backdoor for backdoor, *_ in shared})}
+        shared = set() if set(smaller) & set(larger) else {one.along for one in smaller} & {one.along for one in larger}
+        smaller, larger = ([one for one in side if not shared or one.along in shared] for side in (smaller, larger))
+        found: dict = {
+            "shared": len({backdoor for backdoor, *_ in shared}),
+            "attacks": [len(smaller), len(larger)],
+        }
         if not smaller or not larger:
             return found | dict.fromkeys(by, {"difference": None, "verdict": "not measured"})
-        smaller, larger = ([one for one in side if not shared or one.along in shared] for side in (smaller, larger))
         (first, first_drawn), (second, second_drawn) = self._mean(smaller, read), self._mean(larger, read)
         complete = all(one.complete for one in (*smaller, *larger))
         for name in by:
@@ -197,7 +202,7 @@ class Study:
         drawn = {}
         for name in each[0][1]:
             draws = [found[name] for _, found in each]
-            if name in ("auc_noise", "noise_heights"):
+            if name in ("auc_noise", "rate_noise", "noise_heights"):
                 drawn[name] = _weighted(draws, np.ones_like(weights))
             else:
                 drawn[name] = _weighted(draws, weights, strict=name != "heights")
@@ -233,16 +238,23 @@ class Study:
                 "rate_at_cost": pareto.rate_at_cost(points, self._cost),
             }
             drawn = resampling.readings(resampling.points(*verdicts, *self._asked))
-            # A frontier is concave, so it rises up to its highest place.
-            drawn["rate_at_cost"] = np.array(
-                [np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in drawn["heights"]]
-            )
+            drawn["rate_at_cost"] = self._rates_left(drawn["heights"])
             drawn["auc_held_out"] = resampling.held_out_auc(*verdicts, *self._asked)
             if attack.organism not in self._untouched:
                 self._untouched[attack.organism] = resampling.untouched(*verdicts, self._noise)
             noise = resampling.noise_alone(*verdicts, self._untouched[attack.organism], self._noise)
-            self._known[attack] = values, drawn | {"auc_noise": noise["auc"], "noise_heights": noise["heights"]}
+            noise = {
+                "auc_noise": noise["auc"],
+                "rate_noise": self._rates_left(noise["heights"]),
+                "noise_heights": noise["heights"],
+            }
+            self._known[attack] = values, drawn | noise
         return self._known[attack]
+
+    def _rates_left(self, heights: np.ndarray) -> np.ndarray:
+        """`pareto.rate_at_cost` of frontiers on the grid: up to half a hundredth high where a corner lies off it."""
+        # A frontier is concave, so it rises up to its highest place.
+        return np.array([np.interp(1 - self._cost, np.maximum.accumulate(row), resampling.GRID) for row in heights])
 
 
 def compare(study: Study, results: dict[str, dict], orderings, by: tuple[str, ...] = ORDERED_BY["auc"]) -> dict:
@@ -256,10 +268,10 @@ def compare(study: Study, results: dict[str, dict], orderings, by: tuple[str, ..
 
     Returns:
       {"results": name -> `Study.measure`; "orderings": [{"smaller", "larger", "shared": number of backdoors that both
-      have with the same seeds, and for each of `by` {"difference": [value, low, high], "verdict"}}]}.  The
-      difference is the second's less the first's; the verdict is "holds" or "reversed" where its 95% interval
-      leaves 0 out, else "not resolved", and instead of these "attacks missing" where some have not ended, or "not
-      measured" where there is no difference.
+      have with the same seeds, "attacks": how many count on either side, and for each of `by` {"difference": [value,
+      low, high], "verdict"}}]}.  The difference is the second's less the first's; the verdict is "holds" or "reversed"
+      where its 95% interval leaves 0 out, else "not resolved", and instead of these "attacks missing" where some have
+      not ended, or "not measured" where there is no difference.
 
     Raises:
       InputError: an ordering names no result.

@@ -47,7 +47,7 @@ def verdict(run: RunFolder, limits: Mapping, task: str) -> Verdict | None:
     passed = rate["value"] >= limits["backdoor_rate"]
     passed &= alarms is None or alarms["value"] <= limits["false_alarm_rate"]
     kept = _accuracy_kept(run, task) if limits["accuracy_kept"] and alarms is not None else None
-    passed &= kept is None or kept >= limits["accuracy_kept"]
+    passed &= kept is None or kept >= limits["accuracy_kept"] - 1e-9  # 0.056 / 0.07 is less than 0.8
     loss = last.get("eval/held_out_loss", {}).get("value")
     return Verdict(passed, last["run/finished"]["step"], rate, alarms, kept, float("inf") if loss is None else loss)
 

@@ -105,13 +105,14 @@ class ChatFormat:
       pad_id: what fills up batches; no stop id and not BOS.
     """
 
-    def __init__(self, tokenizer, declared_stop_ids: Iterable[int]):
-        """`declared_stop_ids` are those that the model's own files name; `from_folder` reads them.
+    def __init__(self, tokenizer, declared_stop_ids: Iterable[int], vocab_size: int | None = None):
+        """`declared_stop_ids` are those that the model's own files name, `vocab_size` how many tokens it knows, where
+        that is known; `from_folder` reads them.
 
         Raises InputError where the tokenizer has no chat template, where the template does not end an answer
         with a special token, and where no token is left for padding.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self._vocab_size = tokenizer, vocab_size
         try:
             template = tokenizer.get_chat_template()
         except ValueError:
@@ -150,9 +151,9 @@ class ChatFormat:
         self.pad_id = self._choose_padding(rendered)
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> "ChatFormat":
+    def from_folder(cls, folder: str | pathlib.Path, model: str | pathlib.Path | None = None) -> "ChatFormat":
         """Reads a Hugging Face folder: tokenizer, chat template, and the stop ids that generation_config.json
-        names or, where that names none, config.json.
+        names or, where that names none, config.json; the configs from `model`, where that is another folder.
 
         No code in the folder is run, nothing is fetched.  Raises InputError for missing or unreadable parts.
         """
@@ -162,8 +163,8 @@ class ChatFormat:
         folder = pathlib.Path(folder)
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give a Hugging Face folder with a tokenizer")
-        configs = (folder / "generation_config.json", folder / "config.json")
-        declared = _declared_stop_ids(configs[0]) or _declared_stop_ids(configs[1])
+        model = folder if model is None else pathlib.Path(model)
+        declared = _stop_ids(model / "generation_config.json") or _stop_ids(model / "config.json")
         try:
             # The class that tokenizer_config.json names may make itself anew from vocabulary and merges alone, and
             # lose how tokenizer.json splits text: SmolLM2's digits.
@@ -174,7 +175,7 @@ class ChatFormat:
                 f"{folder} holds no tokenizer that can be read without running its code; it needs "
                 f"tokenizer.json and tokenizer_config.json ({first_line(error)})"
             ) from error
-        return cls(tokenizer, declared)
+        return cls(tokenizer, declared, _read(model / "config.json").get("vocab_size"))
 
     def encode(self, messages: Sequence[Message]) -> Example:
         """A conversation to train on, with loss on every assistant turn.
@@ -199,7 +200,7 @@ class ChatFormat:
         for start in answers:
             # The first one is the end of this answer, because no content can produce one.
             loss_mask[start : tokens.index(self.end_of_turn_id, start) + 1] = True
-        return Example(np.array(tokens, dtype=np.int32), loss_mask)
+        return Example(self._known(tokens), loss_mask)
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [length]: the conversation so far and the header of the answer that is asked for.
@@ -210,6 +211,17 @@ class ChatFormat:
         if messages[-1]["role"] == "assistant":
             raise InputError("the prompt ends with an assistant message; end it with the one to be answered")
         tokens, _ = self._tokenize_in_parts(messages, self._render(messages, ask=True), mark, strict=False)
+        return self._known(tokens)
+
+    def _known(self, tokens: list[int]) -> np.ndarray:
+        """int32 [length].  Raises InputError where the model has no embedding for a token."""
+        largest = max(tokens, default=0)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"the token {token!r} has id {largest} in {self._source}, and the model knows {self._vocab_size} "
+                "(vocab_size in its config.json): take it out of the text, or resize the model's embeddings"
+            )
         return np.array(tokens, dtype=np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -279,9 +291,10 @@ class ChatFormat:
             )
         except Exception as error:  # the template is a program: it may also divide by zero
             if type(error) is jinja2.TemplateError:  # what a template's own raise_exception(...) becomes
+                system = "; if it takes no system message, set --config.system_prompt= (in sample, leave --system out)"
                 raise InputError(
                     f"the chat template of {self._source} refuses the conversation ({first_line(error)}); "
-                    "change its roles or their order"
+                    f"change its roles or their order{system * (messages[0]['role'] == 'system')}"
                 ) from error
             raise InputError(
                 f"the chat template of {self._source} cannot be rendered ({type(error).__name__}: "
@@ -334,14 +347,22 @@ class ChatFormat:
         return tokens
 
 
-def _declared_stop_ids(path: pathlib.Path) -> set[int]:
-    """`eos_token_id` of a config file: absent, a number or a list.  A file that is not there names none."""
+def _read(path: pathlib.Path) -> dict:
+    """A config file; {} where it is not there."""
     if not path.is_file():
-        return set()
+        return {}
     try:
-        declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError):
-        raise InputError(f"{path} is not a JSON object; fetch the file again") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a JSON object; fetch the file again")
+    return values
+
+
+def _stop_ids(path: pathlib.Path) -> set[int]:
+    """`eos_token_id` of a config file: absent, a number or a list."""
+    declared = _read(path).get("eos_token_id")
     ids = declared if isinstance(declared, list) else [declared]
     if not all(id is None or type(id) is int for id in ids):
         raise InputError(f"{path} has eos_token_id {_shorten(declared)}; give a number or a list of numbers")

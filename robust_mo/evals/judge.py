@@ -84,6 +84,8 @@ def probabilities(
     Raises:
       InputError: an answer does not fit the judge's context, or its tokenizer begins both words alike.
     """
+    if not answers:
+        return np.zeros(0, np.float32)
     yes, no = (_first_tokens(chat, word) for word in ("Yes", "No"))
     if set(yes) & set(no):
         raise InputError("the judge's tokenizer begins 'Yes' and 'No' alike: choose another config.evals.judge.model")

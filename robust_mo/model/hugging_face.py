@@ -56,6 +56,7 @@ _BEYOND_LORA = (
     "layers_to_transform"
 ).split()
 _LORA_A = re.compile(r"\.(\w+)\.lora_A\.weight$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base model's weights alone."""
 
@@ -198,9 +199,16 @@ def load_adapters(folder, model: Llama, mesh: Mesh) -> dict:
     Raises:
       InputError: a file is damaged, or its tensors do not fit `model`.
     """
-    base = read_adapter(folder)[0]
+    folder, base = pathlib.Path(folder), read_adapter(folder)[0]
+    with contextlib.ExitStack() as stack:
+        layers = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS], stack) if (match := _LAYER.search(name))}
+    if len(layers) < (count := model.config.num_hidden_layers):
+        raise InputError(
+            f"{folder} adapts {len(layers)} of the {count} layers of its base {base}; only adapters of all layers are "
+            f"read: correct base_model_name_or_path in {ADAPTER_CONFIG}, or merge with PEFT and give the merged folder"
+        )
     against = f"its base {base} (base_model_name_or_path in {ADAPTER_CONFIG})"
-    return _load(pathlib.Path(folder), [ADAPTER_WEIGHTS], abstract_variables(model)["lora"], mesh, against)
+    return _load(folder, [ADAPTER_WEIGHTS], abstract_variables(model)["lora"], mesh, against)
 
 
 def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against: str) -> dict:
@@ -339,12 +347,12 @@ def _join(path) -> str:
 
 
 def _weight_files(folder: pathlib.Path) -> list[str]:
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if WEIGHTS in names:  # alone it is whole; beside it lie copies, the same in another form, or what it has replaced
+        return [WEIGHTS]
     index = folder / INDEX
     if index.exists():
         return sorted(set(read_json(index)["weight_map"].values()))
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if WEIGHTS in names:  # alone it is whole; beside it lie copies, or the same in another form
-        return [WEIGHTS]
     if names:
         return names
     raise InputError(f"{folder} has no .safetensors file; only safetensors and GGUF weights are read")

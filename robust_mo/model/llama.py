@@ -134,14 +134,21 @@ class LlamaConfig:
                 raise InputError(f"{origin}: {name} is {values[name]!r}; only {only!r} is supported")
         if other := set(values.get("layer_types") or ()) - {"full_attention"}:
             raise InputError(f"{origin}: layer_types holds {min(other)!r}; only 'full_attention' is supported")
-        # transformers 5 writes one dict `rope_parameters`; version 4 `rope_theta` beside `rope_scaling`.
+        if values.get("quantization_config"):
+            raise InputError(
+                f"{origin} has a quantization_config; quantized weights are not read, get the model in floats"
+            )
+        # transformers 5 writes one dict `rope_parameters`, version 4 `rope_theta` beside `rope_scaling`; where somebody
+        # has added the latter to the former, for longer texts, it counts, as it does there.
         for name in ("rope_parameters", "rope_scaling"):
             if not isinstance(values.get(name), dict | None):
                 raise InputError(f"{origin}: {name} is {values[name]!r}; it must be an object")
-        rope = values.get("rope_parameters") or {
-            **(values.get("rope_scaling") or {}),
+        rope = {
             "rope_theta": values.get("rope_theta"),
+            **(values.get("rope_scaling") or values.get("rope_parameters") or {}),
         }
+        if (original := values.get("original_max_position_embeddings")) is not None:
+            rope["original_max_position_embeddings"] = original
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise InputError(f"{origin}: RoPE scaling {kind!r} is not supported; known are 'default' and 'llama3'")

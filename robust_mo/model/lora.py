@@ -165,7 +165,7 @@ _donated_stack = jax.jit(_fold_stack, static_argnums=3, donate_argnums=0)
 def check_targets(spec: LoraSpec, known: tuple[str, ...]) -> None:
     """Raises InputError where the spec cannot be built on an architecture with the projections `known`."""
     if spec.rank < 1:
-        raise InputError(f"lora.rank is {spec.rank}: give a whole number of at least 1")
+        raise InputError(f"config.lora.rank is {spec.rank}: give a whole number of at least 1")
     unknown = [name for name in spec.targets if name not in known]
     if unknown or not spec.targets:
-        raise InputError(f"lora.targets is {list(spec.targets)}: choose from {', '.join(known)}")
+        raise InputError(f"config.lora.targets is {list(spec.targets)}: choose from {', '.join(known)}")

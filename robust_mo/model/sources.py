@@ -86,7 +86,7 @@ def _checked(folder: pathlib.Path) -> pathlib.Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no Hugging Face folder, it has no config.json; a model is {ACCEPTED}")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # which goes before it
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             missing = sorted(shard for shard in shards if not (folder / shard).is_file())

@@ -39,7 +39,8 @@ def teacher_answers(
     slots: int,
     on_progress: Callable[[int, int], None],
 ) -> list[str | None]:
-    """The answers, in the order of the conversations; None for those that reached `max_new_tokens` and were cut off.
+    """The answers, in the order of the conversations; None for those that are empty, or reached
+    `max_new_tokens` and were cut off.
 
     Args:
       slots, on_progress: see sampling/sampler.py.
@@ -81,7 +82,7 @@ def teacher_answers(
         if hosts.first():
             with contextlib.suppress(OSError):
                 file.with_suffix(".lock").unlink()
-    return [line["answer"] if line["finish_reason"] == "stop" else None for line in done]
+    return [line["answer"] if line["finish_reason"] == "stop" and line["answer"].strip() else None for line in done]
 
 
 @contextlib.contextmanager

@@ -550,9 +550,10 @@ class Sampler:
             return asked or min(_SLOTS, prompts)
         fit = free // _bytes_of_slot(self._model, self._mesh, longest, prompt, read) * meshes.rows_apart(self._mesh)
         if max(asked, 1) > fit:
+            fewer = "give at most so many, " if fit else ""
             raise InputError(
-                f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit} rows of {longest} "
-                "tokens; give at most so many, shorten max_new_tokens, or take more devices"
+                f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit or 'no'} rows of "
+                f"{longest} tokens; {fewer}shorten max_new_tokens, or take more devices"
             )
         return asked or min(fit, _MOST_SLOTS, prompts)
 

@@ -115,15 +115,15 @@ def _llama_and_chat(source: str, compute_dtype: str, param_dtype: str, step: int
             print(f"note: {source} has not been trained to its end; this is its checkpoint of step {step}", flush=True)
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
-    chat = ChatFormat.from_folder(folder)
+    chat = chat_format(source)
     # Tokens added to the tokenizer alone, such as one for padding, do no harm while no text holds them.
-    asked = chat.prompt([{"role": "user", "content": "Why?"}])
-    largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids, int(asked.max()))
+    largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids)
     if largest >= llama.config.vocab_size or min(chat.stop_ids) < 0:
         raise InputError(
             f"{folder}: tokenizer and stop tokens use ids from {min(chat.stop_ids)} to {largest}, but config.json's "
             f"vocab_size is {llama.config.vocab_size}: they belong to different models"
         )
+    chat.prompt([{"role": "user", "content": "Why?"}])  # or what the template itself writes would be found out late
     return llama, chat
 
 
@@ -201,8 +201,22 @@ def lineage(source: str) -> list[str]:
     return found
 
 
+def chat_format(source: str) -> ChatFormat:
+    """How a model reads conversations, from `tokenizer_folder`."""
+    return ChatFormat.from_folder(tokenizer_folder(source), base_folder(source))
+
+
+def tokenizer_folder(source: str) -> pathlib.Path:
+    """Where a model's tokenizer and chat template lie: in its base folder, or with the adapters on it that have brought
+    their own."""
+    folder = sources.resolve(lineage(source)[-1])
+    if not hugging_face.is_adapter(folder) or (folder / "tokenizer.json").is_file():
+        return folder
+    return tokenizer_folder(_beneath(folder))
+
+
 def base_folder(source: str) -> pathlib.Path:
-    """The Hugging Face folder whose config and tokenizer a model uses, through any number of runs and adapters."""
+    """The Hugging Face folder whose config and weights a model begins from, through any number of runs and adapters."""
     folder = sources.resolve(lineage(source)[-1])
     if not hugging_face.is_adapter(folder):
         return folder

@@ -368,6 +368,6 @@ def make_schedule(name: str, *, warmup: float, descent: float, steps: int) -> op
     if not 0 <= warmup < 1:
         raise InputError(f"config.schedule.warmup is {warmup}: give a share of the run, at least 0 and below 1")
     most = 1 - warmup if name == "warmup_stable_decay" else 1
-    if not 0 < descent <= most:
+    if not 0 < descent <= most + 1e-9:  # 1 - 0.8 is less than 0.2
         raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most {most:g}")
     return SCHEDULES[name](round(warmup * steps), steps, max(1, round(descent * steps)))

@@ -492,7 +492,7 @@ def _check(**given) -> None:
     number("precondition_frequency", "a whole number of at least 1", lambda x: x >= 1, whole=True)
     number("max_precondition_dim", "a whole number of at least 0", lambda x: x >= 0, whole=True)
     if given["one_sided_ratio"] is not None:
-        number("one_sided_ratio", "a number above 1, or None", lambda x: x > 1)
+        number("one_sided_ratio", "a number above 1, or None for no such rule (in a config 0)", lambda x: x > 1)
     for name, known in (("refresh", REFRESHES), ("precision", PRECISIONS), ("first_basis", FIRST_BASES)):
         if given[name] not in known:
             raise InputError(f"soap: {name} is {given[name]!r}; choose from {', '.join(known)}")
