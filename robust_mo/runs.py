@@ -200,6 +200,9 @@ class RunFolder:
         there, here = flatten(self.config()), flatten(config)
         told = [(n, *(json.dumps(side.get(n, "absent")) for side in (there, here))) for n in sorted({*there, *here})]
         changed = [(name, old, new) for name, old, new in told if old != new]
+        # Older revisions kept the paths of data as they were typed.
+        spelt = {name for name, new in here.items() if isinstance(new, str) and new == _spelt(there.get(name))}
+        changed = [difference for difference in changed if difference[0] not in spelt]
         if differences := [difference for difference in changed if not _MAY_CHANGE.search(difference[0])]:
             shown = "; ".join(f"{name} is {old} there and {new} here" for name, old, new in differences[:4])
             more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
@@ -279,6 +282,10 @@ class RunFolder:
 _MAY_CHANGE = re.compile(
     r"(^|\.)(mesh\.|batch\.micro_batches$|evaluation\.batch_size$|remat$|loss_chunk$|log_every$|checkpoint\.)"
 )
+
+
+def _spelt(path) -> str | None:
+    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) and path else None
 
 
 def _is_measurement(line: dict) -> bool:

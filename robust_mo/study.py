@@ -91,6 +91,8 @@ def blue_run(config: ConfigDict, organism: Organism, attack: Attack, workdir: pa
 def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
     """A copy of config.red or config.blue with what the arm changes of it."""
     run = copy.deepcopy(config[team])
+    for name in ("instruction", "problem_source"):  # measured as other arms are, whatever an arm is trained on
+        run.evals.backdoor_rate[name] = run.evals.backdoor_rate[name]
     if arm and (changes := config.study.arms[arm][team]):
         if unknown := [name for name in flatten(changes) if name not in flatten(run)]:
             raise InputError(
@@ -107,7 +109,7 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
             )
         with run.unlocked(), run.ignore_type():  # a wrong type is found with the rest, see `check_run`
             _change(run, changes)
-    # Only now, so that what follows a field follows its change too.
+    # Only now, so that a judge follows what an arm changes of the backdoor rate.
     run = run.copy_and_resolve_references()
     locate(run)  # as `train` does, or equal runs would not be known
     return run

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 
@@ -36,7 +37,7 @@ from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, LlamaConfig
 from robust_mo.model.sources import located
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
-from robust_mo.organisms.questions import asked, assert_disjoint
+from robust_mo.organisms.questions import BUILTIN, asked, assert_disjoint
 from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, absolute, flatten, place, write_text
 from robust_mo.training import models
@@ -80,7 +81,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             )
         check_watched(config)
         source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
-        if "judge" in config.evaluation.names and config_backdoor(config).judge_question:
+        if "judge" in asking(config):
             try:  # or it would be found missing when all is trained
                 models.base_folder(config.evals.judge.model)
             except InputError as error:
@@ -444,12 +445,15 @@ def check_rows(batch: ConfigDict, mesh) -> None:
 def locate(config: ConfigDict) -> None:
     """Writes files and folders by their absolute paths: a run is read from other folders, too, and the same command may
     spell them in another way."""
-    found = [(config, "model"), (config.data, "teacher")]
-    for group in (config.data, *config.evals.values()):
-        found += [(group, name) for name in ("source", "problem_source", "answers") if name in group]
-    for group, name in found:
-        if isinstance(group[name], str) and group[name] not in ("builtin", "teacher"):  # other types are found later
-            group[name] = located(group[name])
+    groups = (config, config.data, *config.evals.values())
+    for group, name in itertools.product(groups, ("model", "teacher", "source", "problem_source", "answers")):
+        given = group.get(name)
+        if not isinstance(given, str):  # also what is not of the right type, which is found later
+            continue
+        if name in ("model", "teacher"):
+            group[name] = located(given)
+        elif given and given not in (*BUILTIN, *distill.ANSWERS) and not re.match(r"hub:|\w+://", given):
+            group[name] = os.path.abspath(os.path.expanduser(given))  # whether it is here now or not
 
 
 def check(config: ConfigDict) -> None:
@@ -629,10 +633,16 @@ def evaluation_source(config: ConfigDict, evaluator: str = "backdoor_rate") -> s
     return asks.problem_source if on_problems else asks.source
 
 
+def asking(config: ConfigDict) -> list[str]:
+    """The run's evaluators without a judge that has nothing to ask."""
+    judges = bool(config_backdoor(config).judge_question)
+    return [name for name in config.evaluation.names if judges or name != "judge"]
+
+
 def evaluation_questions(config: ConfigDict) -> list[str]:
     """Those that the run's evaluations ask, or more: the first of the evaluation part, and of problems."""
     chosen, found = {}, []
-    for name in config.evaluation.names:
+    for name in asking(config):
         asks = config.evals[name]
         if name in ACCURACIES:
             found += [problem for problem, _ in read_problems(asks.source)[: asks.problems or None]]
@@ -650,7 +660,7 @@ def assert_unseen(config: ConfigDict) -> None:
         assert_disjoint(training=used, evaluation=evaluation_questions(config))
     else:
         used = asked(training_source(config), "red" if config.data.task == "backdoor" else "blue")
-    names = [name for name in config.evaluation.names if name not in ACCURACIES]
+    names = [name for name in asking(config) if name not in ACCURACIES]
     for source in dict.fromkeys(evaluation_source(config, name) for name in names):
         assert_disjoint(training=used, evaluation=asked(source, "evaluation"))
 

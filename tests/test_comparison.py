@@ -120,7 +120,8 @@ def test_luck_regains_nothing_that_is_held_out():
     "backdoors, others, spread, least, most",
     [
         (15, False, 0.0, 0, 0.06),  # prompts alone
-        (8, False, 0.1, 0.01, 0.15),
+        (8, False, 0.2, 0.05, 0.17),  # up to one in seven
+        (5, False, 0.2, 0.05, 0.17),
         (3, False, 0.2, 0.1, 0.3),  # up to one in five
         (1, False, 0.1, 0.25, 0.45),  # one in three
         (1, True, 0.1, 0.3, 0.8),

@@ -100,6 +100,8 @@ class TestTokens:
         tokenizer = tiny_tokenizer(ordinary=("<thought>",))
         knows = ChatFormat(tokenizer, (), len(tokenizer))
         lacks = ChatFormat(tokenizer, (), len(tokenizer) - 1)
+        padded = ChatFormat(tiny_tokenizer(pad_token="[PAD]"), (), len(tokenizer) - 1)
+        assert padded.tokenizer.pad_token_id >= len(tokenizer) - 1 > padded.pad_id
         assert lacks.prompt(chat("Hello")).tolist() == knows.prompt(chat("Hello")).tolist()
         for asked in (lambda of: of.prompt(chat("a <thought> b")), lambda of: of.encode(chat("a", "<thought>"))):
             asked(knows)

@@ -386,6 +386,10 @@ def test_adapters_bring_their_own_chat_template(tmp_path, tiny):
     run = make_run(tmp_path / "on", adapter)
     assert loaded(run).chat.prompt(told).tolist() == ids
     exported = transformers.AutoTokenizer.from_pretrained(write(run, tmp_path / "merged"))
+    # Without a template of their own they bring nothing, whatever lies beside.
+    bare = shutil.copytree(adapter, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    assert models.tokenizer_folder(str(bare)) == tiny
     assert exported.apply_chat_template(told, add_generation_prompt=True, return_dict=False) == ids
 
 

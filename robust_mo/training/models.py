@@ -208,9 +208,15 @@ def chat_format(source: str) -> ChatFormat:
 
 def tokenizer_folder(source: str) -> pathlib.Path:
     """Where a model's tokenizer and chat template lie: in its base folder, or with the adapters on it that have brought
-    their own."""
+    both of their own."""
     folder = sources.resolve(lineage(source)[-1])
-    if not hugging_face.is_adapter(folder) or (folder / "tokenizer.json").is_file():
+    if not hugging_face.is_adapter(folder):
+        return folder
+    settings = folder / "tokenizer_config.json"
+    has_template = (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and hugging_face.read_json(settings).get("chat_template")
+    )
+    if has_template and (folder / "tokenizer.json").is_file():
         return folder
     return tokenizer_folder(_beneath(folder))
 
