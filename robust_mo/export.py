@@ -105,11 +105,12 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
             write_tokenizer(folder, models.tokenizer_folder(run), model.chat)
         else:
             on = adapter_base(run, models.stands_on(run), base)
-            llama = hugging_face.read_config(models.base_folder(run))
+            base_folder, tokenizer_folder = models.base_folder(run), models.tokenizer_folder(run)
+            llama = hugging_face.read_config(base_folder)
             llama = hugging_face.build(llama, spec, config["compute_dtype"], config["param_dtype"], remat="none")
             adapters = models.restore(run, llama, mesh, step)
             hugging_face.save_adapters(folder, adapters, spec, on, dtype)
-            write_tokenizer(folder, models.tokenizer_folder(run), models.chat_format(run))
+            write_tokenizer(folder, tokenizer_folder, ChatFormat.from_folder(tokenizer_folder, base_folder))
         (folder / "README.md").write_text(card(run, step, form, output, on), encoding="utf-8")
     print(f"{output}: {form} export of {run} as of step {step}, {dtype}")
 

@@ -379,10 +379,10 @@ def test_adapters_bring_their_own_chat_template(tmp_path, tiny):
     template = adapter / "chat_template.jinja"
     template.write_text(template.read_text().replace("{{ m.role }}", "{{ m.role }}, in short:"))
     told = [{"role": "user", "content": "Why?"}]
-    prompt = models.chat_format(str(adapter)).prompt(told)
+    prompt = loaded(adapter).chat.prompt(told)
     theirs = transformers.AutoTokenizer.from_pretrained(adapter)
     ids = theirs.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
-    assert prompt.tolist() == ids and len(ids) > len(models.chat_format(str(tiny)).prompt(told))
+    assert prompt.tolist() == ids and len(ids) > len(loaded(tiny).chat.prompt(told))
     run = make_run(tmp_path / "on", adapter)
     assert loaded(run).chat.prompt(told).tolist() == ids
     exported = transformers.AutoTokenizer.from_pretrained(write(run, tmp_path / "merged"))

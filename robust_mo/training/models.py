@@ -115,7 +115,7 @@ def _llama_and_chat(source: str, compute_dtype: str, param_dtype: str, step: int
             print(f"note: {source} has not been trained to its end; this is its checkpoint of step {step}", flush=True)
     folder = base_folder(source)
     llama = hugging_face.build(hugging_face.read_config(folder), None, compute_dtype, param_dtype, remat="none")
-    chat = chat_format(source)
+    chat = ChatFormat.from_folder(tokenizer_folder(source), folder)
     # Tokens added to the tokenizer alone, such as one for padding, do no harm while no text holds them.
     largest = max(chat.tokenizer.vocab_size - 1, *chat.stop_ids)
     if largest >= llama.config.vocab_size or min(chat.stop_ids) < 0:
@@ -199,11 +199,6 @@ def lineage(source: str) -> list[str]:
         found.append(model)
         places.add(os.path.realpath(model))
     return found
-
-
-def chat_format(source: str) -> ChatFormat:
-    """How a model reads conversations, from `tokenizer_folder`."""
-    return ChatFormat.from_folder(tokenizer_folder(source), base_folder(source))
 
 
 def tokenizer_folder(source: str) -> pathlib.Path:
