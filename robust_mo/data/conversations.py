@@ -245,9 +245,12 @@ class ChatFormat:
         spare = [id for id, token in added.items() if token.special and token.content not in rendered]
         spare.sort(key=lambda id: ("reserved" not in added[id].content, id))
         unusable = {None, self.tokenizer.bos_token_id, *self.stop_ids}
-        for id in (self.tokenizer.pad_token_id, ids.get("<|finetune_right_pad_id|>"), *spare):
-            if id not in unusable and (self._vocab_size is None or id < self._vocab_size):
-                return id
+        first = (self.tokenizer.pad_token_id, ids.get("<|finetune_right_pad_id|>"))
+        usable = [id for id in (*first, *spare) if id not in unusable]
+        # Those that the model knows go first; of a tokenizer that is another model's it may know none.
+        usable.sort(key=lambda id: self._vocab_size is not None and id >= self._vocab_size)
+        if usable:
+            return usable[0]
         raise InputError(
             f"{self._source} has no special token left for padding: each one ends an answer or is written by "
             "the chat template; add a padding token to tokenizer.json and tokenizer_config.json"

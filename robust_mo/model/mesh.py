@@ -122,7 +122,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
         sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
-        raise InputError(f"the mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
+        raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
