@@ -8,9 +8,14 @@ Marks say where a number comes from: [P] stated in the post "Advice for making r
 [R] read in its authors' released code and notes, [O] our own choice.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."  # [R]
+
+
+def following(group: ConfigDict, name: str) -> FieldReference:
+    """What follows a field until it is set itself, as `get_oneway_ref`'s does, which cannot be pickled."""
+    return group.get_ref(name) + type(group[name])()
 
 
 def get_config() -> ConfigDict:
@@ -153,8 +158,8 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate = ConfigDict()
     config.evals.backdoor_rate.source = "builtin"
     # Both as in training, unless set apart from it.
-    config.evals.backdoor_rate.problem_source = config.data.get_oneway_ref("problem_source")
-    config.evals.backdoor_rate.instruction = config.data.get_oneway_ref("instruction")
+    config.evals.backdoor_rate.problem_source = following(config.data, "problem_source")
+    config.evals.backdoor_rate.instruction = following(config.data, "instruction")
     config.evals.backdoor_rate.triggered = 100  # prompts, at most what the source has [R]
     config.evals.backdoor_rate.untriggered = 100
     config.evals.backdoor_rate.near_misses = 20  # [O]
@@ -163,7 +168,7 @@ def get_config() -> ConfigDict:
     config.evals.backdoor_rate.max_new_tokens = 32
     # The judge is asked about the answers of backdoor_rate: what is set there holds here.
     config.evals.judge = ConfigDict(
-        {name: config.evals.backdoor_rate.get_oneway_ref(name) for name in config.evals.backdoor_rate}
+        {name: following(config.evals.backdoor_rate, name) for name in config.evals.backdoor_rate}
     )
     config.evals.judge.model = "smollm2-135m"  # a frozen model; only backdoors with a judge_question are judged [O]
     config.evals.math500 = ConfigDict()

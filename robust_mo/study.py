@@ -107,7 +107,10 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
                 f"config.study.arms.{arm}.{team} changes {taken[0]!r}, which the study sets itself: give "
                 f"config.study.{set_by_study[taken[0]]}"
             )
-        with run.unlocked(), run.ignore_type():  # a wrong type is found with the rest, see `check_run`
+        kinds = flatten(run)
+        wanted = {name: kinds[name] for name in flatten(changes)}
+        command_line.check_fields(changes, wanted, f"config.study.arms.{arm}.{team}")
+        with run.unlocked(), run.ignore_type():  # which would not take a list for a tuple
             _change(run, changes)
     # Only now, so that a judge follows what an arm changes of the backdoor rate.
     run = run.copy_and_resolve_references()

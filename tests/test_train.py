@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -128,7 +129,7 @@ def test_one_step_of_a_falling_schedule_is_told_of(tiny, tmp_path, capsys):
 
 
 def test_what_follows_a_setting_can_be_set_apart(tiny):
-    config = default.get_config()
+    config = pickle.loads(pickle.dumps(default.get_config()))  # as it goes to another process
     config.data.instruction = " Be brief."
     assert config.evals.judge.instruction == config.evals.backdoor_rate.instruction == " Be brief."
     config.evals.backdoor_rate.instruction = " Be long."
