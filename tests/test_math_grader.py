@@ -66,7 +66,7 @@ def test_extract(text, content):
 def test_extract_takes_linear_time(piece):
     start = time.monotonic()
     extract(piece * (100_000 // len(piece)))
-    assert time.monotonic() - start < 20  # milliseconds; in quadratic time it would be many minutes
+    assert time.monotonic() - start < 2
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -375,7 +375,7 @@ def test_endless_answers_are_wrong_at_once():
     assert grade(boxed("1+" * 50_000 + "1"), "50001") is False
     assert grade("blah \\boxed{ " * 8_000, "1") is False
     assert grade("so " * 40_000 + boxed("1"), "1") is True
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 2
 
 
 # ---------------------------------------------------------------------------------------------- MATH itself
