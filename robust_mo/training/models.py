@@ -345,7 +345,7 @@ def _opened(source: str, llama: Llama, mesh: Mesh, step: int | None, stack: cont
     if is_run(source):
         checkpoints = stack.enter_context(_checkpoints(source))
         return stack.enter_context(checkpoints.opened(abstract_trainable(llama, mesh), step))
-    return stack.enter_context(hugging_face.opened(sources.resolve(source), llama))
+    return hugging_face.in_files(sources.resolve(source), llama)
 
 
 def _adapters(source: str, llama: Llama, mesh: Mesh, step: int | None) -> tuple[str, dict, LoraSpec] | None:
