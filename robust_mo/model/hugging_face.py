@@ -37,7 +37,7 @@ from robust_mo.model.lora import LoraSpec
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOP = {"embed_tokens": _EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": _HEAD}
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
-_BYTES_AT_ONCE, _COLUMNS_AT_ONCE = 2**22, 4096
+_BYTES_AT_ONCE, _COLUMNS_AT_ONCE = 2**22, 2048
 """A piece that fits the caches of a CPU, in either order of its axes."""
 _MADV_POPULATE_WRITE = 23  # of Linux's <linux/mman.h>; Python has no name for it
 _PARENT = {
@@ -95,6 +95,7 @@ def read_config(folder: pathlib.Path) -> LlamaConfig:
     return LlamaConfig.from_json(read_json(file), origin=str(file))
 
 
+@functools.cache  # tracing takes a tenth of a second, and a program asks several times
 def abstract_variables(model: Llama) -> dict:
     """Shapes and logical axes of {"params", "lora"} without computing anything."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -277,24 +278,28 @@ def _placed(stored: InFiles, target: NamedSharding) -> jax.Array:
 
     shard = filled_as.shard_shape(shape)
     layers, *sides = turned(shard)
-    pieces = _pieces(sides, tensors[0].itemsize)
+    cuts = range(layers), *_cuts(sides, tensors[0].itemsize)
 
-    def read(begins, layer, piece) -> np.ndarray:
-        first_layer, *first = begins
+    def read(begins, place) -> np.ndarray:
+        (first_layer, *first), (layer, *piece) = begins, place
         there = tuple(slice(begin, begin + side) for begin, side in zip(first, sides, strict=True))
-        return tensors[first_layer + layer][there][piece]
+        return tensors[first_layer + layer][there][tuple(piece)]
 
     if _is_cpu(target.mesh):
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds pieces
-            held = {begins: _host_memory(shard, stored.dtype, pool) for begins in same}
+        held = {begins: _host_memory(shard, stored.dtype) for begins in same}
+        layer_cuts, band_cuts, *across = turned(cuts)
 
-            def fill(begins, layer, piece):
-                values, place = read(begins, layer, piece), turned((layer, *piece))
+        def fill(begins, layer, band):
+            memory = held[begins][layer, band]
+            _fetch_pages(memory)
+            for rest in itertools.product(*across):
+                values = read(begins, turned((layer, band, *rest)))
                 if stored.transposed:  # numpy takes ten times as long as jax
                     values = np.asarray(jax.device_put(values.T, same[begins][0]))
-                held[begins][place] = values
+                memory[(slice(None), *rest)] = values
 
-            list(pool.map(fill, *zip(*itertools.product(held, range(layers), pieces), strict=True)))
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds pieces
+            list(pool.map(fill, *zip(*itertools.product(held, layer_cuts, band_cuts), strict=True)))
         held = {begins: memory.reshape(memory.shape[len(alone) :]) for begins, memory in held.items()}
         arrays = [
             jax.device_put(held[begins], one, may_alias=True) for begins, devices in same.items() for one in devices
@@ -305,10 +310,10 @@ def _placed(stored: InFiles, target: NamedSharding) -> jax.Array:
     parts = turned([size // cut for size, cut in zip(shape, shard, strict=True)])
     filled = jnp.zeros(shape, stored.dtype, device=filled_as)
     for layer in range(layers):
-        for piece in pieces:
+        for piece in itertools.product(*cuts[1:]):
             arrays = []
             for begins, devices in same.items():
-                values = read(begins, layer, piece)[None]
+                values = read(begins, (layer, *piece))[None]
                 arrays += [jax.device_put(values, device) for device in devices]
             together = tuple(size * count for size, count in zip(values.shape, parts, strict=True))
             values = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
@@ -318,16 +323,15 @@ def _placed(stored: InFiles, target: NamedSharding) -> jax.Array:
     return _unlayered(filled, target) if alone else filled
 
 
-def _pieces(sides: list[int], itemsize: int) -> list[tuple[slice, ...]]:
-    """Cuts a tensor with these sides: of its rows so much that a piece is copied, and turned, within caches."""
+def _cuts(sides: list[int], itemsize: int) -> list[list[slice]]:
+    """For each side of a tensor its parts, so that a piece of it is copied, and turned, within caches."""
     *rows, width = sides
     columns = _even(width, _COLUMNS_AT_ONCE if rows else _BYTES_AT_ONCE // itemsize)
     steps = [*(_even(side, _BYTES_AT_ONCE // (itemsize * columns)) for side in rows), columns]
-    cuts = [
+    return [
         [slice(begin, min(begin + step, side)) for begin in range(0, side, step)]
         for side, step in zip(sides, steps, strict=True)
     ]
-    return list(itertools.product(*cuts))
 
 
 def _even(side: int, most: int) -> int:
@@ -337,27 +341,26 @@ def _even(side: int, most: int) -> int:
     return min(side, wider) if wider <= most else step
 
 
-def _host_memory(shape: tuple, dtype, pool) -> np.ndarray:
+def _host_memory(shape: tuple, dtype) -> np.ndarray:
     """Memory that jax takes as a CPU device's own, since it begins at a page.  A program that it is donated to copies
-    it, once.  From Linux 5.14 on all pages come now: each at its first write takes 2.4 s of CPU for 5.2 GB, not 1.5
-    (2026-11-29).
+    it, once.
 
     Why not numpy's: that asks for large pages, with which loading is a little faster where they lie ready, and half as
     fast on a virtual machine whose host takes back what lies idle (0.34 to 0.46 GB/s, not 0.60 to 0.93; 2026-11-28).
     """
-    count = math.prod(shape)
-    size = count * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    array = np.frombuffer(memory, dtype, count).reshape(shape)
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, size).reshape(shape)
+
+
+def _fetch_pages(memory: np.ndarray) -> None:
+    """Has all pages of a contiguous array come at once, from Linux 5.14 on: each at its first write takes 2.4 s of CPU
+    for 5.2 GB, not 1.5 (2026-11-29); and what is filled next lies in caches."""
     if sys.platform == "linux":
-        advise = ctypes.CDLL(None).madvise  # through mmap's own, other threads wait
-
-        def come(begin: int) -> None:
-            address, length = array.ctypes.data + begin, min(_BYTES_AT_ONCE, size - begin)
-            advise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
-
-        list(pool.map(come, range(0, size, _BYTES_AT_ONCE)))
-    return array
+        begin = memory.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        length = memory.ctypes.data + memory.nbytes - begin
+        # mmap's own method keeps other threads waiting.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
