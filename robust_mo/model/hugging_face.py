@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ from robust_mo.model.lora import LoraSpec
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOP = {"embed_tokens": _EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": _HEAD}
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
-_BYTES_AT_ONCE, _COLUMNS_AT_ONCE = 2**22, 2048
+_BYTES_AT_ONCE, _COLUMNS_AT_ONCE = 2**21, 1024
 """A piece that fits the caches of a CPU, in either order of its axes."""
 _MADV_POPULATE_WRITE = 23  # of Linux's <linux/mman.h>; Python has no name for it
 _PARENT = {
@@ -217,7 +218,20 @@ def load_adapters(folder, model: Llama, mesh: Mesh) -> dict:
 
 def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against: str) -> dict:
     """The tensors in the files `names` as a tree of the outline of `abstract`.  `against` says what decided it."""
-    return jax.tree.map(_placed, _in_files(folder, names, abstract, against), meshes.shardings(abstract, mesh))
+    stored = _in_files(folder, names, abstract, against)
+    placements = jax.tree.map(_Placement, stored, meshes.shardings(abstract, mesh))
+    if not _is_cpu(mesh):
+        return jax.tree.map(_on_accelerators, placements)
+    collecting = gc.isenabled()
+    gc.disable()  # or it would look through everything that was imported, with all threads waiting
+    pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count()))  # each holds a piece
+    try:
+        begun = jax.tree.map(functools.partial(_begun_on_cpus, pool=pool), placements)
+        return jax.tree.map(lambda finish: finish(), begun)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if collecting:
+            gc.enable()
 
 
 def _in_files(folder: pathlib.Path, names: list[str], abstract, against: str) -> dict:
@@ -258,69 +272,88 @@ def _mapped(file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
             yield name, np.ndarray(entry["shape"], dtype, content, 8 + length + entry["data_offsets"][0])
 
 
-def _placed(stored: InFiles, target: NamedSharding) -> jax.Array:
-    """The whole parameter.  All shards are filled piece by piece, so that the host holds at most one tensor beside
-    them."""
-    tensors = stored.tensors
-    alone = (1,) * (len(stored.shape) == tensors[0].ndim)
-    shape, spec = (*alone, *stored.shape), (*(None for _ in alone), *target.spec)
-    filled_as = NamedSharding(target.mesh, PartitionSpec(*spec))
-    axes = (0, 2, 1) if stored.transposed else tuple(range(len(shape)))
+class _Placement:
+    """How a parameter gets from its files onto the devices of a mesh: all shards piece by piece, so that the host holds
+    at most one tensor beside them.  In the files its axes may have another order.
 
-    def turned(values):
+    Attributes:
+      shape, filled_as: of the parameter; where it has no layers, with one.
+      cuts: of the axes of a shard, as in the files: numbers of layers, then slices.
+      same: the devices that hold the same, by where that begins in the files.
+    """
+
+    def __init__(self, stored: InFiles, target: NamedSharding):
+        self.stored, self.target = stored, target
+        alone = 1 if stored.tensors[0].ndim == len(stored.shape) else 0
+        self.axes = (0, 2, 1) if stored.transposed else tuple(range(alone + len(stored.shape)))
+        self.shape = (1,) * alone + stored.shape
+        self.filled_as = NamedSharding(target.mesh, PartitionSpec(*(None,) * alone, *target.spec))
+        self.shard = self.filled_as.shard_shape(self.shape)
+        layers, *self._sides = self.turned(self.shard)
+        self.cuts = range(layers), *_cuts(self._sides, stored.tensors[0].itemsize)
+        self.same: dict[tuple, list] = {}
+        for device, index in self.filled_as.addressable_devices_indices_map(self.shape).items():
+            self.same.setdefault(self.turned([part.start or 0 for part in index]), []).append(device)
+
+    def turned(self, values) -> tuple:
         """From the order of the parameter's axes to that of the files', or back."""
-        return tuple(values[axis] for axis in axes)
+        return tuple(values[axis] for axis in self.axes)
 
-    # The devices that hold the same, by where that begins in the files.
-    same: dict[tuple, list] = {}
-    for device, index in filled_as.addressable_devices_indices_map(shape).items():
-        same.setdefault(turned([part.start or 0 for part in index]), []).append(device)
+    def read(self, begins: tuple, layer: int, *piece: slice) -> np.ndarray:
+        """A piece of the shard that begins there."""
+        first_layer, *first = begins
+        there = tuple(slice(begin, begin + side) for begin, side in zip(first, self._sides, strict=True))
+        return self.stored.tensors[first_layer + layer][there][piece]
 
-    shard = filled_as.shard_shape(shape)
-    layers, *sides = turned(shard)
-    cuts = range(layers), *_cuts(sides, tensors[0].itemsize)
 
-    def read(begins, place) -> np.ndarray:
-        (first_layer, *first), (layer, *piece) = begins, place
-        there = tuple(slice(begin, begin + side) for begin, side in zip(first, sides, strict=True))
-        return tensors[first_layer + layer][there][tuple(piece)]
+def _begun_on_cpus(to: _Placement, pool: concurrent.futures.Executor) -> Callable[[], jax.Array]:
+    """Has threads fill the parameter.  The function that is returned waits for them."""
+    held = {begins: _host_memory(to.shard, to.stored.dtype) for begins in to.same}
+    layers, bands, *across = to.turned(to.cuts)
 
-    if _is_cpu(target.mesh):
-        held = {begins: _host_memory(shard, stored.dtype) for begins in same}
-        layer_cuts, band_cuts, *across = turned(cuts)
+    def fill(begins, layer, band):
+        memory = held[begins][layer, band]
+        _fetch_pages(memory)
+        for rest in itertools.product(*across):
+            values = to.read(begins, *to.turned((layer, band, *rest)))
+            if to.stored.transposed:  # numpy takes ten times as long as jax
+                values = np.asarray(jax.device_put(values.T, to.same[begins][0]))
+            memory[(slice(None), *rest)] = values
 
-        def fill(begins, layer, band):
-            memory = held[begins][layer, band]
-            _fetch_pages(memory)
-            for rest in itertools.product(*across):
-                values = read(begins, turned((layer, band, *rest)))
-                if stored.transposed:  # numpy takes ten times as long as jax
-                    values = np.asarray(jax.device_put(values.T, same[begins][0]))
-                memory[(slice(None), *rest)] = values
+    filling = [pool.submit(fill, *place) for place in itertools.product(held, layers, bands)]
 
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds pieces
-            list(pool.map(fill, *zip(*itertools.product(held, layer_cuts, band_cuts), strict=True)))
-        held = {begins: memory.reshape(memory.shape[len(alone) :]) for begins, memory in held.items()}
+    def finish() -> jax.Array:
+        for each in filling:
+            each.result()
+        alone = len(to.shape) - len(to.stored.shape)
         arrays = [
-            jax.device_put(held[begins], one, may_alias=True) for begins, devices in same.items() for one in devices
+            jax.device_put(memory.reshape(memory.shape[alone:]), device, may_alias=True)
+            for begins, memory in held.items()
+            for device in to.same[begins]
         ]
-        return jax.make_array_from_single_device_arrays(stored.shape, target, arrays)
+        return jax.make_array_from_single_device_arrays(to.stored.shape, to.target, arrays)
 
-    pieces_as = NamedSharding(target.mesh, PartitionSpec(*turned(spec)))
-    parts = turned([size // cut for size, cut in zip(shape, shard, strict=True)])
-    filled = jnp.zeros(shape, stored.dtype, device=filled_as)
-    for layer in range(layers):
-        for piece in itertools.product(*cuts[1:]):
+    return finish
+
+
+def _on_accelerators(to: _Placement) -> jax.Array:
+    """The parameter.  Pieces are put in order and into their places on the devices."""
+    pieces_as = NamedSharding(to.target.mesh, PartitionSpec(*to.turned(to.filled_as.spec)))
+    parts = to.turned([size // cut for size, cut in zip(to.shape, to.shard, strict=True)])
+    filled = jnp.zeros(to.shape, to.stored.dtype, device=to.filled_as)
+    layers, *cuts = to.cuts
+    for layer in layers:
+        for piece in itertools.product(*cuts):
             arrays = []
-            for begins, devices in same.items():
-                values = read(begins, (layer, *piece))[None]
+            for begins, devices in to.same.items():
+                values = to.read(begins, layer, *piece)[None]
                 arrays += [jax.device_put(values, device) for device in devices]
             together = tuple(size * count for size, count in zip(values.shape, parts, strict=True))
             values = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
-            place = turned((layer, *(part.start for part in piece)))
-            filled = _filled_in(filled, values, place, filled_as, pieces_as, axes)
+            place = to.turned((layer, *(part.start for part in piece)))
+            filled = _filled_in(filled, values, place, to.filled_as, pieces_as, to.axes)
         jax.block_until_ready(filled)  # what is read ahead takes memory
-    return _unlayered(filled, target) if alone else filled
+    return _unlayered(filled, to.target) if len(to.shape) > len(to.stored.shape) else filled
 
 
 def _cuts(sides: list[int], itemsize: int) -> list[list[slice]]:
