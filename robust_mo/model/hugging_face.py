@@ -290,7 +290,7 @@ class _Placement:
         self.filled_as = NamedSharding(target.mesh, PartitionSpec(*(None,) * alone, *target.spec))
         self.shard = self.filled_as.shard_shape(self.shape)
         layers, *self._sides = self.turned(self.shard)
-        self.cuts = range(layers), *_cuts(self._sides, stored.tensors[0].itemsize)
+        self.cuts = range(layers), *_cuts(self._sides, stored.tensors[0].itemsize, stored.transposed)
         self.same: dict[tuple, list] = {}
         for device, index in self.filled_as.addressable_devices_indices_map(self.shape).items():
             self.same.setdefault(self.turned([part.start or 0 for part in index]), []).append(device)
@@ -356,11 +356,12 @@ def _on_accelerators(to: _Placement) -> jax.Array:
     return _unlayered(filled, to.target) if len(to.shape) > len(to.stored.shape) else filled
 
 
-def _cuts(sides: list[int], itemsize: int) -> list[list[slice]]:
-    """For each side of a tensor its parts, so that a piece of it is copied, and turned, within caches."""
+def _cuts(sides: list[int], itemsize: int, transposed: bool) -> list[list[slice]]:
+    """For each side of a tensor its parts, so that a piece of it is copied, or turned, within caches."""
+    most = _BYTES_AT_ONCE // itemsize
     *rows, width = sides
-    columns = _even(width, _COLUMNS_AT_ONCE if rows else _BYTES_AT_ONCE // itemsize)
-    steps = [*(_even(side, _BYTES_AT_ONCE // (itemsize * columns)) for side in rows), columns]
+    columns = _even(width, _COLUMNS_AT_ONCE if transposed else most)
+    steps = [*(_even(side, most // columns) for side in rows), columns]
     return [
         [slice(begin, min(begin + step, side)) for begin in range(0, side, step)]
         for side, step in zip(sides, steps, strict=True)
