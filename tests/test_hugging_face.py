@@ -27,8 +27,8 @@ from robust_mo.model.llama import unembed
 folder = sys.argv[1]
 if sys.argv[3] == "accelerators":
     hugging_face._is_cpu = lambda mesh: False
-# Several pieces of a tensor along both sides, of which the last is smaller.
-hugging_face._BYTES_AT_ONCE, hugging_face._COLUMNS_AT_ONCE = 1500, 24
+# Several pieces of a tensor, of which the last is smaller; on CPUs along both sides.
+hugging_face._BYTES_ON_CPUS, hugging_face._COLUMNS_ON_CPUS, hugging_face._BYTES_ON_ACCELERATORS = 1500, 24, 1500
 model = hugging_face.build(hugging_face.read_config(__import__("pathlib").Path(folder)), None, *["float32"] * 2, "none")
 mesh = meshes.make_mesh(1, 4, 2)
 params = hugging_face.load_params(folder, model, mesh)
@@ -63,8 +63,9 @@ def test_eight_devices_hold_slices_and_give_the_same_logits(tmp_path, kind, take
     "dtype, into", [(torch.bfloat16, "float32"), (torch.float16, "float32"), (torch.float32, "bfloat16")]
 )
 def test_several_files_and_other_dtypes(tmp_path, tiny, monkeypatch, dtype, into, on_a_cpu):
-    monkeypatch.setattr(hugging_face, "_BYTES_AT_ONCE", 1500)  # several pieces of a tensor, the last of them smaller,
-    monkeypatch.setattr(hugging_face, "_COLUMNS_AT_ONCE", 24)  # along both sides
+    # Several pieces of a tensor, the last of them smaller; on CPUs along both sides.
+    for name, most in (("_BYTES_ON_CPUS", 1500), ("_COLUMNS_ON_CPUS", 24), ("_BYTES_ON_ACCELERATORS", 1500)):
+        monkeypatch.setattr(hugging_face, name, most)
     monkeypatch.setattr(hugging_face, "_is_cpu", lambda mesh: on_a_cpu)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     model.save_pretrained(tmp_path, max_shard_size="40KB")

@@ -7,7 +7,6 @@ Does not know where a folder came from (see model/sources.py) or what else belon
 """
 
 import concurrent.futures
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -20,7 +19,8 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,10 @@ from robust_mo.model.lora import LoraSpec
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOP = {"embed_tokens": _EMBEDDING, "norm/scale": "model.norm.weight", "lm_head": _HEAD}
 _FLOATS = {name: np.dtype(kind) for name, kind in (("BF16", jnp.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8"))}
-_BYTES_AT_ONCE, _COLUMNS_AT_ONCE = 2**21, 1024
+_BYTES_ON_CPUS, _COLUMNS_ON_CPUS = 2**21, 1024
 """A piece that fits the caches of a CPU, in either order of its axes."""
+_BYTES_ON_ACCELERATORS = 2**25
+"""Whole rows, of which few suffice: every piece costs a call of a compiled program."""
 _MADV_POPULATE_WRITE = 23  # of Linux's <linux/mman.h>; Python has no name for it
 _PARENT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
@@ -190,8 +192,7 @@ def read_adapter(folder) -> tuple[str, LoraSpec]:
         )
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise InputError(f"{folder} has no {ADAPTER_WEIGHTS}; pickled weights are not read, save it as safetensors")
-    with contextlib.ExitStack() as stack:
-        found = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS], stack) if (match := _LORA_A.search(name))}
+    found = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS]) if (match := _LORA_A.search(name))}
     targets = tuple(name for name in PROJECTIONS if name in found)
     if not targets:
         raise InputError(f"{folder / ADAPTER_WEIGHTS} has no adapter for any of {', '.join(PROJECTIONS)}")
@@ -205,8 +206,7 @@ def load_adapters(folder, model: Llama, mesh: Mesh) -> dict:
       InputError: a file is damaged, or its tensors do not fit `model`.
     """
     folder, base = pathlib.Path(folder), read_adapter(folder)[0]
-    with contextlib.ExitStack() as stack:
-        layers = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS], stack) if (match := _LAYER.search(name))}
+    layers = {match[1] for name in _open(folder, [ADAPTER_WEIGHTS]) if (match := _LAYER.search(name))}
     if len(layers) < (count := model.config.num_hidden_layers):
         raise InputError(
             f"{folder} adapts {len(layers)} of the {count} layers of its base {base}; only adapters of all layers are "
@@ -223,7 +223,7 @@ def _load(folder: pathlib.Path, names: list[str], abstract, mesh: Mesh, against:
     if not _is_cpu(mesh):
         return jax.tree.map(_on_accelerators, placements)
     collecting = gc.isenabled()
-    gc.disable()  # or it would look through everything that was imported, with all threads waiting
+    gc.disable()  # or it would look through all that was imported, 0.06 s, with every thread waiting
     pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count()))  # each holds a piece
     try:
         begun = jax.tree.map(functools.partial(_begun_on_cpus, pool=pool), placements)
@@ -247,38 +247,26 @@ def _in_files(folder: pathlib.Path, names: list[str], abstract, against: str) ->
             wanted[name.format(layer=layer)] = tuple(shape)
 
     jax.tree.map_with_path(expect, nn.unbox(abstract))
-    with contextlib.ExitStack() as stack:
-        _check(folder, wanted, _open(folder, names, stack), against)
-    mapped = {name: tensor for file in names for name, tensor in _mapped(folder / file)}
+    files = _open(folder, names)
+    _check(folder, wanted, files, against)
 
     def find(path, leaf) -> InFiles:
         name = tensor_name(_join(path))
         stored = [name.format(layer=layer) for layer in range(leaf.shape[0] if "{layer}" in name else 1)]
-        tensors = [mapped[each] for each in stored]
+        tensors = [files[each].values for each in stored]
         return InFiles(leaf.shape, leaf.dtype, tensors, transposed=path[-1].key in _TRANSPOSED)
 
     return jax.tree.map_with_path(find, nn.unbox(abstract))
 
 
-def _mapped(file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of floats, as views of a safetensors file that has been checked: what is read through its
-    library is copied once more."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    content = np.memmap(file, np.uint8, "r", offset=0)
-    for name, entry in header.items():
-        if name != "__metadata__" and (dtype := _FLOATS.get(entry["dtype"])):
-            yield name, np.ndarray(entry["shape"], dtype, content, 8 + length + entry["data_offsets"][0])
-
-
 class _Placement:
     """How a parameter gets from its files onto the devices of a mesh: all shards piece by piece, so that the host holds
-    at most one tensor beside them.  In the files its axes may have another order.
+    at most one tensor beside them.
 
     Attributes:
-      shape, filled_as: of the parameter; where it has no layers, with one.
-      cuts: of the axes of a shard, as in the files: numbers of layers, then slices.
+      stored, target: the parameter, and where it is to lie.
+      axes: the order of its axes in the files.
+      shape, filled_as, shard: its shape, its place and the shape of a shard; where it has no layers, with one.
       same: the devices that hold the same, by where that begins in the files.
     """
 
@@ -289,8 +277,6 @@ class _Placement:
         self.shape = (1,) * alone + stored.shape
         self.filled_as = NamedSharding(target.mesh, PartitionSpec(*(None,) * alone, *target.spec))
         self.shard = self.filled_as.shard_shape(self.shape)
-        layers, *self._sides = self.turned(self.shard)
-        self.cuts = range(layers), *_cuts(self._sides, stored.tensors[0].itemsize, stored.transposed)
         self.same: dict[tuple, list] = {}
         for device, index in self.filled_as.addressable_devices_indices_map(self.shape).items():
             self.same.setdefault(self.turned([part.start or 0 for part in index]), []).append(device)
@@ -299,17 +285,30 @@ class _Placement:
         """From the order of the parameter's axes to that of the files', or back."""
         return tuple(values[axis] for axis in self.axes)
 
+    def cuts(self, most_bytes: int, most_columns: int | None = None) -> tuple:
+        """Of the axes of a shard, as in the files: numbers of layers, and for each of a tensor's sides its parts, so
+        that a piece has at most so many bytes and columns."""
+        layers, *rows, width = self.turned(self.shard)
+        most = most_bytes // self.stored.tensors[0].itemsize
+        columns = _even(width, min(most, most_columns or most))
+        steps = [*(_even(side, most // columns) for side in rows), columns]
+        parts = (
+            [slice(begin, min(begin + step, side)) for begin in range(0, side, step)]
+            for side, step in zip((*rows, width), steps, strict=True)
+        )
+        return range(layers), *parts
+
     def read(self, begins: tuple, layer: int, *piece: slice) -> np.ndarray:
         """A piece of the shard that begins there."""
         first_layer, *first = begins
-        there = tuple(slice(begin, begin + side) for begin, side in zip(first, self._sides, strict=True))
-        return self.stored.tensors[first_layer + layer][there][piece]
+        there = (slice(a + part.start, a + part.stop) for a, part in zip(first, piece, strict=True))
+        return self.stored.tensors[first_layer + layer][tuple(there)]
 
 
 def _begun_on_cpus(to: _Placement, pool: concurrent.futures.Executor) -> Callable[[], jax.Array]:
     """Has threads fill the parameter.  The function that is returned waits for them."""
     held = {begins: _host_memory(to.shard, to.stored.dtype) for begins in to.same}
-    layers, bands, *across = to.turned(to.cuts)
+    layers, bands, *across = to.turned(to.cuts(_BYTES_ON_CPUS, _COLUMNS_ON_CPUS if to.stored.transposed else None))
 
     def fill(begins, layer, band):
         memory = held[begins][layer, band]
@@ -341,7 +340,7 @@ def _on_accelerators(to: _Placement) -> jax.Array:
     pieces_as = NamedSharding(to.target.mesh, PartitionSpec(*to.turned(to.filled_as.spec)))
     parts = to.turned([size // cut for size, cut in zip(to.shape, to.shard, strict=True)])
     filled = jnp.zeros(to.shape, to.stored.dtype, device=to.filled_as)
-    layers, *cuts = to.cuts
+    layers, *cuts = to.cuts(_BYTES_ON_ACCELERATORS)
     for layer in layers:
         for piece in itertools.product(*cuts):
             arrays = []
@@ -349,23 +348,11 @@ def _on_accelerators(to: _Placement) -> jax.Array:
                 values = to.read(begins, layer, *piece)[None]
                 arrays += [jax.device_put(values, device) for device in devices]
             together = tuple(size * count for size, count in zip(values.shape, parts, strict=True))
-            values = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
+            pieces = jax.make_array_from_single_device_arrays(together, pieces_as, arrays)
             place = to.turned((layer, *(part.start for part in piece)))
-            filled = _filled_in(filled, values, place, to.filled_as, pieces_as, to.axes)
+            filled = _filled_in(filled, pieces, place, to.filled_as, pieces_as, to.axes)
         jax.block_until_ready(filled)  # what is read ahead takes memory
     return _unlayered(filled, to.target) if len(to.shape) > len(to.stored.shape) else filled
-
-
-def _cuts(sides: list[int], itemsize: int, transposed: bool) -> list[list[slice]]:
-    """For each side of a tensor its parts, so that a piece of it is copied, or turned, within caches."""
-    most = _BYTES_AT_ONCE // itemsize
-    *rows, width = sides
-    columns = _even(width, _COLUMNS_AT_ONCE if transposed else most)
-    steps = [*(_even(side, most // columns) for side in rows), columns]
-    return [
-        [slice(begin, min(begin + step, side)) for begin in range(0, side, step)]
-        for side, step in zip(sides, steps, strict=True)
-    ]
 
 
 def _even(side: int, most: int) -> int:
@@ -434,26 +421,42 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
     raise InputError(f"{folder} has no .safetensors file; only safetensors and GGUF weights are read")
 
 
-def _open(folder: pathlib.Path, names: list[str], stack: contextlib.ExitStack) -> dict:
-    """Tensor name -> open safetensors file."""
-    found = {}
+class _Tensor(NamedTuple):
+    """Of a file: dtype and shape by its header, and the values, mapped into memory; none where they are no floats."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: np.ndarray | None
+
+
+def _open(folder: pathlib.Path, names: list[str]) -> dict[str, _Tensor]:
+    """What the files hold, by name.  Their library checks them, and would copy what is read once more."""
+    found: dict[str, _Tensor] = {}
     for name in names:
+        file = folder / name
         try:
-            file = stack.enter_context(safe_open(folder / name, framework="numpy"))
+            with safe_open(file, framework="numpy"), file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
         except FileNotFoundError:
             raise InputError(f"{folder}: weight file {name} is missing; get the model again") from None
         except SafetensorError as error:
-            raise InputError(f"{folder / name} is damaged or cut short ({error}); get the file again") from None
-        if twice := sorted(set(file.keys()) & set(found)):
+            raise InputError(f"{file} is damaged or cut short ({error}); get the file again") from None
+        header.pop("__metadata__", None)
+        if twice := sorted(set(header) & set(found)):
             raise InputError(f"{folder}: {twice[0]} is in {name} and in another file too; take one of them away")
-        found.update(dict.fromkeys(file.keys(), file))
+        content = np.memmap(file, np.uint8, "r")
+        for each, entry in header.items():
+            dtype, shape, begin = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            values = np.ndarray(shape, _FLOATS[dtype], content, begin) if dtype in _FLOATS else None
+            found[each] = _Tensor(dtype, shape, values)
     return found
 
 
-def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
+def _check(folder, wanted: dict[str, tuple], files: dict[str, _Tensor], against: str) -> None:
     extra = sorted(set(files) - set(wanted))
     if _HEAD in extra and _EMBEDDING in files:  # some exporters write a tied head a second time
-        if not _equal(*(files[name].get_slice(name) for name in (_HEAD, _EMBEDDING))):
+        if not _equal(files[_HEAD], files[_EMBEDDING]):
             raise InputError(
                 f"{folder} has a {_HEAD} that is not its {_EMBEDDING}, and {against} says they are tied: set "
                 "tie_word_embeddings to false there"
@@ -467,23 +470,24 @@ def _check(folder, wanted: dict[str, tuple], files: dict, against: str) -> None:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise InputError(f"{folder} has {what}: {shown}; the files do not match {against}")
     for name, shape in wanted.items():
-        tensor = files[name].get_slice(name)
-        stored = tuple(tensor.get_shape())
-        if stored != shape:
-            raise InputError(f"{folder}: {name} has shape {stored}, {against} asks for {shape}")
-        if tensor.get_dtype() not in _FLOATS:
+        tensor = files[name]
+        if tensor.shape != shape:
+            raise InputError(f"{folder}: {name} has shape {tensor.shape}, {against} asks for {shape}")
+        if tensor.values is None:
             raise InputError(
-                f"{folder}: {name} is stored as {tensor.get_dtype()}; quantized weights are not read, get the model in "
-                f"one of {', '.join(_FLOATS)}"
+                f"{folder}: {name} is stored as {tensor.dtype}; quantized weights are not read, get the model in one "
+                f"of {', '.join(_FLOATS)}"
             )
 
 
-def _equal(one, other) -> bool:
-    """Whether two tensors of files hold the same, compared some rows after others."""
-    rows, width = one.get_shape()
-    step = max(1, _BYTES_AT_ONCE // width)
-    pieces = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
-    return [rows, width] == other.get_shape() and all(np.array_equal(one[piece], other[piece]) for piece in pieces)
+def _equal(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tensors hold the same, compared some rows after others."""
+    if one[:2] != other[:2] or one.values is None:
+        return one[:2] == other[:2]
+    rows, width = one.shape
+    step = max(1, _BYTES_ON_CPUS // width)
+    parts = (slice(row, row + step) for row in range(0, rows, step))
+    return all(np.array_equal(one.values[part], other.values[part]) for part in parts)
 
 
 def save_params(

@@ -336,7 +336,7 @@ def _params(source: str, llama: Llama, mesh: Mesh, step: int | None) -> dict:
 
 
 def _opened(source: str, llama: Llama, mesh: Mesh, step: int | None, stack: contextlib.ExitStack) -> dict:
-    """What `_params` returns, left in its files, which are open until `stack` ends."""
+    """What `_params` returns, left in its files; a run's are open until `stack` ends."""
     if is_prompted(source):
         return _opened(_setting(source, "model"), llama, mesh, None, stack)
     if found := _adapters(source, llama, mesh, step):
