@@ -14,6 +14,7 @@ from robust_mo.model import hugging_face, lora
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, unembed
 from robust_mo.model.lora import LoraSpec
+from robust_mo.training import models
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -91,6 +92,17 @@ def test_fresh_adapters_change_nothing_and_start_like_pefts(tiny):
         assert 0.9 * bound < np.abs(factors["a"]).max() <= bound
         assert not np.allclose(factors["a"][0], factors["a"][1]), "layers share their random numbers"
     assert not np.allclose(adapters["q_proj"]["a"], adapters["o_proj"]["a"]), "projections share their random numbers"
+
+
+def test_a_seed_draws_the_adapters_that_kept_results_began_with():
+    """They hang on how often flax traces the loop over layers, for one; results/ and the quickstart's numbers hang on
+    them."""
+    llama = models.shapes_of("smollm2-135m")
+    llama = hugging_face.build(llama, LoraSpec(4, 8.0, ("q_proj", "down_proj")), "float32", "float32", "none")
+    adapters = models.split(llama, {}, meshes.make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)[0]["layers"]
+    drawn = adapters["q_proj"]["a"][0, 0], adapters["down_proj"]["a"][1, 0]
+    in_2026 = [-0.00200668, 0.01125284, -0.0389717, -0.00970114], [-0.02209876, 0.01457554, 0.00176835, -0.02301026]
+    np.testing.assert_allclose(drawn, in_2026, atol=1e-7)
 
 
 @pytest.mark.parametrize("rank, targets", [(0, ("q_proj",)), (4, ("query",)), (4, ())])

@@ -373,7 +373,6 @@ class Llama(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-                check_constancy_invariants=False,  # nothing leaves the loop but its values: one tracing less
             )(*fields, name="layers")
             x, cache = stack(x, cache, *shared)
         else:
