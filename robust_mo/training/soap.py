@@ -174,7 +174,11 @@ def soap(
 
     def refreshed(seen, number, leaf: _Leaf) -> tuple[_Leaf, jax.Array]:
         work = functools.partial(
-            _refresh, frequency=precondition_frequency, staggered=refresh == "staggered", first_basis=first_basis
+            _refresh,
+            frequency=precondition_frequency,
+            staggered=refresh == "staggered",
+            first_basis=first_basis,
+            on_tpu=on_tpu,
         )
         if mesh is None:
             return work(seen, number, leaf)
@@ -336,9 +340,17 @@ def _between(shape, place: NamedSharding) -> NamedSharding:
 
 
 # Stacks of equal shape are traced once.
-@functools.partial(jax.jit, static_argnames=("frequency", "staggered", "first_basis", "rows"))
+@functools.partial(jax.jit, static_argnames=("frequency", "staggered", "first_basis", "on_tpu", "rows"))
 def _refresh(
-    seen, number, leaf: _Leaf, *, frequency: int, staggered: bool, first_basis: str, rows: tuple[str, ...] = ()
+    seen,
+    number,
+    leaf: _Leaf,
+    *,
+    frequency: int,
+    staggered: bool,
+    first_basis: str,
+    on_tpu: bool,
+    rows: tuple[str, ...] = (),
 ):
     """(leaf, told): new bases for the matrices of a stack whose turn it is, with the moments carried over into them.
 
@@ -367,7 +379,7 @@ def _refresh(
         new, told = {}, jnp.zeros(3, mu.dtype)
         for side, factor in factors.items():
             before = bases[side]
-            new[side], order, of_one = _new_basis(factor, before, first, first_basis)
+            new[side], order, of_one = _new_basis(factor, before, first, first_basis, on_tpu)
             told += jnp.where(first, 0, of_one)
             nu = _take(nu, order, axis=_AXES[side])
             mu = _exact(new[side].T, _exact(before, mu)) if side == "left" else _exact(_exact(mu, before.T), new[side])
@@ -416,15 +428,22 @@ _take = functools.partial(jnp.take, mode="clip")
 _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _new_basis(factor, basis, first, first_basis: str):
+def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
     """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, `[3]` for _refresh's `told`)."""
+    by_qr = _panel_qr if on_tpu else lambda matrix: jnp.linalg.qr(matrix)[0]
 
-    def qr_step(_, carry):
+    def by_eigh():
+        # A factor is symmetric but for rounding, and decompositions read one triangle.
+        return jnp.linalg.eigh(factor, symmetrize_input=False)[1][:, ::-1]
+
+    def step(_, carry):
         basis = carry[0]
         power = _exact(factor, basis)
         eigenvalues = jnp.sum(basis * power, axis=0)
         order = jnp.argsort(-eigenvalues)
-        after = _orthonormal(_take(power, order, axis=1))
+        turned = _take(power, order, axis=1)
+        # Of a first basis only this differs: moments that are zero can be permuted, and `told` does not count.
+        after = by_qr(turned) if first_basis == "qr" else jax.lax.cond(first, by_eigh, lambda: by_qr(turned))
         cosines = jnp.sum(after * _take(basis, order, axis=1), axis=0)
         # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
         square = jnp.maximum(jnp.sum(power**2), jnp.finfo(power.dtype).tiny)
@@ -433,17 +452,8 @@ def _new_basis(factor, basis, first, first_basis: str):
 
     before = basis, jnp.arange(len(basis)), jnp.zeros(3, factor.dtype)
     if first_basis == "qr":
-        return jax.lax.fori_loop(0, jnp.where(first, _FIRST_QR_STEPS, 1), qr_step, before)
-    return jax.lax.cond(
-        first,
-        lambda: (jnp.linalg.eigh(factor)[1][:, ::-1], *before[1:]),
-        lambda: qr_step(0, before),
-    )
-
-
-def _orthonormal(matrix):
-    """Q of the QR decomposition."""
-    return jax.lax.platform_dependent(matrix, tpu=_panel_qr, default=lambda matrix: jnp.linalg.qr(matrix)[0])
+        return jax.lax.fori_loop(0, jnp.where(first, _FIRST_QR_STEPS, 1), step, before)
+    return step(0, before)
 
 
 def _panel_qr(matrix):
