@@ -1,11 +1,11 @@
 """What a step costs with each optimizer, and with SOAP as it is often written, in one run.
 
     python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--whole=3]
-        [--only NAME ...]
+        [--compile=5] [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
 rounds of refreshes covered.  Whole step: training/step.py's, on random tokens that all carry a loss, without its first;
-compiling is tracing, lowering and compiling it, nothing run.
+compiling is tracing, lowering and compiling it, nothing run, each time anew, the optimizers in turns; the median.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
 Parameters and the optimizer's state are float32, of the size's shapes and random.
 Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.
@@ -126,7 +126,7 @@ def seconds(step, state, count: int) -> tuple[list[float], TrainState]:
     return taken, state
 
 
-def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
+def measure(optimizer, trainable, inputs, statics, args) -> dict:
     """Seconds of the optimizer alone and of whole steps."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -135,23 +135,30 @@ def measure(optimizer, llama, trainable, frozen, batch, args) -> dict:
         changes, after = optimizer.update(gradient, state.optimizer, state.trainable, **rate)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, changes), after)
 
-    inputs = (frozen, None, batch, jnp.float32(LEARNING_RATE), jnp.float32(1))
-    statics = dict(model=llama, optimizer=optimizer, chunk=SIZES[args.size].chunk, micro_batches=1)
+    def whole(state):
+        return train_step(state, *inputs, optimizer=optimizer, **statics)[0]
 
     copied = jax.tree.map(jnp.copy, trainable)
     state = TrainState(jnp.int32(0), copied, optimizer.init(copied))
     gradient = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 1e-4, trainable)
     first, state = seconds(lambda state: alone(state, gradient), state, 2)
     taken, state = seconds(lambda state: alone(state, gradient), state, args.steps - 2)
-    start = time.perf_counter()
-    whole = train_step.lower(state, *inputs, **statics).compile()
-    compiling = time.perf_counter() - start
-    (_, *steps), _ = seconds(lambda state: whole(state, *inputs)[0], state, 1 + args.whole)
+    (_, *steps), _ = seconds(whole, state, 1 + args.whole)
     return {
         "first": first[0],
         "alone": {"median": statistics.median(taken), "mean": statistics.mean(taken), "max": max(taken)},
-        "whole": {"median": statistics.median(steps), "max": max(steps), "compiling": compiling},
+        "whole": {"median": statistics.median(steps), "max": max(steps)},
     }
+
+
+def seconds_to_compile(optimizer, trainable, inputs, statics) -> float:
+    """Of a whole step, nothing of which is known from before."""
+    shapes = jax.eval_shape(lambda: trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    jax.clear_caches()
+    start = time.perf_counter()
+    train_step.lower(state, *inputs, optimizer=optimizer, **statics).compile()
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -162,10 +169,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
     parser.add_argument("--whole", type=int, default=3)
+    parser.add_argument("--compile", type=int, default=5, help="times that each whole step is compiled")
     parser.add_argument("--only", nargs="+", default=("",), help="beside adamw; or how their names begin")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
+    if args.compile < 1:
+        parser.error("--compile: give at least 1")
     meshes.leave_out_absent_tpus()
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be a look-up
 
@@ -184,24 +194,30 @@ def main() -> None:
     made = nn.unbox(jax.jit(llama.init)(keys, *[jnp.zeros((1, 1), jnp.int32)] * 3))
     trainable, frozen = (made["lora"], made["params"]) if args.lora else (made["params"], None)
 
+    inputs = (frozen, None, batch, jnp.float32(LEARNING_RATE), jnp.float32(1))
+    statics = dict(model=llama, chunk=one.chunk, micro_batches=1)
+    chosen = optimizers(config.hidden_size, args.lora)
+    chosen = {name: chosen[name] for name in chosen if name == "adamw" or name.startswith(tuple(args.only))}
+
     found = {}
     print(
         f"{args.rows * args.length} tokens a step, {config.num_hidden_layers} layers; seconds: median (largest)",
         flush=True,
     )
-    for name, optimizer in optimizers(config.hidden_size, args.lora).items():
-        if name != "adamw" and not name.startswith(tuple(args.only)):
-            continue
-        found[name] = row = measure(optimizer, llama, trainable, frozen, batch, args)
+    for name, optimizer in chosen.items():
+        found[name] = row = measure(optimizer, trainable, inputs, statics, args)
         alone, whole = row["alone"], row["whole"]
         added = (alone["mean"] - found["adamw"]["alone"]["mean"]) / found["adamw"]["whole"]["median"]
-        longer = whole["compiling"] / found["adamw"]["whole"]["compiling"]
         print(
             f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  "
-            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}  "
-            f"compiling {whole['compiling']:.1f} ({longer:.2f} of adamw's)",
+            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}",
             flush=True,
         )
+    rounds = [[seconds_to_compile(o, trainable, inputs, statics) for o in chosen.values()] for _ in range(args.compile)]
+    for (name, row), taken in zip(found.items(), zip(*rounds, strict=True), strict=True):
+        row["whole"] |= {"compiling": statistics.median(taken), "compilations": taken}
+        longer = row["whole"]["compiling"] / found["adamw"]["whole"]["compiling"]
+        print(f"{name:18} compiling {row['whole']['compiling']:.2f} ({longer:.2f} of adamw's)", flush=True)
     name = result_name("optimizer_step", args.size) + "-lora" * args.lora
     keep(name, {"seconds": found, "tokens": args.rows * args.length})
 
