@@ -1,11 +1,11 @@
 """What a step costs with each optimizer, and with SOAP as it is often written, in one run.
 
-    python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--whole=3]
-        [--compile=5] [--only NAME ...]
+    python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--rounds=3]
+        [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
-rounds of refreshes covered.  Whole step: training/step.py's, on random tokens that all carry a loss, without its first;
-compiling is tracing, lowering and compiling it, nothing run, each time anew, the optimizers in turns; the median.
+rounds of refreshes covered.  Whole step: training/step.py's second, on random tokens that all carry a loss; compiling
+is tracing, lowering and compiling it anew.  Of both the optimizers take turns, --rounds times.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
 Parameters and the optimizer's state are float32, of the size's shapes and random.
 Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.
@@ -126,39 +126,35 @@ def seconds(step, state, count: int) -> tuple[list[float], TrainState]:
     return taken, state
 
 
-def measure(optimizer, trainable, inputs, statics, args) -> dict:
-    """Seconds of the optimizer alone and of whole steps."""
+def measure_alone(optimizer, trainable, steps: int) -> dict:
+    """Seconds of the optimizer's first step and of `steps` - 2 later ones."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def alone(state, gradient):
+    def step(state, gradient):
         rate = dict(learning_rate=jnp.float32(LEARNING_RATE), share=jnp.float32(1), start=None)
         changes, after = optimizer.update(gradient, state.optimizer, state.trainable, **rate)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, changes), after)
 
-    def whole(state):
-        return train_step(state, *inputs, optimizer=optimizer, **statics)[0]
-
-    copied = jax.tree.map(jnp.copy, trainable)
-    state = TrainState(jnp.int32(0), copied, optimizer.init(copied))
     gradient = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 1e-4, trainable)
-    first, state = seconds(lambda state: alone(state, gradient), state, 2)
-    taken, state = seconds(lambda state: alone(state, gradient), state, args.steps - 2)
-    (_, *steps), _ = seconds(whole, state, 1 + args.whole)
-    return {
-        "first": first[0],
-        "alone": {"median": statistics.median(taken), "mean": statistics.mean(taken), "max": max(taken)},
-        "whole": {"median": statistics.median(steps), "max": max(steps)},
-    }
+    (first, _, *taken), _ = seconds(lambda state: step(state, gradient), fresh(optimizer, trainable), steps)
+    told = {"median": statistics.median(taken), "mean": statistics.mean(taken), "max": max(taken)}
+    return {"first": first, "alone": told}
 
 
-def seconds_to_compile(optimizer, trainable, inputs, statics) -> float:
-    """Of a whole step, nothing of which is known from before."""
-    shapes = jax.eval_shape(lambda: trainable)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+def measure_whole(optimizer, trainable, inputs, statics) -> tuple[float, float]:
+    """Seconds to compile a whole step, with nothing left from before, and of the second one."""
     jax.clear_caches()
+    state = fresh(optimizer, trainable)
     start = time.perf_counter()
-    train_step.lower(state, *inputs, optimizer=optimizer, **statics).compile()
-    return time.perf_counter() - start
+    step = train_step.lower(state, *inputs, optimizer=optimizer, **statics).compile()
+    compiling = time.perf_counter() - start
+    (_, second), _ = seconds(lambda state: step(state, *inputs)[0], state, 2)
+    return compiling, second
+
+
+def fresh(optimizer, trainable) -> TrainState:
+    copied = jax.tree.map(jnp.copy, trainable)
+    return TrainState(jnp.int32(0), copied, optimizer.init(copied))
 
 
 def main() -> None:
@@ -168,14 +164,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
-    parser.add_argument("--whole", type=int, default=3)
-    parser.add_argument("--compile", type=int, default=5, help="times that each whole step is compiled")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=("",), help="beside adamw; or how their names begin")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
-    if args.compile < 1:
-        parser.error("--compile: give at least 1")
+    if args.rounds < 1:
+        parser.error("--rounds: give at least 1")
     meshes.leave_out_absent_tpus()
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be a look-up
 
@@ -199,25 +194,28 @@ def main() -> None:
     chosen = optimizers(config.hidden_size, args.lora)
     chosen = {name: chosen[name] for name in chosen if name == "adamw" or name.startswith(tuple(args.only))}
 
-    found = {}
+    found, rounds = {}, {name: [] for name in chosen}
     print(
         f"{args.rows * args.length} tokens a step, {config.num_hidden_layers} layers; seconds: median (largest)",
         flush=True,
     )
     for name, optimizer in chosen.items():
-        found[name] = row = measure(optimizer, trainable, inputs, statics, args)
-        alone, whole = row["alone"], row["whole"]
-        added = (alone["mean"] - found["adamw"]["alone"]["mean"]) / found["adamw"]["whole"]["median"]
-        print(
-            f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  "
-            f"whole {whole['median']:7.2f} ({whole['max']:7.2f})  adds {added:+.1%}  first step {row['first']:.0f}",
-            flush=True,
+        found[name] = measure_alone(optimizer, trainable, args.steps)
+        first, alone = found[name]["first"], found[name]["alone"]
+        print(f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  first {first:.0f}", flush=True)
+    for _ in range(args.rounds):
+        for name, optimizer in chosen.items():
+            rounds[name].append(measure_whole(optimizer, trainable, inputs, statics))
+    for name, taken in rounds.items():
+        for what, times in zip(("compiling", "whole"), zip(*taken, strict=True), strict=True):
+            found[name][what] = {"median": statistics.median(times), "rounds": times}
+        row, adamw = found[name], found["adamw"]
+        added = (row["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
+        told = (
+            f"{what} {row[what]['median']:6.2f} ({row[what]['median'] / adamw[what]['median']:.2f} of adamw's)"
+            for what in ("whole", "compiling")
         )
-    rounds = [[seconds_to_compile(o, trainable, inputs, statics) for o in chosen.values()] for _ in range(args.compile)]
-    for (name, row), taken in zip(found.items(), zip(*rounds, strict=True), strict=True):
-        row["whole"] |= {"compiling": statistics.median(taken), "compilations": taken}
-        longer = row["whole"]["compiling"] / found["adamw"]["whole"]["compiling"]
-        print(f"{name:18} compiling {row['whole']['compiling']:.2f} ({longer:.2f} of adamw's)", flush=True)
+        print(f"{name:18}", *told, f"alone adds {added:+.1%}", sep="  ", flush=True)
     name = result_name("optimizer_step", args.size) + "-lora" * args.lora
     keep(name, {"seconds": found, "tokens": args.rows * args.length})
 

@@ -52,9 +52,9 @@ def table() -> str:
     for name, what in STEPS.items():
         if kept := _kept(name):
             what = f"{what}, {kept['tokens']:,} tokens"
-            origin = f"{kept['device']}, 1, {kept['date']}"
-            adamw, soap = (kept["seconds"][name]["whole"] for name in ("adamw", "soap, staggered"))
-            turns, compiling = (soap[what] / adamw[what] for what in ("median", "compiling"))
+            adamw, soap = (kept["seconds"][name] for name in ("adamw", "soap, staggered"))
+            origin = f"{kept['device']}, {len(soap['whole']['rounds'])}, {kept['date']}"
+            turns, compiling = (soap[what]["median"] / adamw[what]["median"] for what in ("whole", "compiling"))
             times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {turns:.2f}, compiling {compiling:.2f})"
             lines.append(f"| {what} | an AdamW step | | | {times} | {origin} |")
     if kept := _kept("start"):

@@ -122,7 +122,8 @@ def soap(
     """
     shampoo_beta = b2 if shampoo_beta is None else shampoo_beta
     mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
-    on_tpu = bool(places) and isinstance(places[0].mesh, Mesh) and places[0].mesh.devices.flat[0].platform == "tpu"
+    devices = places[0].mesh.devices.flat if places and isinstance(places[0].mesh, Mesh) else jax.devices()
+    on_tpu = devices[0].platform == "tpu"  # where a program is compiled for what is not here, `places` says so
     _check(
         learning_rate=learning_rate,
         b1=b1,
@@ -429,7 +430,10 @@ _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
-    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, `[3]` for _refresh's `told`)."""
+    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, `[3]` for _refresh's `told`).
+
+    Order and `told` mean nothing where the basis is a first one.
+    """
     by_qr = _panel_qr if on_tpu else lambda matrix: jnp.linalg.qr(matrix)[0]
 
     def by_eigh():
@@ -442,7 +446,7 @@ def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
         eigenvalues = jnp.sum(basis * power, axis=0)
         order = jnp.argsort(-eigenvalues)
         turned = _take(power, order, axis=1)
-        # Of a first basis only this differs: moments that are zero can be permuted, and `told` does not count.
+        # Before a first basis the moments are zero, which any order leaves alone.
         after = by_qr(turned) if first_basis == "qr" else jax.lax.cond(first, by_eigh, lambda: by_qr(turned))
         cosines = jnp.sum(after * _take(basis, order, axis=1), axis=0)
         # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
