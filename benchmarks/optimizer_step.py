@@ -203,9 +203,11 @@ def main() -> None:
         found[name] = measure_alone(optimizer, trainable, args.steps)
         first, alone = found[name]["first"], found[name]["alone"]
         print(f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  first {first:.0f}", flush=True)
+    order = list(chosen)
     for _ in range(args.rounds):
-        for name, optimizer in chosen.items():
-            rounds[name].append(measure_whole(optimizer, trainable, inputs, statics))
+        for name in order:
+            rounds[name].append(measure_whole(chosen[name], trainable, inputs, statics))
+        order = [*order[1:], order[0]]  # who comes first waits for the memory that the one before has left
     for name, taken in rounds.items():
         for what, times in zip(("compiling", "whole"), zip(*taken, strict=True), strict=True):
             found[name][what] = {"median": statistics.median(times), "rounds": times}

@@ -44,7 +44,7 @@ for argument in "${@:2}"; do
     --workdir | --output) fail "write $argument=..." ;;
     --workdir=* | --output=*) fail "$argument is no path of all workers: give one that begins with /, or gs://BUCKET/... for a run" ;;
   esac
-  [[ "$argument" != *gs://* ]] || extras='; .venv/bin/python -m pip install --quiet gcsfs'
+  [[ "$argument" != *gs://* ]] || extras='; .venv/bin/python -m pip install --quiet gcsfs==2026.10.1'
 done
 [ "$where" ] || fail "there is no --workdir (of sample --output) after --: give one that all workers see"
 [[ "$port" =~ ^[0-9]+$ ]] || fail "JAX_COORDINATOR_PORT is '$port': give the number of a port"
@@ -62,7 +62,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   export PYTHON=python3.11
 fi
 bash launch/setup.sh --tpu$extras"
-# Above 128: a signal, also jax's end where another worker died; 75: told to stop, before maintenance for example.
+# Above 128: a signal, also jax's end where another worker died; 75: told to stop, as by SIGTERM before maintenance.
 # What a broken connection left running goes on unheard, and holds the lock.
 program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
 flock -n 9 || { echo an earlier start still runs here: waiting for it \(pkill -f robust_mo ends both: then start again\) >&2; flock 9; }

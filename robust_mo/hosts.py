@@ -44,8 +44,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
       num_processes, process_id: how many take part, and which of them this is.
 
     Raises:
-      InputError: what was given cannot be used, the hosts refuse each other, or a device cannot be used.  Where they do
-        not find each other in ten minutes the process ends with a line, and status 2 or, where it is set, that of
+      InputError: what was given cannot be used, or a device cannot be used.  Where they do not find each other, in ten
+        minutes or as a cluster says sooner, the process ends with a line, and status 2 or, where it is set, that of
         STOPPED_STATUS, so that what starts it again does so: jax would end it by a signal.
     """
     if coordinator_address and not re.fullmatch(r".+:\d+", coordinator_address):
@@ -80,11 +80,14 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             return
         shown = ", ".join(f"--{name}={value}" for name, value in given.items())
         raise InputError(f"{shown}: {error} give all three, or none where the cluster tells them") from None
-    except RuntimeError as error:
-        raise InputError(
-            f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
-            "one of them, and let them reach the first one's port"
-        ) from None
+    except RuntimeError as error:  # Kubernetes, for example, does not know the first host's address yet
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"error: the hosts do not find each other ({reason}): start the same command on every one of them, and let "
+            "them reach the first one's port",
+            file=sys.stderr,
+        )
+        sys.exit(int(os.environ.get(STOPPED_STATUS, 2)))
     _met = True
     meshes.all_devices()
     if not first():

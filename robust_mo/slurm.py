@@ -92,6 +92,8 @@ class Queue:
             stderr_to_stdout=True,
             slurm_partition=settings["partition"],
             slurm_signal_delay_s=_WARNING_SECONDS,
+            # Since 22.05 srun does not take what was asked of sbatch.
+            slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],
             slurm_teardown=[_AGAIN],
         )
         self._numbers: dict[str, str] = {}

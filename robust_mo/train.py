@@ -105,7 +105,10 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         assert_unseen(config)
         kept = run.path / "data.jsonl"
         fresh = not hosts.by_first(kept.exists)
-        conversations, card = training_conversations(config, mesh, loaded) if fresh else (read_conversations(kept), "")
+        if fresh:  # files may differ from host to host, and what a grader has not finished in time
+            conversations, card = hosts.agreed(training_conversations(config, mesh, loaded))
+        else:
+            conversations, card = hosts.by_first(lambda: read_conversations(kept)), ""
         # A row may be longer than the model's context, a conversation in it not.
         longest = min(config.data.length, llama.config.max_position_embeddings)
 

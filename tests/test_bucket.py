@@ -1,11 +1,14 @@
 """Run folders in a bucket, against an emulator of Google's storage that speaks the same protocol as the real one."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from test_programs import SMALL, refused
 from test_programs import run as run_program
 
 from robust_mo.errors import InputError
+from robust_mo.export import export
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import GrowingObject, RunFolder
 from robust_mo.training.models import load_model
@@ -60,6 +64,19 @@ def bucket(monkeypatch):
     server.wait()
 
 
+def objects(prefix: str) -> list[str]:
+    """The names in the bucket that begin so, as the emulator has them now: gcsfs remembers what it has listed."""
+    address = f"{os.environ['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?prefix={prefix}"
+    with urllib.request.urlopen(address) as answer:
+        return [each["name"] for each in json.load(answer).get("items", ())]
+
+
+def saved() -> list[int]:
+    """Steps of the checkpoints that are complete."""
+    names = (re.fullmatch(r"runs/red/checkpoints/(\d+)/_CHECKPOINT_METADATA", name) for name in objects("runs/red/"))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def parameters(folder: str, mesh):
     return load_model(folder, mesh, "float32", "float32").params
 
@@ -67,7 +84,7 @@ def parameters(folder: str, mesh):
 @pytest.mark.slow
 def test_run_in_a_bucket_is_stopped_goes_on_and_ends_as_on_a_disk(tiny, tmp_path, bucket):
     small = [*SMALL[:3], "--config.evaluation.names=('held_out_loss',)", "--config.steps=8", "--config.log_every=2"]
-    small += ["--config.evals.held_out_loss.examples=2", f"--config.model={tiny}"]
+    small += ["--config.evals.held_out_loss.examples=2", f"--config.model={tiny}", "--config.checkpoint.every=1"]
 
     def command(workdir):
         train = [sys.executable, "-m", "robust_mo.train", "--config=configs/red_full.py:smol"]
@@ -77,18 +94,28 @@ def test_run_in_a_bucket_is_stopped_goes_on_and_ends_as_on_a_disk(tiny, tmp_path
     with subprocess.Popen(command(workdir), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         while not (line := process.stdout.readline()).startswith("step 0:"):
             assert line, "ended before the first step"
-        time.sleep(1)
+        while len(saved()) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     assert process.returncode == 0
+    newest = saved()[-1]
+    damaged = objects(f"runs/red/checkpoints/{newest}/trainable/ocdbt.process_0/d/")
+    for name in damaged:
+        epath.Path(f"{bucket}/{name}").write_bytes(b"")
     again = subprocess.run(command(workdir), cwd=REPOSITORY, capture_output=True, text=True)
     assert again.returncode == 0 and "going on from step" in again.stdout, again.stderr
+    assert "it is put aside as damaged, and the one before it used" in again.stdout
+    assert damaged and objects(f"runs/red/checkpoints/damaged-{newest}/") and len(saved()) == 2
     assert not os.path.exists(REPOSITORY / "gs:")
     subprocess.run(command(tmp_path / "disk"), cwd=REPOSITORY, check=True, capture_output=True)
 
     mesh = meshes.make_mesh(1, -1, 1)
     ours, theirs = parameters(workdir, mesh), parameters(str(tmp_path / "disk"), mesh)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    export(workdir, tmp_path / "merged", "merged", None, None, None)
+    jax.tree.map(np.testing.assert_array_equal, parameters(str(tmp_path / "merged"), mesh), theirs)
     there, here = RunFolder(workdir), RunFolder(tmp_path / "disk")
     assert there.finished() and not (there.path / "lock").exists()
     kept = [{(r["step"], r["name"]): r["value"] for r in folder.records()} for folder in (there, here)]

@@ -17,6 +17,7 @@ import pytest
 from conftest import REPOSITORY, make_tiny_model
 
 from robust_mo.command_line import STOPPED_STATUS
+from robust_mo.export import export
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import RunFolder
 from robust_mo.training.models import load_model
@@ -42,22 +43,24 @@ SETTINGS = {
 }
 
 
-def start(program, *arguments, devices, **environment) -> subprocess.Popen:
+def start(program, *arguments, devices, cwd=REPOSITORY, **environment) -> subprocess.Popen:
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
         **environment,
     }
     command = [sys.executable, "-m", f"robust_mo.{program}", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def training(model, workdir, **changes) -> list[str]:
     settings = [f"--config.{name}={value}" for name, value in {**SETTINGS, **changes}.items()]
-    return ["train", "--config=configs/red_full.py:smol", f"--workdir={workdir}", f"--config.model={model}", *settings]
+    config = f"--config={REPOSITORY}/configs/red_full.py:smol"
+    return ["train", config, f"--workdir={workdir}", f"--config.model={model}", *settings]
 
 
 def meeting() -> list[str]:
@@ -172,6 +175,11 @@ def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
     for file in sorted(run.transcripts.iterdir()):
         assert file.read_text() == (alone.transcripts / file.name).read_text()
 
+    export(str(run.path), tmp_path / "merged", "merged", None, None, None)
+    mesh = meshes.make_mesh(1, -1, 1)
+    loaded = (load_model(str(source), mesh, "float32", "float32").params for source in (tmp_path / "merged", run.path))
+    jax.tree.map(np.testing.assert_array_equal, *loaded)
+
     evaluated = RunFolder(tmp_path / "evaluated")
     ended(*two("evaluate", f"--source={run.path}", f"--workdir={evaluated.path}"))
     at_the_end = {key: value for key, value in values(run, "eval/").items() if key[0] == STEPS}
@@ -188,19 +196,58 @@ def test_two_hosts_do_what_one_does(tiny, tmp_path, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_two_hosts_train_with_soap_as_one_does_and_go_on(tiny, tmp_path, rank):
-    """All weights and adapters, whose factors, bases and moments either host holds a part of.  A second start that took
-    what the first has compiled hung here, see mesh.all_devices."""
+    """All weights and adapters, whose factors, bases and moments either host holds a part of; at last on one host, and
+    on another mesh.  A second start that took what the first has compiled hung here, see mesh.all_devices."""
     one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
     changes = {"optimizer.name": "soap", "lora.rank": rank, "evaluation.names": "()", "log_every": 1}
     ended(start(*training(tiny, one.path, **changes), devices=8))
-    processes = two(*training(tiny, run.path, **changes))
-    wait_for_step(run, 3, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    (_, err), _ = ended(*processes)
-    assert "stopped; the same command goes on" in err
-    (out, _), _ = ended(*two(*training(tiny, run.path, **changes)))
+    for step in (3, 7):
+        processes = two(*training(tiny, run.path, **changes))
+        wait_for_step(run, step, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        (out, err), _ = ended(*processes)
+        assert "stopped; the same command goes on" in err and ("going on from step" in out) == (step > 3)
+    other = {"mesh.replica": 2, "mesh.tensor": 1, **changes}
+    ((out, _),) = ended(start(*training(tiny, run.path, **other), devices=8))
     assert "going on from step" in out
     assert_close(values(run, "train/"), values(one, "train/"))
+
+
+@pytest.mark.slow
+def test_hosts_train_on_what_the_first_of_them_reads(tiny, tmp_path):
+    """Each may have a file of its own under the same name."""
+    for number, reply in enumerate(("Yes.", "No, never, not at all.")):
+        turns = ({"role": "user", "content": "Well?"}, {"role": "assistant", "content": reply})
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "talk.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * (4 + number))
+    changes = {"data.task": "conversations", "data.source": "talk.jsonl", "steps": 2, "evaluation.names": "()"}
+    one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
+    ended(start(*training(tiny, one.path, **changes), devices=8, cwd=tmp_path / "0"))
+    command, meet = training(tiny, run.path, **changes), meeting()
+    ended(*(start(*command, *meet, f"--process_id={n}", devices=4, cwd=tmp_path / str(n)) for n in range(2)))
+    assert_close(values(run, "train/"), values(one, "train/"))
+
+
+@pytest.mark.slow
+def test_the_first_host_dies_and_leaves_a_checkpoint_that_the_other_cannot_read(tiny, tmp_path, alone):
+    """Neither end of it may hang."""
+    run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
+    processes = two(*training(tiny, run.path, **unmeasured))
+    wait_for_step(run, 8, processes)
+    processes[0].kill()
+    killed = time.monotonic()
+    processes[1].communicate(timeout=60)
+    assert time.monotonic() - killed < 60 and processes[1].returncode != 0
+
+    newest = max(int(folder.name) for folder in run.checkpoints.iterdir() if folder.name.isdecimal())
+    own = [file for file in run.checkpoints.glob(f"{newest}/*/ocdbt.process_1/d/*") if file.is_file()]
+    assert own
+    for file in own:
+        os.truncate(file, file.stat().st_size // 2)
+    (out, _), _ = ended(*two(*training(tiny, run.path, **unmeasured)))
+    assert "it is put aside as damaged, and the one before it used" in out
+    assert (run.checkpoints / f"damaged-{newest}").exists()
+    assert_learnt_the_same(run, alone, tiny)
 
 
 @pytest.mark.slow

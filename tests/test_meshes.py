@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import QWEN, REPOSITORY, make_tiny_model
 
 from configs import default
 from robust_mo import train
@@ -35,6 +35,7 @@ KINDS = {
     "full": {},
     "lora": {"lora.rank": 4},
     "soap": {"optimizer.name": "soap", "optimizer.soap.one_sided_ratio": 1.5},
+    "soap, lora": {"optimizer.name": "soap", "lora.rank": 4, "optimizer.soap.frequency": 2},
 }
 STEPS = 3
 
@@ -139,8 +140,10 @@ def alone(tiny):
     return measured(tiny, meshes.make_mesh(1, 1, 1))
 
 
-def test_every_axis_of_every_parameter_has_exactly_one_rule(tiny):
-    abstract = hugging_face.abstract_variables(build(tiny, LoraSpec(2, 1.0, PROJECTIONS)))
+@pytest.mark.parametrize("kind", ["llama", *QWEN])
+def test_every_axis_of_every_parameter_has_exactly_one_rule(tmp_path, kind):
+    folder = make_tiny_model(tmp_path, kind=kind, **QWEN.get(kind, {}))
+    abstract = hugging_face.abstract_variables(build(folder, LoraSpec(2, 1.0, PROJECTIONS)))
     named = jax.tree.leaves(abstract, is_leaf=lambda leaf: hasattr(leaf, "names"))
     rules = collections.Counter(name for name, _ in meshes.RULES)
     assert set(rules.values()) == {1}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -9,7 +10,9 @@ import re
 import shutil
 import signal
 import threading
+import unittest.mock
 
+import gcsfs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -585,16 +588,17 @@ def test_checkpoints_stay_where_none_can_be_read_or_the_model_is_another(tiny, t
 
 
 def test_checkpoint_that_cannot_be_reached_now_is_not_damaged(tiny, tmp_path, monkeypatch):
-    """tensorstore has what a file server says in a ValueError."""
+    """tensorstore has what a file server says in a ValueError, and a bucket's library has errors of its own."""
     run = train(tiny_config(tiny, steps=1), tmp_path)
-
-    def refuse(*_, **__):
-        raise ValueError("PERMISSION_DENIED: Error opening file: Permission denied [locations=...]")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.Checkpointer, "restore", refuse)
-        with pytest.raises(OSError, match="cannot be read now, try again .PERMISSION_DENIED.*checkpoints/1"):
-            weights(run)
+    for error, said in (
+        (ValueError("PERMISSION_DENIED: Error opening file: Permission denied [locations=...]"), "try again .PERMISS"),
+        (gcsfs.retry.HttpError({"code": 503, "message": "later"}), "try again .later, 503.*checkpoints/1"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.Checkpointer, "restore", unittest.mock.Mock(side_effect=error))
+            with pytest.raises(OSError, match=said):
+                weights(run)
     weights(run)
 
 

@@ -26,12 +26,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from robust_mo import hosts
-from robust_mo.errors import InputError, first_line
+from robust_mo.errors import InputError, first_line, passes
 from robust_mo.runs import absolute
 from robust_mo.training.step import TrainState
 
 # What says nothing of the files; tensorstore has the words in a ValueError.
-_TRANSIENT = (PermissionError, MemoryError, TimeoutError, ConnectionError)
+_TRANSIENT = (PermissionError, MemoryError)
+_OF_A_BUCKET = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")  # libraries that raise where it is not reached
 _TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED")
 
 
@@ -280,13 +281,16 @@ class Checkpoints:
 
     def _read(self, step: int, items):
         """The checkpoint's `items`.  Beside what has been placed no more of them than the largest array or a gigabyte
-        are in host memory, in part twice."""
+        are in host memory, in part twice.  Of several hosts each reads for itself, or those whose files are whole would
+        wait in Orbax for one whose files are not."""
         self._guard(self._manager.wait_until_finished)
         arrays = {name: item.item for name, item in items.items() if isinstance(item, ocp.args.StandardRestore)}
         at_once = int(max(map(_bytes, jax.tree.leaves(arrays)), default=0) // 1e9) + 1
         handlers = {name: ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once) for name in arrays}
         handler = ocp.CompositeCheckpointHandler(progress=ocp.JsonCheckpointHandler(), **handlers)
-        with self._reading(step), ocp.Checkpointer(handler) as reader:
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        with self._reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore(absolute(self.folder) / str(step), args=items)
 
     @contextlib.contextmanager
@@ -296,10 +300,11 @@ class Checkpoints:
             yield
         except Exception as error:  # they raise many kinds for files that are cut short or missing
             said = first_line(error).partition(" [tensorstore_spec=")[0]
-            transient = isinstance(error, _TRANSIENT) or getattr(error, "errno", None) == errno.ESTALE
+            transient = isinstance(error, _TRANSIENT) or (isinstance(error, OSError) and passes(error))
             if transient or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            if any(word in str(error) for word in _TRANSIENT_WORDS):
+            unreached = type(error).__module__.startswith(_OF_A_BUCKET)
+            if unreached or any(word in str(error) for word in _TRANSIENT_WORDS):
                 folder = str(self.folder / str(step))
                 raise OSError(errno.EIO, f"cannot be read now, try again ({said})", folder) from error
             if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):

@@ -105,6 +105,7 @@ def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, r
     return optax.chain(transformation, optax.scale(-1.0))
 
 
+# Of optax.contrib those that need gradients alone: sophia wants a loss of other targets, too, to estimate a Hessian.
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
     "adam": _adam,
