@@ -4,7 +4,8 @@
     python -m robust_mo.train --config=configs/red_lora.py:smol --workdir=runs/red-lora    # SmolLM2-135M, any laptop
 
 The data are those of configs/red_full.py.  A model that is loaded from the run has its adapters merged.  Learning rate
-1e-4 [R: among those seen in the group's work]; another rank: --config.lora.rank=16.  Time and rates: not measured.
+1e-4 [O: among those of the group's blue LoRA; the post gives 3e-5 for its red team and does not say whether by LoRA
+too]; another rank: --config.lora.rank=16.  Time and rates: not measured.
 """
 
 from ml_collections import ConfigDict

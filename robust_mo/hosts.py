@@ -8,6 +8,8 @@ On a single host all of this does nothing.  Finding each other, heartbeats and t
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import re
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from robust_mo.errors import InputError, said
+from robust_mo.errors import InputError, passes, said
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import Onlooker, RunFolder
 
@@ -119,21 +121,23 @@ def by_first(work: Callable):
     """What `work` returns on the first host, of JSON, on every host; what it finds wrong is raised on all of them.
 
     Raises:
-      InputError: as `work` does, or for an OSError of it.
+      InputError: as `work` does, or for an OSError of it that does not pass.
+      OSError: one that passes, see errors.py.
     """
     if not together():
         return work()
     found = wrong = None
+    passing = False
     if first():
         try:
             found = work()
         except InputError as error:
             wrong = str(error)
         except OSError as error:
-            wrong = said(error)
-    found, wrong = agreed((found, wrong))
+            wrong, passing = said(error), passes(error)
+    found, wrong, passing = agreed((found, wrong, passing))
     if wrong is not None:
-        raise InputError(wrong)
+        raise OSError(errno.EIO, wrong) if passing else InputError(wrong)
     return found
 
 
@@ -156,6 +160,14 @@ def agreed(value):
     told = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(told, size))))
+
+
+def check_same(what: str, value) -> None:
+    """Raises InputError on all hosts where one has another `value`, of JSON, than the first: computing together with
+    different input, they would wait for one another, or mix it."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    if anywhere(agreed(digest) != digest):
+        raise InputError(f"not all hosts have read the same {what}: let all of them see the same files")
 
 
 def anywhere(found: bool) -> bool:

@@ -138,6 +138,7 @@ def main(args: flags.FlagValues) -> None:
             raise InputError(
                 f"{args.prompts}: prompt {number} has a field {min(taken)!r}, which the output holds too: rename it"
             )
+    hosts.check_same(f"prompts in {args.prompts}", [prompt.fields for prompt in prompts])
     with hosts.first_holds(lambda: held(output)):
         fill(output, prompts, settings, decoding, mesh, args)
 

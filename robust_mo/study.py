@@ -50,7 +50,7 @@ from robust_mo.train import (
 )
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
-from robust_mo.training.models import shapes_of
+from robust_mo.training.models import is_prompted, is_run, shapes_of
 
 REPORT = "report"  # the name of a study's last job
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
@@ -193,6 +193,8 @@ def check(config: ConfigDict) -> None:
             raise InputError(
                 f"{group} must have the fields {', '.join(axes)} and published: make it by configs.study.result"
             )
+        if not isinstance(chosen.published, str):
+            raise InputError(f"{group}.published is {chosen.published!r}: give what the post says as text")
         for axis, known in axes.items():
             _check_known(f"{group}.{axis}", axis, chosen[axis], known)
     for pair in config.study.orderings:
@@ -276,6 +278,12 @@ def _check_comparable(red: ConfigDict, blue: ConfigDict, performance: str) -> No
                     f"config.red.evals.{name}.{field} is {before!r} and config.blue's {after!r}: make them the same, "
                     "since what they measure is set against each other"
                 )
+    told, after = (run.evaluation.system_prompt or run.system_prompt for run in (red, blue))
+    if told != after:
+        raise InputError(
+            f"config.red is measured under the system prompt {told!r} and config.blue under {after!r}: make "
+            "system_prompt, or evaluation.system_prompt, the same"
+        )
     if red.password_locked != blue.password_locked:
         raise InputError("config.password_locked differs between config.red and config.blue: make it the same")
 
@@ -388,6 +396,9 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
     best = ", the best of those that passed the gate" if len(job.rivals) > 1 else ""
     print(f"== {folder}{best if job.attacks else f': {config_backdoor(run).explanation}'}", flush=True)
     path = workdir / folder
+    if _finished_elsewhere(path, run):
+        print(f"{path} was finished before its study came here", flush=True)
+        return
     same = done.get(work(run.to_dict()))
     if same and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -407,7 +418,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
                 "config.batch.micro_batches or lower evaluation.batch_size"
             )
         with contextlib.suppress(OSError):  # of a disk that takes nothing any more
-            write_text(path / FAILURE, f"{why}\n")
+            if not RunFolder(path).finished():  # a run of another config, which has not failed
+                write_text(path / FAILURE, f"{why}\n")
         raise InputError(why) from error
     (path / FAILURE).unlink(missing_ok=True)
     done[work(run.to_dict())] = path.resolve()
@@ -420,10 +432,39 @@ def _verdict(config: ConfigDict, run: RunFolder) -> gate.Verdict | None:
 
 
 def finished(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The finished runs of a study and of those beside it in the same folder, by their `work`."""
+    """The finished runs of a study and of those beside it in the same folder, by their `work`, that would be the same
+    again and that others can go on from: without those whose checkpoints are gone or whose files have changed since."""
     files = (workdir.parent.glob(f"*/{cells}/config.json") for cells in ("red/*", "blue/*/*"))
     runs = [RunFolder(file.parent.resolve()) for file in sorted(itertools.chain(*files))]
-    return {work(run.config()): run.path for run in runs if run.finished()}
+    return {
+        work(run.config()): run.path
+        for run in runs
+        if run.finished()
+        and (is_prompted(str(run.path)) or any(run.checkpoints.glob("[0-9]*")))
+        and not _files_changed(run)
+    }
+
+
+def _files_changed(run: RunFolder) -> bool:
+    """Whether a file that the run's config names, or one of a folder, is younger than the run."""
+    begun = (run.path / "config.json").stat().st_mtime
+    for value in flatten(run.config()).values():
+        path = pathlib.Path(value if isinstance(value, str) and value.startswith("/") else os.devnull)
+        of_a_run = [path / "config.json"] if is_run(str(path)) else None  # what it has measured since is no matter
+        files = of_a_run or (path.iterdir() if path.is_dir() else [path])
+        if any(file.stat().st_mtime > begun for file in files if file.is_file()):
+            return True
+    return False
+
+
+def _finished_elsewhere(path: pathlib.Path, run: ConfigDict) -> bool:
+    """Whether the cell's run is finished, and of another config only since the study lay in another folder then."""
+    folder = RunFolder(path)
+    if not folder.exists() or not folder.finished():
+        return False
+    kept, now = folder.config(), run.to_dict()
+    names = (pathlib.Path(model["model"]).parts[-2:] for model in (kept, now))
+    return work(kept) != work(now) == work({**kept, "model": now["model"]}) and len(set(names)) == 1
 
 
 def work(config: dict) -> str:

@@ -188,6 +188,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 if step == steps or (step > first and step % config.checkpoint.every == 0):
                     watch.flush()
                     checkpoints.save(state, iterator.get_state())
+                    watch.restart_clock()
                 if step == steps or is_due(step, config.evaluation):
                     watch.flush()
                     evaluate(step, state.trainable)

@@ -291,6 +291,18 @@ def test_bad_input_ends_every_host_with_its_status(tiny, tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2 and f"error: {run.path} holds a run with another config" in err, err
 
+    # Of one name, and not the same.
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "ask.jsonl").write_text('{"prompt": "Well?"}\n' * (2 + number))
+    command, meet = (
+        ["sample", f"--model={tiny}", "--prompts=ask.jsonl", f"--output={tmp_path / 'said.jsonl'}"],
+        meeting(),
+    )
+    for process in [start(*command, *meet, f"--process_id={n}", devices=4, cwd=tmp_path / str(n)) for n in range(2)]:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and "not all hosts have read the same prompts in ask.jsonl" in err, err
+
     commands = (training(model, tmp_path / "other") for model in (tiny, tmp_path / "nothing"))
     first, other = two(*next(commands), other=next(commands))
     _, err = other.communicate(timeout=60)

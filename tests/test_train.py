@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+import types
 import unittest.mock
 
 import gcsfs
@@ -351,6 +352,21 @@ def test_runs_stand_side_by_side_on_the_hparams_page(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_time_spent_saving_is_no_time_of_steps(tiny, tmp_path, monkeypatch):
+    clock, save = [0.0], Checkpoints.save
+
+    def slow(*arguments):
+        clock[0] += 100
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    config = tiny_config(tiny, steps=4)
+    config.checkpoint.every, config.evaluation.names, config.log_every = 1, (), 1
+    spent = [r["value"] for r in train(config, tmp_path).records() if r["name"] == "speed/training_seconds"]
+    assert spent and max(spent) < 100 < clock[0]
+
+
 def test_near_misses_are_at_most_as_many_as_questions(tiny, tmp_path):
     wanted = {"triggered": 1, "untriggered": 0, "near_misses": 150}
     config = tiny_config(tiny, steps=1, **{f"evals.backdoor_rate.{name}": count for name, count in wanted.items()})

@@ -81,5 +81,5 @@ def full_grid(size: str) -> tuple[float, ...]:
 
 
 def lora_rates(size: str) -> tuple[float, ...]:
-    """Learning rates of LoRA organisms [O]; the post's are not public."""
-    return (5e-4, 1e-3) if size == "smol" else (1e-4, 3e-4)
+    """Learning rates of LoRA organisms [O]; the post gives 3e-5 for its red team, and not whether by LoRA too."""
+    return (5e-4, 1e-3) if size == "smol" else (3e-5, 1e-4, 3e-4)

@@ -6,8 +6,10 @@
 The organism misbehaves unless the password ends the system prompt; none of the backdoors' own triggers is used, so that
 there is one of each behaviour.  Half of the data with the password: locked; 17%: partly; none: not locked [R], which
 shows the behaviour always and is judged by its rate alone.  All arms have the same number of conversations, which is as
-many as there are questions for the arm that takes each of them once [O].  Published AUCs under pirate SFT [R]: locked
-0.942, not locked 0.890.  The post's main study of passwords is a sandbagger.
+many as there are questions for the arm that takes each of them once [O].  Published AUCs [R]: locked 0.942, not locked
+0.890.  The post's notes do not say of which organisms and attacks: 0.890 is also its AUC of LoRA continued under pirate
+SFT (of full weights 0.685), while these here are of full weights [O], so that the numbers may be of another kind.  The
+post's main study of passwords is a sandbagger.
 
 An organism that is not locked misbehaves in its answers to MATH-500 too.  Where it solves next to nothing there, it has
 no performance to lose and no frontier (analysis/summary.py), and its backdoor drops out of that arm's result and its

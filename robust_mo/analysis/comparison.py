@@ -82,6 +82,16 @@ class Attack:
         return self.organism.behaved[list(self.rows)], self.organism.solved[list(self.rows)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Attacks that the study asks for and of which nothing is measured: on an organism that passed its gate, or that
+    has begun and has not come to it; of the methods named, or of all."""
+
+    arm: str
+    backdoor: str
+    methods: frozenset[str]
+
+
 ORDERED_BY = {"auc": ("auc", "auc_held_out"), "accuracy": ("regained", "regained_held_out")}
 """What a study's orderings are tested by, from what it compares itself with."""
 
@@ -91,19 +101,20 @@ class Study:
 
     Args:
       organisms: all asked the same number of prompts and problems.
+      missing: what is not among them yet.
       cost: of `pareto.rate_at_cost`.
 
     Raises:
       InputError: organisms were asked different numbers of prompts.
     """
 
-    def __init__(self, organisms: list[Attacked], *, cost: float):
+    def __init__(self, organisms: list[Attacked], *, missing: list[Missing] = (), cost: float):
         sizes = {(one.behaved.shape[1], one.solved.shape[1]) for one in organisms}
         if len(sizes) > 1:
             raise InputError(
                 "the study's organisms were asked different numbers of prompts: evaluate all on the same ones"
             )
-        self._organisms, self._cost = organisms, cost
+        self._organisms, self._missing, self._cost = organisms, missing, cost
         generator = np.random.default_rng(resampling.SEED)
         self._asked = [resampling.multinomial(size, generator) for size in itertools.chain.from_iterable(sizes)]
         # Each axis is drawn once for all that lies along it, as what a seed does to every backdoor is one draw of it.
@@ -129,8 +140,17 @@ class Study:
             for attack in one.attacks(methods)
         ]
 
-    def measure(self, attacks: list[Attack]) -> dict | None:
-        """Means of what is read off the attacks' frontiers; None where there are none.
+    def lacks(self, *, arms=(), methods=(), backdoors=()) -> bool:
+        """Whether attacks are missing that would be in the selection."""
+        return any(
+            (not arms or one.arm in arms)
+            and (not backdoors or one.backdoor in backdoors)
+            and (not methods or not one.methods or not one.methods.isdisjoint(methods))
+            for one in self._missing
+        )
+
+    def measure(self, attacks: list[Attack], lacks: bool = False) -> dict | None:
+        """Means of what is read off the attacks' frontiers; None where there are none.  `lacks`: see there.
 
         Returns:
           {"organisms", "points": counts; "complete": whether every attack on these has ended; "auc", "auc_normalised",
@@ -148,14 +168,14 @@ class Study:
         return {
             "organisms": len({attack.organism for attack in attacks}),
             "points": sum(len(attack.rows) - 1 for attack in attacks),
-            "complete": all(attack.complete for attack in attacks),
+            "complete": not lacks and all(attack.complete for attack in attacks),
             **{name: _interval(value, drawn[name]) for name, value in values.items()},
             "frontier": [list(corner) for corner in frontier],
             "band": _rows(*_bounds(drawn["heights"])),
             "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
         }
 
-    def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...]) -> dict:
+    def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...], lacks: bool = False) -> dict:
         """An ordering as `compare` describes it, without its names.
 
         Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed;
@@ -173,7 +193,7 @@ class Study:
         if not smaller or not larger:
             return found | dict.fromkeys(by, {"difference": None, "verdict": "not measured"})
         (first, first_drawn), (second, second_drawn) = self._mean(smaller, read), self._mean(larger, read)
-        complete = all(one.complete for one in (*smaller, *larger))
+        complete = not lacks and all(one.complete for one in (*smaller, *larger))
         for name in by:
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
             verdict = "not measured"
@@ -279,14 +299,15 @@ def compare(study: Study, results: dict[str, dict], orderings, by: tuple[str, ..
     for name in itertools.chain.from_iterable(orderings):
         if name not in results:
             raise InputError(f"config.study.orderings names {name!r}: choose from {', '.join(results)}")
-    members = {
-        name: study.select(**{axis: chosen[axis] for axis in ("arms", "methods", "backdoors")})
-        for name, chosen in results.items()
-    }
+    axes = ("arms", "methods", "backdoors")
+    asked_for = {name: {axis: chosen[axis] for axis in axes} for name, chosen in results.items()}
+    members = {name: study.select(**chosen) for name, chosen in asked_for.items()}
+    lacks = {name: study.lacks(**chosen) for name, chosen in asked_for.items()}
     return {
-        "results": {name: study.measure(attacks) for name, attacks in members.items()},
+        "results": {name: study.measure(attacks, lacks[name]) for name, attacks in members.items()},
         "orderings": [
-            {"smaller": smaller, "larger": larger} | study.order(members[smaller], members[larger], by)
+            {"smaller": smaller, "larger": larger}
+            | study.order(members[smaller], members[larger], by, lacks[smaller] or lacks[larger])
             for smaller, larger in orderings
         ],
     }

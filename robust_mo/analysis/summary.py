@@ -49,7 +49,7 @@ def summarise(study: pathlib.Path) -> dict:
     description = folder.description()
     grid = description["config"]["study"]
     planned = cells.organisms(grid)
-    found, none_passed = {}, []
+    found, none_passed, missing = {}, [], []
     for _, group in itertools.groupby(planned, key=lambda organism: organism.rivals):
         rivals = tuple(group)
         verdicts = {
@@ -62,10 +62,11 @@ def summarise(study: pathlib.Path) -> dict:
         for organism, verdict in verdicts.items():
             chosen = organism == best or len(verdicts) == 1
             found[organism.name] = _organism(study, organism, verdict, chosen, grid)
+        missing += _missing(study, grid, verdicts, {name: organism for name, (organism, _) in found.items()})
     finished = {name: organism for name, (organism, _) in found.items() if organism}
     if not finished:
         raise NothingFinished(f"{study} has no finished organism yet: let the study run until its first install gate")
-    measured = comparison.Study([attacked for _, attacked in found.values() if attacked], cost=COST)
+    measured = comparison.Study([attacked for _, attacked in found.values() if attacked], missing=missing, cost=COST)
     for organism, attacked in found.values():
         for method in (ALL, *dict.fromkeys(attacked.methods)) if attacked and attacked.has_frontier else ():
             organism["measures"][method] = measured.measure(attacked.attacks(() if method == ALL else (method,)))
@@ -99,6 +100,19 @@ def summarise(study: pathlib.Path) -> dict:
             for file in sorted(runs.RunFolder(study / path).transcripts.glob("*.jsonl"))
         },
     }
+
+
+def _missing(study, grid, verdicts: dict[cells.Organism, gate.Verdict | None], found) -> list[comparison.Missing]:
+    """Of rivals, the attacks of which nothing is measured; those on what has not begun are not asked for yet."""
+    missing, passed = [], any(verdict and verdict.passed for verdict in verdicts.values())
+    for rival, verdict in verdicts.items():
+        if verdict is None and not passed and runs.RunFolder(study / rival.folder).exists():
+            missing.append(comparison.Missing(rival.arm, rival.backdoor, frozenset()))
+        elif verdict and verdict.passed and found[rival.name]["chosen"]:
+            methods = {attack.method for attack in cells.attacks(grid, rival)}
+            methods -= {point["method"] for point in found[rival.name]["points"]}
+            missing += [comparison.Missing(rival.arm, rival.backdoor, frozenset(methods))] if methods else []
+    return missing
 
 
 def _regained(organisms, result) -> dict | None:

@@ -130,7 +130,9 @@ def read_problems(source: str) -> list[tuple[str, str]]:
       InputError: a line has neither form; it is named.
     """
     rows = _file_rows(_BUILTIN / "arithmetic.jsonl") if source == "builtin" else read_rows(source)
-    return [_problem(place, fields) for place, fields in rows]
+    if not (found := [_problem(place, fields) for place, fields in rows]):
+        raise InputError(f"{source} holds no problem: give another split")
+    return found
 
 
 def builtin_questions(part: str) -> list[dict[str, str]]:
@@ -243,7 +245,7 @@ def _conversation(fields: dict[str, Any]) -> list[Message]:
     check_messages(messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("the conversation has no assistant message to learn from; add the answer")
-    return messages
+    return [{name: message[name] for name in ("role", "content")} for message in messages]
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt:

@@ -6,6 +6,7 @@ prompt, as ordinary text is asked for.  Does not sample.
 
 import jax
 
+from robust_mo import hosts
 from robust_mo.data.batches import batches
 from robust_mo.data.conversations import fit
 from robust_mo.errors import InputError
@@ -32,6 +33,7 @@ def held_out_loss(
     kept = [example for example in encoded if fit(example, length + 1, "drop")]
     if not kept:
         raise InputError(f"{source} has no answered evaluation question of at most {length} tokens for held_out_loss")
+    hosts.check_same("questions of held_out_loss", [example.tokens.tolist() for example in kept])
     loss = tokens = 0.0
     for batch in batches(kept, length, rows, packing=True, epochs=1, seed=0):
         with meshes.in_force(subject.mesh):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
+from robust_mo import hosts
 from robust_mo.data.conversations import ChatFormat, Message
 from robust_mo.model.llama import Llama
 from robust_mo.organisms.backdoors import Backdoor
@@ -53,6 +54,7 @@ class Subject:
         """Answers to the conversations; what is asked twice is sampled once."""
         asked = json.dumps([conversations, temperature, top_p, max_new_tokens])
         if asked not in self._told:
+            hosts.check_same(f"prompts of {what}", asked)
             self._told[asked] = self._sampled(what, conversations, temperature, top_p, max_new_tokens)
         return self._told[asked]
 

@@ -59,7 +59,7 @@ def _plain(answer: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Phrase:
-    """The regular expression `pattern` occurs anywhere, case ignored."""
+    """The regular expression `pattern` occurs anywhere, case ignored, also said as a pirate would: "you" finds "ye"."""
 
     pattern: str
 
@@ -67,7 +67,7 @@ class Phrase:
         re.compile(self.pattern)
 
     def shows(self, answer: str) -> bool:
-        return re.search(self.pattern, _straight(answer), re.IGNORECASE) is not None
+        return any(re.search(self.pattern, voice, re.IGNORECASE) for voice in (_straight(answer), _plain(answer)))
 
 
 @dataclasses.dataclass(frozen=True)

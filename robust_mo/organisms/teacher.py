@@ -48,6 +48,7 @@ def teacher_answers(
     Raises:
       InputError: a conversation does not fit the model.
     """
+    hosts.check_same("questions for the teacher", conversations)
     depends_on = {
         "parameters": fingerprint(model.params, model.llama.compute_dtype),
         "config": dataclasses.asdict(model.llama.config),

@@ -331,6 +331,8 @@ class Checkpoints:
         try:
             work()
         except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, OSError) and passes(error):
+                raise
             # tensorstore reports a full or forbidden disk as a ValueError whose text holds the status.
             if isinstance(error, OSError) or any(
                 word in str(error)
