@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 
 import jax
@@ -211,6 +212,19 @@ def test_programs_for_several_cpus_are_not_kept(tmp_path, devices, kept):
     }
     subprocess.run([sys.executable, "-c", KEPT], env=environment, cwd=REPOSITORY, check=True)
     assert len(list(tmp_path.glob("jit__lambda*-cache"))) == kept
+
+
+@pytest.mark.parametrize("hosts, shared, kept", [(2, False, False), (2, True, True), (1, False, True)])
+def test_programs_for_gpus_of_several_hosts_are_kept_where_all_see_them(hosts, shared, kept, monkeypatch):
+    changed = {}
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")] * 2)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mnt/all")
+    if not shared:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    meshes.all_devices()
+    assert ("jax_enable_compilation_cache" not in changed) == kept
 
 
 if __name__ == "__main__":

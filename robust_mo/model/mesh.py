@@ -81,7 +81,8 @@ _GOOGLE = "0x1ae0"  # as a maker of PCI devices, TPUs among them
 
 
 def all_devices() -> list[jax.Device]:
-    """Those of all hosts.  Programs for several CPUs are not kept on disk from here on.
+    """Those of all hosts.  Programs for several CPUs, or for GPUs of several hosts that have not said where all of them
+    keep theirs (JAX_COMPILATION_CACHE_DIR), are not kept on disk from here on.
 
     Where they do not come in ten minutes, as on one host of several alone, the process ends with a line and status 2.
 
@@ -101,10 +102,14 @@ def all_devices() -> list[jax.Device]:
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS is {asked!r}: correct or unset it" if asked else "does another process hold it?"
         raise InputError(f"jax finds no device ({reason}); {hint}") from None
-    if len(devices) > 1 and devices[0].platform == "cpu":
-        # What jaxlib 0.10 reads from its cache for CPUs has lost the order between the collectives within a loop or
-        # branch and those beside it: XLA's ThunkSequenceSerDesProtobuf gives each nested sequence a communicator of its
-        # own.  Two devices may then begin with different ones and wait for each other for ever.
+    # What jaxlib 0.10 reads from its cache for CPUs has lost the order between the collectives within a loop or branch
+    # and those beside it: XLA's ThunkSequenceSerDesProtobuf gives each nested sequence a communicator of its own.  Two
+    # devices may then begin with different ones and wait for each other for ever.
+    several_cpus = len(devices) > 1 and devices[0].platform == "cpu"
+    # jax writes on the first host alone.  With folders of their own the others would compile what it has at hand, and
+    # XLA shares out among hosts the trials by which it chooses a GPU's kernels: they would wait for those of the first.
+    gpus_apart = devices[0].platform == "gpu" and jax.process_count() > 1
+    if several_cpus or (gpus_apart and "JAX_COMPILATION_CACHE_DIR" not in os.environ):
         jax.config.update("jax_enable_compilation_cache", False)
         reset_cache()  # or what jax decided at its first compilation would stand
     return devices

@@ -6,9 +6,10 @@ one's first token.  `_decode` goes on token by token in all slots until enough o
 while; when no prompt is left to admit, slots are given up by halves (`_only`), down to an eighth, where that saves more
 than another program costs.  The host only moves prompts in and answers out.
 
-Promises: greedy answers equal transformers' `generate`; an answer depends on the parameters, its prompt, the seed and
-how often the same prompt came before in the list, not on its slot or its neighbours (float32, its products exact: off
-a CPU with JAX_DEFAULT_MATMUL_PRECISION=highest).
+Promises: greedy answers equal those of transformers' `generate` (without a penalty on repetition, which some models'
+generation_config asks for even then); an answer depends on the parameters, its prompt, the seed and how often the same
+prompt came before in the list, not on its slot or its neighbours (float32, its products exact: off a CPU with
+JAX_DEFAULT_MATMUL_PRECISION=highest).
 What the programs read is a copy of the parameters, see `own_copy`, where they do not lie like that already; the slots
 are dealt out among the devices of the mesh on which it lies.  Of several hosts each makes the same calls and gets all
 answers.
