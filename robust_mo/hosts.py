@@ -30,6 +30,9 @@ _HEARTBEAT_SECONDS = 20
 # More than meshes.waiting lets it take.
 _JAX_GIVES_UP_SECONDS = 1200
 
+# In what jax says of a coordinator that does not answer, or of Kubernetes where it does not know its address yet.
+_LATER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Retry failed")
+
 STOPPED_STATUS = "ROBUST_MO_STOPPED_STATUS"
 """The environment variable that holds the exit status after a stop on request, 0 where it is not set: what starts
 programs again by their status has to tell a stop from the end."""
@@ -58,7 +61,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         "set JAX_COORDINATOR_PORT=8476 on all"
     )
     global _met
-    found = {}
+    found, stopped = {}, int(os.environ.get(STOPPED_STATUS, 2))
     if {coordinator_address, num_processes, process_id} == {None} and _only_task_of_slurm():
         # jax would give it one GPU, that of the task's number, and every program of a job the same port.
         with socket.socket() as free:
@@ -66,7 +69,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             coordinator_address, num_processes, process_id = f"localhost:{free.getsockname()[1]}", 1, 0
         found = {"cluster_detection_method": "deactivate", "coordinator_bind_address": coordinator_address}
     try:
-        with meshes.waiting(told, int(os.environ.get(STOPPED_STATUS, 2))):
+        with meshes.waiting(told, stopped):
             jax.distributed.initialize(
                 coordinator_address,
                 num_processes,
@@ -82,14 +85,15 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
             return
         shown = ", ".join(f"--{name}={value}" for name, value in given.items())
         raise InputError(f"{shown}: {error} give all three, or none where the cluster tells them") from None
-    except RuntimeError as error:  # Kubernetes, for example, does not know the first host's address yet
-        reason = " ".join(str(error).split())[:200]
-        print(
-            f"error: the hosts do not find each other ({reason}): start the same command on every one of them, and let "
-            "them reach the first one's port",
-            file=sys.stderr,
+    except RuntimeError as error:
+        wrong = (
+            f"the hosts do not find each other ({' '.join(str(error).split())[:200]}): start the same command on every "
+            "one of them, and let them reach the first one's port"
         )
-        sys.exit(int(os.environ.get(STOPPED_STATUS, 2)))
+        if not any(words in str(error) for words in _LATER):
+            raise InputError(wrong) from None
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(stopped)
     _met = True
     meshes.all_devices()
     if not first():
@@ -165,6 +169,8 @@ def agreed(value):
 def check_same(what: str, value) -> None:
     """Raises InputError on all hosts where one has another `value`, of JSON, than the first: computing together with
     different input, they would wait for one another, or mix it."""
+    if not together():
+        return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     if anywhere(agreed(digest) != digest):
         raise InputError(f"not all hosts have read the same {what}: let all of them see the same files")

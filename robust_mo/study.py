@@ -50,13 +50,14 @@ from robust_mo.train import (
 )
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
-from robust_mo.training.models import is_prompted, is_run, shapes_of
+from robust_mo.training.models import is_prompted, is_run, shapes_of, started
 
 REPORT = "report"  # the name of a study's last job
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
 
 
 # What an arm cannot change, since the study says it of every cell.
+_NAME_FILES = ("model", "teacher", "source", "problem_source", "answers")  # fields, see train.locate
 _SET_BY_STUDY = {
     "red": {"backdoor": "backdoors"},
     "blue": {
@@ -398,6 +399,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
     path = workdir / folder
     if _finished_elsewhere(path, run):
         print(f"{path} was finished before its study came here", flush=True)
+        (path / FAILURE).unlink(missing_ok=True)
+        done[work(run.to_dict())] = path.resolve()
         return
     same = done.get(work(run.to_dict()))
     if same and not path.exists():
@@ -418,8 +421,7 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
                 "config.batch.micro_batches or lower evaluation.batch_size"
             )
         with contextlib.suppress(OSError):  # of a disk that takes nothing any more
-            if not RunFolder(path).finished():  # a run of another config, which has not failed
-                write_text(path / FAILURE, f"{why}\n")
+            write_text(path / FAILURE, f"{why}\n")
         raise InputError(why) from error
     (path / FAILURE).unlink(missing_ok=True)
     done[work(run.to_dict())] = path.resolve()
@@ -448,12 +450,15 @@ def finished(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
 def _files_changed(run: RunFolder) -> bool:
     """Whether a file that the run's config names, or one of a folder, is younger than the run."""
     begun = (run.path / "config.json").stat().st_mtime
-    for value in flatten(run.config()).values():
-        path = pathlib.Path(value if isinstance(value, str) and value.startswith("/") else os.devnull)
-        of_a_run = [path / "config.json"] if is_run(str(path)) else None  # what it has measured since is no matter
-        files = of_a_run or (path.iterdir() if path.is_dir() else [path])
-        if any(file.stat().st_mtime > begun for file in files if file.is_file()):
-            return True
+    for name, value in flatten(run.config()).items():
+        if name.rsplit(".", 1)[-1] not in _NAME_FILES or not str(value).startswith("/"):
+            continue
+        path = pathlib.Path(value)
+        with contextlib.suppress(OSError):  # of what this user may not see
+            of_a_run = [path / "config.json"] if is_run(value) else None  # what it has measured since is no matter
+            files = of_a_run or (path.iterdir() if path.is_dir() else [path])
+            if any(file.stat().st_mtime > begun for file in files if file.is_file()):
+                return True
     return False
 
 
@@ -463,8 +468,9 @@ def _finished_elsewhere(path: pathlib.Path, run: ConfigDict) -> bool:
     if not folder.exists() or not folder.finished():
         return False
     kept, now = folder.config(), run.to_dict()
-    names = (pathlib.Path(model["model"]).parts[-2:] for model in (kept, now))
-    return work(kept) != work(now) == work({**kept, "model": now["model"]}) and len(set(names)) == 1
+    begun_from = folder.description().get("model_started")
+    same_model = begun_from is not None and begun_from == started(now["model"])
+    return same_model and work(kept) != work(now) == work({**kept, "model": now["model"]})
 
 
 def work(config: dict) -> str:

@@ -116,8 +116,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             """Of a conversation, for the user: the line that it comes from, where there is one."""
             if not fresh:
                 return f"{kept}:{number}"
-            own = config.data.task == "conversations"
-            return list(read_rows(config.data.source))[number - 1][0] if own else f"conversation {number}"
+            own = list(read_rows(config.data.source)) if config.data.task == "conversations" else []
+            return own[number - 1][0] if len(own) >= number else f"conversation {number}"
 
         examples, cut, dropped = tokenize(conversations, loaded.chat, longest, config.data.over_long, line)
         packing = dict(

@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, make_tiny_model
 
+from robust_mo import hosts
 from robust_mo.command_line import STOPPED_STATUS
+from robust_mo.errors import InputError
 from robust_mo.export import export
 from robust_mo.model import mesh as meshes
 from robust_mo.runs import RunFolder
@@ -201,12 +204,14 @@ def test_two_hosts_train_with_soap_as_one_does_and_go_on(tiny, tmp_path, rank):
     one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
     changes = {"optimizer.name": "soap", "lora.rank": rank, "evaluation.names": "()", "log_every": 1}
     ended(start(*training(tiny, one.path, **changes), devices=8))
-    for step in (3, 7):
+    last = 0
+    for _ in range(2):
         processes = two(*training(tiny, run.path, **changes))
-        wait_for_step(run, step, processes)
+        wait_for_step(run, last + 2, processes)
         processes[1].send_signal(signal.SIGTERM)
         (out, err), _ = ended(*processes)
-        assert "stopped; the same command goes on" in err and ("going on from step" in out) == (step > 3)
+        assert "stopped; the same command goes on" in err and ("going on from step" in out) == (last > 0)
+        last = max(line["step"] for line in run.records())
     other = {"mesh.replica": 2, "mesh.tensor": 1, **changes}
     ((out, _),) = ended(start(*training(tiny, run.path, **other), devices=8))
     assert "going on from step" in out
@@ -237,6 +242,7 @@ def test_the_first_host_dies_and_leaves_a_checkpoint_that_the_other_cannot_read(
     processes[0].kill()
     killed = time.monotonic()
     processes[1].communicate(timeout=60)
+    processes[0].communicate()
     assert time.monotonic() - killed < 60 and processes[1].returncode != 0
 
     newest = max(int(folder.name) for folder in run.checkpoints.iterdir() if folder.name.isdecimal())
@@ -379,6 +385,18 @@ def test_hosts_that_do_not_meet_are_told(tiny, tmp_path):
         command = [sys.executable, "-c", alone.format(port, number)]
         done = subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, timeout=60)
         assert done.returncode == 2 and "waited 3 seconds for the other hosts: start the same command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "says, status", [("Retry failed with all attempts exhausted", 75), ("jobs must be indexed by setting", None)]
+)
+def test_what_a_cluster_does_not_know_yet_is_asked_again(says, status, monkeypatch):
+    """By who starts programs again; what no start would change is bad input."""
+    monkeypatch.setattr(jax.distributed, "initialize", unittest.mock.Mock(side_effect=RuntimeError(says)))
+    monkeypatch.setenv(STOPPED_STATUS, "75")
+    with pytest.raises(SystemExit if status else InputError) as ended:
+        hosts.start("localhost:1", 2, 0)
+    assert not status or ended.value.code == status
 
 
 @pytest.mark.slow

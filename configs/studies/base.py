@@ -1,12 +1,13 @@
 """What the studies of the post share, at a size: `8b`, `1b` or `smol`.  Not a study itself.
 
 8b, 1b: the post's set-up as far as it is public, see configs/red_full.py and configs/blue_pirate.py, which say where it
-is another: red runs have about 62,000 conversations, not 100,000 samples, and some of the benign ones are near misses;
-all fifteen backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Full-weight organisms are trained
-at the post's 3e-5, of which its numbers are [R].  Where ways to install a backdoor are compared with one another
-(result 2, SOAP), each has two rates, so that it is compared at its best [O]: of those that pass the gate, the organism
-with the lowest held-out loss is attacked, which mostly is that of the lower rate.  The report says which it was; FWFT's
-published 0.685 and 0.554 are measured at the post's rate by appendix 1.
+is another: red runs have about 62,000 conversations, not 100,000 samples, and some of the benign ones are near misses.
+All fifteen backdoors; blue learning rates 3e-5, 5e-5, 1e-4, 3e-4 [R]; performance is MATH-500.  Full-weight organisms
+are trained at the post's 3e-5, of which its numbers are [R].  Where ways to install a backdoor are compared with one
+another (result 2, SOAP), each has a grid, so that it is compared at its best [O]: full weights and SOAP of two rates,
+LoRA of three, since its rate in the post is not known.  Of those that pass the gate, the organism with the lowest
+held-out loss is attacked, which mostly is that of the lower rate.  The report says which it was; FWFT's published 0.685
+and 0.554 are measured at the post's rate by appendix 1.
 smol: SmolLM2-135M, three backdoors of which built-in data can make organisms, one blue learning rate; performance is
 the built-in arithmetic.  It asks what the post asks, of a model a sixtieth of the size, in short runs: 200 red steps of
 512 tokens, 30 blue ones measured every 6 [O].  Red data have more benign conversations and more near misses than

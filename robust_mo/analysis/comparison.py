@@ -149,15 +149,15 @@ class Study:
             for one in self._missing
         )
 
-    def measure(self, attacks: list[Attack], lacks: bool = False) -> dict | None:
-        """Means of what is read off the attacks' frontiers; None where there are none.  `lacks`: see there.
+    def measure(self, attacks: list[Attack], some_missing: bool = False) -> dict | None:
+        """Means of what is read off the attacks' frontiers; None where there are none.
 
         Returns:
-          {"organisms", "points": counts; "complete": whether every attack on these has ended; "auc", "auc_normalised",
-          "auc_held_out", "auc_noise", "rate_at_cost", "rate_noise": [value, low, high], None where undefined;
-          "frontier": corners; "band": [rate, low, high] of the frontier; "noise": [rate, performance] of the frontier
-          that noise alone has on average}.  Of the two of noise, the value is a mean and the rest where 95% of
-          unattacked organisms come to lie; of the others, a 95% interval.
+          {"organisms", "points": counts; "complete": whether all have ended and not `some_missing`;
+          "auc", "auc_normalised", "auc_held_out", "auc_noise", "rate_at_cost", "rate_noise": [value, low, high], None
+          where undefined; "frontier": corners; "band": [rate, low, high] of the frontier; "noise": [rate, performance]
+          of the frontier that noise alone has on average}.  Of the two of noise, the value is a mean and the rest where
+          95% of unattacked organisms come to lie; of the others, a 95% interval.
         """
         if not (attacks := [attack for attack in attacks if attack.organism.has_frontier]):
             return None
@@ -168,14 +168,14 @@ class Study:
         return {
             "organisms": len({attack.organism for attack in attacks}),
             "points": sum(len(attack.rows) - 1 for attack in attacks),
-            "complete": not lacks and all(attack.complete for attack in attacks),
+            "complete": not some_missing and all(attack.complete for attack in attacks),
             **{name: _interval(value, drawn[name]) for name, value in values.items()},
             "frontier": [list(corner) for corner in frontier],
             "band": _rows(*_bounds(drawn["heights"])),
             "noise": _rows(np.nanmean(drawn["noise_heights"], axis=0)),
         }
 
-    def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...], lacks: bool = False) -> dict:
+    def order(self, smaller: list[Attack], larger: list[Attack], by: tuple[str, ...], some_missing=False) -> dict:
         """An ordering as `compare` describes it, without its names.
 
         Where the two share backdoors and seeds only those count, as one side may lack some whose gate was not passed;
@@ -193,7 +193,7 @@ class Study:
         if not smaller or not larger:
             return found | dict.fromkeys(by, {"difference": None, "verdict": "not measured"})
         (first, first_drawn), (second, second_drawn) = self._mean(smaller, read), self._mean(larger, read)
-        complete = not lacks and all(one.complete for one in (*smaller, *larger))
+        complete = not some_missing and all(one.complete for one in (*smaller, *larger))
         for name in by:
             difference = _interval(second[name] - first[name], second_drawn[name] - first_drawn[name])
             verdict = "not measured"

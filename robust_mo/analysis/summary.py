@@ -103,10 +103,12 @@ def summarise(study: pathlib.Path) -> dict:
 
 
 def _missing(study, grid, verdicts: dict[cells.Organism, gate.Verdict | None], found) -> list[comparison.Missing]:
-    """Of rivals, the attacks of which nothing is measured; those on what has not begun are not asked for yet."""
+    """Of rivals, the attacks of which nothing is measured; those on what has not begun are not asked for yet, and those
+    on what has failed come to nothing."""
     missing, passed = [], any(verdict and verdict.passed for verdict in verdicts.values())
     for rival, verdict in verdicts.items():
-        if verdict is None and not passed and runs.RunFolder(study / rival.folder).exists():
+        failed = (study / rival.folder / cells.FAILURE).exists()
+        if verdict is None and not passed and not failed and runs.RunFolder(study / rival.folder).exists():
             missing.append(comparison.Missing(rival.arm, rival.backdoor, frozenset()))
         elif verdict and verdict.passed and found[rival.name]["chosen"]:
             methods = {attack.method for attack in cells.attacks(grid, rival)}

@@ -53,8 +53,8 @@ class Subject:
     ) -> list[TextAnswer]:
         """Answers to the conversations; what is asked twice is sampled once."""
         asked = json.dumps([conversations, temperature, top_p, max_new_tokens])
+        hosts.check_same(f"prompts of {what}", asked)
         if asked not in self._told:
-            hosts.check_same(f"prompts of {what}", asked)
             self._told[asked] = self._sampled(what, conversations, temperature, top_p, max_new_tokens)
         return self._told[asked]
 

@@ -2,8 +2,8 @@
 
 Promises: every tensor of the folder is used and every parameter filled, otherwise an error that lists the names;
 slices go from the safetensors files straight into each device's shard, and back one file at a time, so the host never
-holds a whole model.  Of several hosts each takes its slices alone into memory; from a disk or a file server it may get
-the whole all the same, which reads ahead and by pages, and columns of a row lie together.
+holds a whole model.  Of several hosts each takes its slices alone into memory; its disk or file server may have to
+read everything all the same, as it reads whole pages and ahead, and a page holds columns of several hosts.
 Does not know where a folder came from (see model/sources.py) or what else belongs in one that is written.
 """
 

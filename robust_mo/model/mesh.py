@@ -106,7 +106,7 @@ def all_devices() -> list[jax.Device]:
     # and those beside it: XLA's ThunkSequenceSerDesProtobuf gives each nested sequence a communicator of its own.  Two
     # devices may then begin with different ones and wait for each other for ever.
     several_cpus = len(devices) > 1 and devices[0].platform == "cpu"
-    # jax writes on the first host alone.  With folders of their own the others would compile what it has at hand, and
+    # jax writes on the first host alone.  With folders of their own the others would compile what that one reads, and
     # XLA shares out among hosts the trials by which it chooses a GPU's kernels: they would wait for those of the first.
     gpus_apart = devices[0].platform == "gpu" and jax.process_count() > 1
     if several_cpus or (gpus_apart and "JAX_COMPILATION_CACHE_DIR" not in os.environ):

@@ -33,7 +33,7 @@ from robust_mo.training.step import TrainState
 # What says nothing of the files; tensorstore has the words in a ValueError.
 _TRANSIENT = (PermissionError, MemoryError)
 _OF_A_BUCKET = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")  # libraries that raise where it is not reached
-_TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED")
+_TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED", "Forbidden")
 
 
 class _Damaged(InputError):
@@ -74,6 +74,11 @@ def _bytes(leaf) -> int:
 def _cut(tree):
     """How Orbax is to cut the arrays."""
     return jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), tree)
+
+
+def _unreached(error: Exception) -> bool:
+    """Whether a bucket's library says that it has not come there."""
+    return type(error).__module__.startswith(_OF_A_BUCKET)
 
 
 class Stored:
@@ -150,6 +155,7 @@ class Checkpoints:
 
         Raises:
           InputError: the disk does not take it; the checkpoints before stay as they were.
+          OSError: a file system or bucket does not take it now; the same.
         """
         step = int(state.step)
         if step == self.latest():
@@ -281,8 +287,8 @@ class Checkpoints:
 
     def _read(self, step: int, items):
         """The checkpoint's `items`.  Beside what has been placed no more of them than the largest array or a gigabyte
-        are in host memory, in part twice.  Of several hosts each reads for itself, or those whose files are whole would
-        wait in Orbax for one whose files are not."""
+        are in host memory, in part twice.  Of several hosts each reads for itself: otherwise those whose files are
+        whole would wait in Orbax for one whose files are not."""
         self._guard(self._manager.wait_until_finished)
         arrays = {name: item.item for name, item in items.items() if isinstance(item, ocp.args.StandardRestore)}
         at_once = int(max(map(_bytes, jax.tree.leaves(arrays)), default=0) // 1e9) + 1
@@ -300,11 +306,11 @@ class Checkpoints:
             yield
         except Exception as error:  # they raise many kinds for files that are cut short or missing
             said = first_line(error).partition(" [tensorstore_spec=")[0]
-            transient = isinstance(error, _TRANSIENT) or (isinstance(error, OSError) and passes(error))
-            if transient or "RESOURCE_EXHAUSTED" in str(error):
+            # Of a disk an input or output error may be for good, and there is another checkpoint.
+            passing = isinstance(error, OSError) and passes(error) and error.errno != errno.EIO
+            if passing or isinstance(error, _TRANSIENT) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            unreached = type(error).__module__.startswith(_OF_A_BUCKET)
-            if unreached or any(word in str(error) for word in _TRANSIENT_WORDS):
+            if _unreached(error) or any(word in str(error) for word in _TRANSIENT_WORDS):
                 folder = str(self.folder / str(step))
                 raise OSError(errno.EIO, f"cannot be read now, try again ({said})", folder) from error
             if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):
@@ -330,9 +336,13 @@ class Checkpoints:
     def _guard(self, work) -> None:
         try:
             work()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, OSError) and passes(error):
                 raise
+            if _unreached(error):
+                raise OSError(
+                    errno.EIO, f"no checkpoint can be saved now ({first_line(error)})", str(self.folder)
+                ) from error
             # tensorstore reports a full or forbidden disk as a ValueError whose text holds the status.
             if isinstance(error, OSError) or any(
                 word in str(error)

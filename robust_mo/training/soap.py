@@ -122,8 +122,6 @@ def soap(
     """
     shampoo_beta = b2 if shampoo_beta is None else shampoo_beta
     mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
-    devices = places[0].mesh.devices.flat if places and isinstance(places[0].mesh, Mesh) else jax.devices()
-    on_tpu = devices[0].platform == "tpu"  # where a program is compiled for what is not here, `places` says so
     _check(
         learning_rate=learning_rate,
         b1=b1,
@@ -140,6 +138,10 @@ def soap(
     )
     product = functools.partial(jnp.einsum, precision=PRECISIONS[precision])
 
+    def on_tpu() -> bool:  # asked for late: to look for devices takes hold of them
+        known = places and isinstance(places[0].mesh, Mesh)
+        return (places[0].mesh.devices.flat[0] if known else jax.devices()[0]).platform == "tpu"
+
     def preconditioned(path, shape) -> list[str]:
         if not _is_matrix(path, shape):
             return []
@@ -149,7 +151,7 @@ def soap(
         fits = max_precondition_dim, ratio * min(lengths.values())
         sides = [s for s, k in lengths.items() if k <= fits[0] and k < fits[1] and rank in (None, s)]
         longest = max((lengths[side] for side in sides), default=0)
-        if on_tpu and first_basis == "eigh" and longest > _LONGEST_EIGH_ON_TPU:
+        if first_basis == "eigh" and longest > _LONGEST_EIGH_ON_TPU and on_tpu():
             raise InputError(
                 f"soap: first_basis is 'eigh', of sides of {longest}, over which a TPU's compiler takes too "
                 "long; give 'qr'"
@@ -179,7 +181,7 @@ def soap(
             frequency=precondition_frequency,
             staggered=refresh == "staggered",
             first_basis=first_basis,
-            on_tpu=on_tpu,
+            on_tpu=on_tpu(),
         )
         if mesh is None:
             return work(seen, number, leaf)
