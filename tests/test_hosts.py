@@ -99,6 +99,14 @@ def wait_for_step(run: RunFolder, step: int, processes) -> None:
         time.sleep(0.05)
 
 
+def kill(one: subprocess.Popen, other: subprocess.Popen) -> None:
+    """Kills one host; the other must end within a minute."""
+    one.kill()
+    other.communicate(timeout=60)
+    one.communicate()
+    assert other.returncode != 0
+
+
 def values(run: RunFolder, group: str) -> dict[tuple, float]:
     """What was recorded under `group`, by step and name."""
     return {(r["step"], r["name"]): r["value"] for r in run.records() if r["name"].startswith(group)}
@@ -239,11 +247,7 @@ def test_the_first_host_dies_and_leaves_a_checkpoint_that_the_other_cannot_read(
     run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
     processes = two(*training(tiny, run.path, **unmeasured))
     wait_for_step(run, 8, processes)
-    processes[0].kill()
-    killed = time.monotonic()
-    processes[1].communicate(timeout=60)
-    processes[0].communicate()
-    assert time.monotonic() - killed < 60 and processes[1].returncode != 0
+    kill(*processes)
 
     newest = max(int(folder.name) for folder in run.checkpoints.iterdir() if folder.name.isdecimal())
     own = [file for file in run.checkpoints.glob(f"{newest}/*/ocdbt.process_1/d/*") if file.is_file()]
@@ -261,11 +265,7 @@ def test_a_host_dies_the_rest_end_and_the_run_goes_on_elsewhere(tiny, tmp_path, 
     run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}
     processes = two(*training(tiny, run.path, **unmeasured))
     wait_for_step(run, 4, processes)
-    processes[1].kill()
-    killed = time.monotonic()
-    processes[0].communicate(timeout=60)
-    processes[1].communicate()
-    assert time.monotonic() - killed < 60 and processes[0].returncode != 0
+    kill(*processes[::-1])
 
     # On with it under SLURM, whose variables say how to meet; then it asks one of the hosts to stop.
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
