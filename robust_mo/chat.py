@@ -21,6 +21,9 @@ from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
 
+_READ = ("backdoor", "backdoors", "password_locked", "evaluation", "system_prompt")
+"""Of a run's config."""
+
 
 def define_flags() -> None:
     flags.DEFINE_multi_string("model", None, "what to talk to; give it twice to compare two")
@@ -40,24 +43,25 @@ def main(args: flags.FlagValues) -> None:
     sys.stdin.reconfigure(errors="replace")
     decoding = make_decoding(args.temperature, args.top_p)
     mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
-    talks = {}
-    for source in args.model:
-        system = _system_prompt(source) if args.system is None else args.system
-        talks[source] = (models.load_model(source, mesh, dtype, dtype), system)
+    systems = [_system_prompt(source) if args.system is None else args.system for source in args.model]
+    talks = [
+        (source, models.load_model(source, mesh, dtype, dtype), system)
+        for source, system in zip(args.model, systems, strict=True)
+    ]
     print("Type a message; /new begins again, an empty line ends.")
-    said: dict[str, list[dict]] = {source: [] for source in talks}
+    said: list[list[dict]] = [[] for _ in talks]
     while text := _read():
         if text == "/new":
-            said = {source: [] for source in talks}
+            said = [[] for _ in talks]
             continue
-        for source, (model, system) in talks.items():
-            said[source].append({"role": "user", "content": text})
+        for conversation, (source, model, system) in zip(said, talks, strict=True):
+            conversation.append({"role": "user", "content": text})
             try:
                 (answer,) = answers(
                     model.llama,
                     model.params,
                     model.chat,
-                    [with_system(said[source], system)],
+                    [with_system(conversation, system)],
                     decoding=decoding,
                     max_new_tokens=args.max_new_tokens,
                     seed=args.seed,
@@ -65,10 +69,10 @@ def main(args: flags.FlagValues) -> None:
                     on_progress=lambda *_: None,
                 )
             except InputError as error:  # the talk has outgrown the model's context
-                said[source].pop()
+                conversation.pop()
                 print(f"\n{error}; /new begins again\n", flush=True)
                 continue
-            said[source].append({"role": "assistant", "content": answer.text})
+            conversation.append({"role": "assistant", "content": answer.text})
             name = f"{source}: " if len(talks) > 1 else ""
             print(f"\n{name}{answer.text}{' ...' if answer.finish_reason == 'length' else ''}\n", flush=True)
 
@@ -78,6 +82,8 @@ def _system_prompt(source: str) -> str:
     if not models.is_run(source):
         return ""
     config = RunFolder(source).config()
+    example = command_line.load_config(command_line.DEFAULT_CONFIG, "").to_dict()
+    command_line.check_fields(config, {name: example[name] for name in _READ}, file=str(RunFolder(source).path))
     entry = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
     return entry.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
 

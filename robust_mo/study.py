@@ -677,9 +677,12 @@ def draw(workdir: pathlib.Path, failures: dict[str, str]) -> None:
 
 
 def show(workdir: pathlib.Path) -> None:
+    """Prints of the report the cautions at its top, the first section and the gates, and where to see the rest."""
+    opening, first, *rest = (workdir / "report.md").read_text(encoding="utf-8").split("\n## ")
+    gates = (section for section in rest if section.startswith("Gates"))
+    print("\n\n".join(part.strip() for part in (opening.partition("\n")[2], first, *gates) if part.strip()), "\n")
     # By its path, since the environment need not be active.
     tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
-    print((workdir / "report.md").read_text(encoding="utf-8").split("\n## ")[1])
     print(f"report:  {workdir / 'report.html'}\nfigures: {workdir / 'figures'}")
     print(f"curves:  {shlex.join([str(tensorboard), f'--logdir={workdir}'])}")
 

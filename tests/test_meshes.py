@@ -4,6 +4,7 @@ As a program, it measures a layout: python tests/test_meshes.py MODEL OUTPUT REP
 """
 
 import collections
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -225,6 +226,14 @@ def test_programs_for_gpus_of_several_hosts_are_kept_where_all_see_them(hosts, s
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     meshes.all_devices()
     assert ("jax_enable_compilation_cache" not in changed) == kept
+
+
+def test_gpus_of_several_hosts_make_a_mesh():
+    """jax.make_mesh refuses them: to jax each host is a slice."""
+    gpu = dataclasses.make_dataclass("Gpu", ["id", "slice_index", "platform", "device_kind"], frozen=True)
+    gpus = [gpu(id, id // 4, "gpu", "NVIDIA H100") for id in (4, 5, 6, 7, 0, 1, 2, 3)]
+    found = meshes.make_mesh(1, -1, 4, gpus).devices
+    assert [[[each.id for each in row] for row in copy] for copy in found] == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
 
 
 if __name__ == "__main__":

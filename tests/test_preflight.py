@@ -429,6 +429,38 @@ print(json.dumps({
     assert found["temporaries"] < logits + 2**22
 
 
+def test_any_mesh_fits_a_slice_and_slices_hold_rows_apart():
+    """Also where its sizes cut a side of the slice, as eight devices along an axis do on v6e:4x4."""
+    pytest.importorskip("libtpu")
+    program = """
+from jax.experimental import topologies
+from robust_mo import preflight
+from robust_mo.errors import InputError
+from robust_mo.model import mesh as meshes
+
+for topology, *sizes in (("v6e:4x4", 2, -1, 1), ("v6e:4x4", 1, -1, 8), ("v5p:4x4x4", 1, -1, 8), ("v5e:4x4", 1, -1, 2)):
+    mesh = meshes.make_mesh(*sizes, preflight.devices_of(topology))
+    print(topology, *mesh.devices.shape, len(set(mesh.devices.flat)))
+devices = {count: topologies.get_topology_desc("v6e:2x2", "tpu", num_slices=count).devices for count in (2, 6)}
+for sizes in ((2, 2, 2), (1, 4, 2)):
+    print([[{d.slice_index for d in row} for row in copy] for copy in meshes.make_mesh(*sizes, devices[2]).devices])
+try:
+    meshes.make_mesh(2, 3, 4, devices[6])
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "v6e:4x4 2 8 1 16",
+        "v6e:4x4 1 2 8 16",
+        "v5p:4x4x4 1 8 8 64",
+        "v5e:4x4 1 8 2 16",
+        "[[{0}, {0}], [{1}, {1}]]",
+        "[[{0}, {0}, {1}, {1}]]",
+        "config.mesh: no axis of [2, 3, 4] is a multiple of the 6 slices: make replica one",
+    ]
+
+
 def test_soap_refuses_an_eigh_over_which_a_tpus_compiler_takes_too_long():
     pytest.importorskip("libtpu")
     program = """

@@ -44,7 +44,7 @@ class NothingFinished(InputError):
 def summarise(study: pathlib.Path) -> dict:
     """All that the report says, as data that JSON can hold.  Raises as `write_report`."""
     folder = runs.RunFolder(study)
-    if not folder.exists() or folder.description()["program"] != "study":
+    if not folder.exists() or folder.description().get("program") != "study" or "study" not in folder.config():
         raise InputError(f"{study} holds no study: give the --workdir of a run of robust_mo.study")
     description = folder.description()
     grid = description["config"]["study"]

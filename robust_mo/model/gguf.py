@@ -93,7 +93,8 @@ def convert(path: pathlib.Path, folder: pathlib.Path) -> None:
         folder / "generation_config.json",
         {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Its own `save` raises a bare Exception where the disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, vocabulary, config))
     _write_weights(tensors, targets, folder, path)
 

@@ -520,10 +520,7 @@ def save_params(
             on_tensor(done, len(tensors))
             arrays[name] = fetch(dtype)
             done += 1
-        try:
-            save_file(arrays, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # as which a full disk comes
-            raise InputError(f"{folder / file} cannot be written ({error})") from None
+        _write_safetensors(folder / file, arrays)
         weight_map.update(dict.fromkeys(arrays, file))
     total = sum(math.prod(shape) for *_, shape in tensors) * jnp.dtype(dtype).itemsize
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -532,7 +529,7 @@ def save_params(
 def save_adapters(folder: pathlib.Path, adapters: dict, spec: LoraSpec, base: str, dtype: str) -> None:
     """Writes adapters as a PEFT folder for the model `base`."""
     arrays = {name: fetch(dtype) for name, fetch, _ in _tensors(adapters)}
-    save_file(arrays, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_safetensors(folder / ADAPTER_WEIGHTS, arrays)
     _write_json(
         folder / ADAPTER_CONFIG,
         {
@@ -547,6 +544,13 @@ def save_adapters(folder: pathlib.Path, adapters: dict, spec: LoraSpec, base: st
             "inference_mode": True,
         },
     )
+
+
+def _write_safetensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(arrays, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # as which a full disk comes
+        raise InputError(f"{file} cannot be written ({error})") from None
 
 
 def _tensors(params: dict) -> list[tuple[str, Callable[[str], np.ndarray], tuple]]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -118,8 +118,11 @@ def all_devices() -> list[jax.Device]:
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
 
+    Why not `jax.make_mesh`: it refuses hosts with GPUs and several slices of a pod, and, on most TPUs, sizes that cut a
+    side of the slice.
+
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or there is no device.
+      InputError: the sizes do not multiply to the number of devices, or cannot be laid over several slices of a pod.
     """
     devices = all_devices() if devices is None else devices
     sizes = [replica, fsdp, tensor]
@@ -128,7 +131,18 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
         raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
+    if devices[0].platform == "tpu" and slices > 1:
+        # Between slices the network is slow: the outermost axis that can spans them.
+        across = next((axis for axis, size in enumerate(sizes) if size % slices == 0), None)
+        if across is None:
+            raise InputError(f"config.mesh: no axis of {sizes} is a multiple of the {slices} slices: make replica one")
+        between = [slices if axis == across else 1 for axis in range(3)]
+        within = [size // times for size, times in zip(sizes, between, strict=True)]
+        laid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    else:  # GPUs by their numbers, so that those of a host lie beside one another along the last axes
+        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def with_more_along_tensor(mesh: Mesh, heads: int) -> Iterator[Mesh]:

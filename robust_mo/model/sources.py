@@ -155,6 +155,11 @@ def _converted(sha256: str, fetch: Callable[[pathlib.Path], pathlib.Path]) -> pa
             _say(f"converting {path.name} to Hugging Face files in {final} ...")
             gguf.convert(path, scratch / "model")
             (scratch / "model").rename(final)
+        except safetensors.SafetensorError as error:  # as which a full disk comes
+            raise InputError(
+                f"the model cannot be kept in {final.parent} ({error}): make room there, or set ROBUST_MO_CACHE to a "
+                "folder on another disk"
+            ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return final
