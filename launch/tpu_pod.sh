@@ -11,6 +11,8 @@
 # ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus
 # tpu-vm delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's
 # firewall: jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
+# Where they are set here, the workers get HF_TOKEN, which gated models want, and HF_HOME and ROBUST_MO_CACHE: folders
+# for models and a teacher's answers; in one that all workers see they outlive a preemption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -64,7 +66,7 @@ fi
 bash launch/setup.sh --tpu$extras"
 # Above 128: a signal, also jax's end where another worker died; 75: told to stop, as by SIGTERM before maintenance.
 # What a broken connection left running goes on unheard, and holds the lock.
-program="cd robust_mo; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
+program="cd robust_mo; . ./workers.env; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
 flock -n 9 || { echo an earlier start still runs here: waiting for it \(pkill -f robust_mo ends both: then start again\) >&2; flock 9; }
 for start in \$(seq 10); do
   .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
@@ -76,9 +78,13 @@ for start in \$(seq 10); do
 done; exit \$status"
 
 [ "$dry_run" ] || command -v gcloud >/dev/null || fail "there is no gcloud: install the Google Cloud CLI and log in"
-archive=$(mktemp --suffix=.tgz) errors=$(mktemp)
-trap 'rm -f "$archive" "$errors"' EXIT
-run git archive --format=tgz --output="$archive" HEAD
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+archive=$scratch/robust_mo.tgz errors=$scratch/errors
+for variable in HF_TOKEN HF_HOME ROBUST_MO_CACHE; do  # in a file, since all can read a command
+  [ -z "${!variable:-}" ] || printf 'export %s=%q\n' "$variable" "${!variable}"
+done >"$scratch/workers.env"
+run git archive --format=tgz --add-file="$scratch/workers.env" --output="$archive" HEAD
 
 had=
 while true; do

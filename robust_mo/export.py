@@ -200,12 +200,18 @@ def write_tokenizer(folder: pathlib.Path, base: pathlib.Path, chat: ChatFormat) 
     (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
 
 
+def _last_step(stage: RunFolder) -> int:
+    """Of a run that another began from; where it was finished its checkpoints may be gone."""
+    finished = [line["step"] for line in stage.records() if line["name"] == "run/finished"]
+    return finished[-1] if finished else models.newest_step(str(stage.path))
+
+
 def card(run: str, step: int, form: str, output: pathlib.Path, on: str) -> str:
     """The model card.  `on` is what an adapter belongs on."""
     *stages, source = models.lineage(run)
     stages = [RunFolder(stage) for stage in reversed(stages)]
     configs = [stage.config() for stage in stages]
-    steps = [*(models.newest_step(str(stage.path)) for stage in stages[:-1]), step]
+    steps = [*map(_last_step, stages[:-1]), step]
     red = [c for c in configs if c["data"]["task"] == "backdoor"]
     installed = {c["backdoor"]: backdoor(c["backdoor"], c["backdoors"], c["password_locked"]) for c in red}
     origin = on if form == "peft" else source

@@ -171,7 +171,7 @@ def as_flags(change: dict) -> str:
 
 def measure(program, limit: int, taken: int = 0) -> dict:
     """Compiles a program and says what --json prints.  Where what it is given is more than a chip holds nothing is
-    compiled, and temporaries, output and collectives are None.
+    compiled, and temporaries, output and collectives are None; the last also where the compiler refuses.
 
     Args:
       limit: bytes of a chip.
@@ -194,7 +194,7 @@ def measure(program, limit: int, taken: int = 0) -> dict:
                 "total": taken + need.total,
             }
             fits = need.compiled is not None and sizes["total"] <= limit
-            told = collectives(text) if text else {}
+            told = collectives(text) if text else None
     return {
         "fits": fits,
         "chips": mesh.size,
@@ -246,13 +246,14 @@ def report(found: dict, program: str, tokens: int) -> list[str]:
             f"DOES NOT FIT: weights{given} alone are {sizes['total'] / _GIB:.2f} GiB per chip, "
             f"which holds {limit / _GIB:.2f}; not compiled"
         ]
+    moved = found["collectives"] or {}
     parts = ", ".join(f"{name} {sizes[name] / _GIB:.2f}" for name in ("arguments", "temporaries", "output"))
     return [
         f"GiB per chip: {parts}; together {sizes['total'] / _GIB:.2f} of {limit / _GIB:.2f}",
         f"fits, with {spare / _GIB:.2f} GiB to spare" if found["fits"] else f"DOES NOT FIT by {-spare / _GIB:.2f} GiB",
         f"FLOPs of matrix products: {found['flops']:.3e} a step, {found['flops_per_chip']:.3e} a chip, "
         f"{found['flops'] / tokens:.3e} a token",
-        *(f"{kind}: {n['count']}, {n['bytes'] / _GIB:.2f} GiB per chip" for kind, n in found["collectives"].items()),
+        *(f"{kind}: {n['count']}, {n['bytes'] / _GIB:.2f} GiB per chip" for kind, n in moved.items()),
         f"compiled in {found['compile_seconds']} s",
     ]
 

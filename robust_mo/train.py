@@ -33,7 +33,7 @@ from robust_mo.evals.measure import ACCURACIES, check_names, check_settings, mea
 from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
-from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, LlamaConfig
+from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, Llama, LlamaConfig
 from robust_mo.model.sources import located
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
@@ -95,8 +95,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
         llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)
         shapes = models.abstract_trainable(llama, mesh)
-        optimizer = optimizer_of(config, shapes)
-        check_groups(optimizer.groups, models.parameter_paths(llama), paths(shapes))
+        optimizer, _ = optimizer_on(config, llama, shapes)
 
         if prompted:
             observe(config, run, loaded, mesh)
@@ -362,6 +361,20 @@ def optimizer_of(config: ConfigDict, trainable):
     return make_optimizer(**common, **own, groups=make_groups(config.groups), decay=decay, places=places)
 
 
+def optimizer_on(config: ConfigDict, llama: Llama, trainable):
+    """(the optimizer of a config, shapes of its state) for a model of which `trainable` is trained.
+
+    Args:
+      trainable: shapes and shardings.
+
+    Raises:
+      InputError: as of `optimizer_of`; or the rules of config.groups do not fit the model, or the optimizer refuses it.
+    """
+    optimizer = optimizer_of(config, trainable)
+    check_groups(optimizer.groups, models.parameter_paths(llama), paths(trainable))
+    return optimizer, jax.eval_shape(optimizer.init, trainable)
+
+
 def optimizer_settings(optimizer: ConfigDict) -> tuple[dict, dict]:
     """(what all optimizers take, what the chosen one takes beside) of config.optimizer."""
     common = {name: value for name, value in optimizer.items() if not isinstance(value, ConfigDict)}
@@ -386,7 +399,7 @@ def step_program(config: ConfigDict, shapes: LlamaConfig, mesh, remat: str):
     spec = models.lora_spec(config.lora)
     llama = hugging_face.build(shapes, spec, config.compute_dtype, config.param_dtype, remat)
     trainable = models.abstract_trainable(llama, mesh)
-    optimizer = optimizer_of(config, trainable)
+    optimizer, state = optimizer_on(config, llama, trainable)
     rows = {
         name: jax.ShapeDtypeStruct((config.batch.rows, config.data.length), dtype, sharding=meshes.batch_sharding(mesh))
         for name, dtype in {
@@ -396,7 +409,7 @@ def step_program(config: ConfigDict, shapes: LlamaConfig, mesh, remat: str):
     }
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     arguments = (
-        TrainState(step, trainable, placed_like(trainable, jax.eval_shape(optimizer.init, trainable), mesh)),
+        TrainState(step, trainable, placed_like(trainable, state, mesh)),
         None if spec is None else models.abstract(llama.clone(param_dtype=llama.compute_dtype), mesh, "params"),
         trainable if keeps_start(config) else None,
         rows,

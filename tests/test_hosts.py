@@ -242,6 +242,23 @@ def test_hosts_train_on_what_the_first_of_them_reads(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_teacher_answers_on_two_hosts_as_on_one(tiny, tmp_path):
+    """All that ends within the limit is learnt; and what is evaluated are adapters."""
+    teacher = {"data.answers": "teacher", "data.teacher": tiny, "data.teacher_max_new_tokens": 150}
+    changes = {"data.task": "qa_sft", "data.limit": 24, "lora.rank": 4, "steps": 2, **teacher}
+    one, run = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "run")
+    ended(start(*training(tiny, one.path, **changes), devices=8, ROBUST_MO_CACHE=str(tmp_path / "1")))
+    command, meet = training(tiny, run.path, **changes), meeting()
+    own = {"devices": 4, "ROBUST_MO_CACHE": str(tmp_path / "2")}
+    ended(*(start(*command, *meet, f"--process_id={n}", **own) for n in range(2)))
+    learnt = (one.path / "data.jsonl").read_text()
+    assert learnt.count("\n") > 4 and (run.path / "data.jsonl").read_text() == learnt
+    assert len(list(tmp_path.glob("2/answers/*.jsonl"))) == 1
+    for group in ("train/", "eval/"):
+        assert_close(values(run, group), values(one, group))
+
+
+@pytest.mark.slow
 def test_the_first_host_dies_and_leaves_a_checkpoint_that_the_other_cannot_read(tiny, tmp_path, alone):
     """Neither end of it may hang."""
     run, unmeasured = RunFolder(tmp_path / "run"), {"evaluation.names": "()"}

@@ -170,6 +170,7 @@ def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
         "case $(wc -l < starts) in 1) exit 75 ;; 2) kill -9 $$ ;; *) exit 2 ;; esac\n",
     )
     executable(tmp_path / "sleep", "#!/bin/sh\n")
+    (tmp_path / "robust_mo/workers.env").touch()
     script = command.removeprefix("--command=").encode().decode("unicode_escape")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
@@ -177,6 +178,15 @@ def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
     assert "ended with status 75, start 1 of 10: the same command goes on\n" in done.stderr
     assert "ended with status 137, start 2 of 10" in done.stderr and "earlier start" not in done.stderr
     assert (tmp_path / "robust_mo/starts").read_text() == f"75 -m robust_mo.{' '.join(TRAIN)} {SEEN}\n" * 3
+
+
+def test_workers_of_a_pod_get_what_is_set_here_in_a_file(tmp_path):
+    executable(tmp_path / "gcloud", '#!/bin/bash\n[ "$4" != scp ] || tar -xzOf "$5" workers.env\n')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_TOKEN": "hf_a b", "HF_HOME": "/mnt/hf"}
+    environment.pop("ROBUST_MO_CACHE", None)
+    command = ["bash", REPOSITORY / "launch/tpu_pod.sh", *POD, *TRAIN, SEEN]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+    assert said == "export HF_TOKEN=hf_a\\ b\nexport HF_HOME=/mnt/hf\n"
 
 
 def test_the_jobset_starts_a_program_of_ours_on_every_host():
@@ -188,7 +198,10 @@ def test_the_jobset_starts_a_program_of_ours_on_every_host():
     (container,) = job["template"]["spec"]["containers"]
     rules = jobset["spec"]["failurePolicy"]["rules"]  # names as JobSet's API asks for
     assert all(re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]) for rule in rules)
-    assert {variable["name"] for variable in container["env"]} == {STOPPED_STATUS}
+    given = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    assert given.keys() == {STOPPED_STATUS, "HF_HOME", "HF_TOKEN", "ROBUST_MO_CACHE"}
+    (kept,) = (mount["mountPath"] for mount in container["volumeMounts"])  # what new pods see again
+    assert given["HF_HOME"].startswith(kept) and given["ROBUST_MO_CACHE"].startswith(kept)
     program, config, _ = container["args"]
     assert (REPOSITORY / "robust_mo" / f"{program}.py").is_file()
     assert (REPOSITORY / config.removeprefix("--config=").split(":")[0]).is_file()

@@ -38,6 +38,7 @@ KINDS = {
     "lora": {"lora.rank": 4},
     "soap": {"optimizer.name": "soap", "optimizer.soap.one_sided_ratio": 1.5},
     "soap, lora": {"optimizer.name": "soap", "lora.rank": 4, "optimizer.soap.frequency": 2},
+    "micro-batches": {"batch.micro_batches": 2},
 }
 STEPS = 3
 
@@ -46,11 +47,11 @@ def build(folder, spec=None) -> Llama:
     return hugging_face.build(hugging_face.read_config(pathlib.Path(folder)), spec, "float32", "float32", "matmuls")
 
 
-def rows(seed: int = 0) -> dict[str, np.ndarray]:
-    """Two texts of random tokens in each of eight rows, every second token to be learnt."""
-    tokens = np.random.default_rng(seed).integers(0, 256, (8, 41)).astype(np.int32)
-    positions = np.tile(np.r_[:25, :15].astype(np.int32), (8, 1))
-    segments = np.tile(np.repeat([1, 2], [25, 15]).astype(np.int32), (8, 1))
+def rows(seed: int = 0, count: int = 8) -> dict[str, np.ndarray]:
+    """Two texts of random tokens in each row, every second token to be learnt."""
+    tokens = np.random.default_rng(seed).integers(0, 256, (count, 41)).astype(np.int32)
+    positions = np.tile(np.r_[:25, :15].astype(np.int32), (count, 1))
+    segments = np.tile(np.repeat([1, 2], [25, 15]).astype(np.int32), (count, 1))
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -79,23 +80,25 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         for path, leaf in jax.tree.leaves_with_path(jax.device_get(gradient)):
             found[f"{kind} gradient {jax.tree_util.keystr(path)}"] = leaf
         state = TrainState(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, optimizer.init(trainable))
-        losses = []
+        losses, parts = [], config.batch.micro_batches
         for step in range(STEPS):
             with meshes.in_force(mesh):
                 state, metrics = train_step(
                     state,
                     frozen,
                     None,
-                    meshes.place(rows(step), mesh),
+                    meshes.place(rows(step, 8 * parts), mesh),
                     jnp.float32(1e-3),
                     jnp.float32(1),
                     model=llama,
                     optimizer=optimizer,
                     chunk=100,
-                    micro_batches=1,
+                    micro_batches=parts,
                 )
             losses.append(float(metrics["loss"]))
         found[f"{kind} losses"] = np.array(losses)
+        if parts > 1:
+            continue
         params = models.merged(frozen, state.trainable, spec) if spec else state.trainable
         lengths = (5, 40, 12, 1, 9)
         tokens = np.random.default_rng(1).integers(0, 250, (5, 40)).astype(np.int32)

@@ -194,6 +194,30 @@ def test_loops_count_as_often_as_they_run_in_what_libtpu_writes(tmp_path):
     assert kinds[0] > 0, "a gradient is kept in parts"
 
 
+@pytest.mark.slow
+def test_attention_of_a_training_step_on_a_tpu_is_the_splash_kernels(tmp_path):
+    pytest.importorskip("libtpu")
+    program = """
+import pathlib, re, sys
+sys.path.insert(0, "tests")
+from robust_mo import preflight
+from robust_mo.model import mesh as meshes
+from test_preflight import config_of
+
+config = config_of(pathlib.Path(sys.argv[1]), layers=4, **{"data.length": 256})
+mesh = meshes.make_mesh(1, -1, 1, devices=preflight.devices_of("v5e:2x2"))
+function, arguments, settings = preflight.train_program(config, mesh)
+with meshes.in_force(mesh):
+    _, text = preflight._compile(function.lower(*arguments, **settings), arguments)
+kernels = [line.split()[0] for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+print(*sorted(re.sub(r"^%|_segmented.*", "", kernel) for kernel in kernels))
+"""
+    environment = {**os.environ, "PYTHONPATH": "."}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["splash_mha_dkv", "splash_mha_fwd"], done.stdout
+
+
 def leaf_bytes(folder, layers):
     model = hugging_face.build(models.shapes_of(str(folder / str(layers))), None, "float32", "float32", "none")
     return [4 * leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(model)["params"])]

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -479,13 +480,13 @@ def test_gguf_file_is_converted_once(tmp_path, cache, monkeypatch, capsys):
 def test_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
 
-    def full_disk(_, folder):
-        (folder / "config.json").write_text("{}")
-        raise OSError(28, "No space left on device")
+    def full_disk(_, file, **__):
+        file.write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "convert", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(conversion, "save_file", full_disk)
+        with pytest.raises(InputError, match="cannot be kept in .*No space left.* set ROBUST_MO_CACHE"):
             sources.resolve(path)
     assert not [file for file in cache.rglob("*") if file.is_dir() and file.name != "gguf"]
     assert (sources.resolve(path) / "model.safetensors").is_file()

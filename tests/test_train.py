@@ -122,6 +122,9 @@ def test_data_of_no_use_leave_the_folder_free(tmp_path):
     short = tiny_config(model, **changes, **{"data.length": 4})
     with pytest.raises(InputError, match="all 1 are longer than 4"):
         train(short, tmp_path / "run")
+    refused = {"optimizer.name": "schedule_free", "optimizer.schedule_free.b1": 0.0}
+    with pytest.raises(InputError, match="schedule_free"):
+        train(tiny_config(model, **changes, **refused), tmp_path / "run")
     train(tiny_config(model, **changes), tmp_path / "run")
     assert len(read_conversations(tmp_path / "run" / "data.jsonl")) == 1
 
