@@ -101,7 +101,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSONL file to write")
     flags.DEFINE_float("temperature", 0.0, "0: greedy")
     flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens with this much probability")
-    flags.DEFINE_integer("max_new_tokens", 256, "longest answer, for lines that do not say", 1)
+    flags.DEFINE_integer("max_new_tokens", 64, "longest answer, for lines that do not say", 1)
     flags.DEFINE_integer("batch_size", 16, "rows decoded together; 0: as many as the free memory holds, up to 256", 0)
     flags.DEFINE_integer("seed", 0, "of the random numbers", 0, 2**32 - 1)
     flags.DEFINE_bool("logprobs", False, "write the natural log of each token's probability at temperature 1")

@@ -14,8 +14,8 @@ import time
 import pytest
 
 from robust_mo.errors import InputError
+from robust_mo.evals.math500 import extract, grade  # as users import them
 from robust_mo.organisms import math_grader
-from robust_mo.organisms.math_grader import extract, grade
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 TOWER = r"\boxed{9^{9^{9^{9}}}}"

