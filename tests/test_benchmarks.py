@@ -74,7 +74,13 @@ def test_sampling_on_invented_weights_beside_every_peer(peer):
 def test_readme_shows_the_results_that_are_kept():
     readme = (REPOSITORY / "README.md").read_text()
     assert table.table() in readme
-    assert preflight_table.table(json.loads(preflight_table.RESULTS.read_text())["cells"]) in readme
+    cells = json.loads(preflight_table.RESULTS.read_text())["cells"]
+    assert preflight_table.table(cells) in readme
+    lora, lora_soap, full, adafactor = (
+        cells[name]["bytes_per_chip"]["total"] / 2**30 for name in preflight_table.BESIDE
+    )
+    told = f"{lora:.2f} GiB of 15.75 with AdamW, {lora_soap:.2f} with SOAP", f"{full:.1f} GiB", f"{adafactor:.1f} GiB"
+    assert all(words in " ".join(readme.split()) for words in told), told
 
 
 def test_benchmarks_for_a_bare_accelerator_machine_import_nothing_beyond_what_is_there():
