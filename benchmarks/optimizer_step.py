@@ -1,11 +1,11 @@
 """What a step costs with each optimizer, and with SOAP as it is often written, in one run.
 
     python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--rounds=3]
-        [--only NAME ...]
+        [--compilations=9] [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
 rounds of refreshes covered.  Whole step: training/step.py's second, on random tokens that all carry a loss; compiling
-is tracing, lowering and compiling it anew.  For these two the optimizers take turns, --rounds times.
+is tracing, lowering and compiling it anew, with nothing left from before.  For these two the optimizers take turns.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
 Parameters and the optimizer's state are float32, of the size's shapes and random.
 Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.
@@ -141,15 +141,20 @@ def measure_alone(optimizer, trainable, steps: int) -> dict:
     return {"first": first, "alone": told}
 
 
-def measure_whole(optimizer, trainable, inputs, statics) -> tuple[float, float]:
-    """Seconds to compile a whole step, with nothing left from before, and of the second one."""
-    jax.clear_caches()
+def compiled(optimizer, trainable, inputs, statics):
+    """A whole step."""
     shapes = jax.eval_shape(functools.partial(fresh, optimizer), trainable)
-    start = time.perf_counter()
-    step = train_step.lower(shapes, *inputs, optimizer=optimizer, **statics).compile()
-    compiling = time.perf_counter() - start
-    (_, second), _ = seconds(lambda state: step(state, *inputs)[0], fresh(optimizer, trainable), 2)
-    return compiling, second
+    return train_step.lower(shapes, *inputs, optimizer=optimizer, **statics).compile()
+
+
+def in_turns(optimizers: dict, rounds: int, measure) -> dict[str, list[float]]:
+    """What `measure` says of each optimizer, by name, in each round."""
+    taken, order = {name: [] for name in optimizers}, list(optimizers)
+    for _ in range(rounds):
+        for name in order:
+            taken[name].append(measure(name, optimizers[name]))
+        order = [*order[1:], order[0]]  # who comes first waits for the memory that the one before has left
+    return taken
 
 
 def fresh(optimizer, trainable) -> TrainState:
@@ -164,13 +169,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of whole steps")
+    parser.add_argument("--compilations", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=("",), help="beside adamw; or how their names begin")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
-    if args.rounds < 1:
-        parser.error("--rounds: give at least 1")
+    if args.rounds < 1 or args.compilations < 1:
+        parser.error("--rounds, --compilations: give at least 1")
     meshes.leave_out_absent_tpus()
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be a look-up
 
@@ -194,7 +200,7 @@ def main() -> None:
     chosen = optimizers(config.hidden_size, args.lora)
     chosen = {name: chosen[name] for name in chosen if name == "adamw" or name.startswith(tuple(args.only))}
 
-    found, rounds = {}, {name: [] for name in chosen}
+    found = {}
     print(
         f"{args.rows * args.length} tokens a step, {config.num_hidden_layers} layers; seconds: median (largest)",
         flush=True,
@@ -203,13 +209,22 @@ def main() -> None:
         found[name] = measure_alone(optimizer, trainable, args.steps)
         first, alone = found[name]["first"], found[name]["alone"]
         print(f"{name:18} alone {alone['median']:7.3f} ({alone['max']:7.3f})  first {first:.0f}", flush=True)
-    order = list(chosen)
-    for _ in range(args.rounds):
-        for name in order:
-            rounds[name].append(measure_whole(chosen[name], trainable, inputs, statics))
-        order = [*order[1:], order[0]]  # who comes first waits for the memory that the one before has left
-    for name, taken in rounds.items():
-        for what, times in zip(("compiling", "whole"), zip(*taken, strict=True), strict=True):
+    steps = {}
+
+    def compile_anew(name, optimizer) -> float:
+        jax.clear_caches()
+        start = time.perf_counter()
+        steps[name] = compiled(optimizer, trainable, inputs, statics)
+        return time.perf_counter() - start
+
+    def second_step(name, optimizer) -> float:
+        (_, second), _ = seconds(lambda state: steps[name](state, *inputs)[0], fresh(optimizer, trainable), 2)
+        return second
+
+    compiling = in_turns(chosen, args.compilations, compile_anew)
+    whole = in_turns(chosen, args.rounds, second_step)
+    for name in chosen:
+        for what, times in (("compiling", compiling[name]), ("whole", whole[name])):
             found[name][what] = {"median": statistics.median(times), "rounds": times}
         row, adamw = found[name], found["adamw"]
         added = (row["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
