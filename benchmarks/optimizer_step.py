@@ -23,7 +23,7 @@ import optax
 from flax import linen as nn
 
 from benchmarks import sizes
-from benchmarks.peers import keep, result_name
+from benchmarks.peers import keep, result_name, times_as_long
 from benchmarks.sizes import SIZES
 from benchmarks.training import CLIP_NORM, make
 from robust_mo.model import hugging_face
@@ -228,10 +228,11 @@ def main() -> None:
             found[name][what] = {"median": statistics.median(times), "rounds": times}
         row, adamw = found[name], found["adamw"]
         added = (row["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
-        told = (
-            f"{what} {row[what]['median']:6.2f} ({row[what]['median'] / adamw[what]['median']:.2f} of adamw's)"
+        told = [
+            f"{what} {row[what]['median']:6.2f} ({times:.2f} of adamw's)"
             for what in ("whole", "compiling")
-        )
+            for times in [times_as_long(row[what]["rounds"], adamw[what]["rounds"])]
+        ]
         print(f"{name:18}", *told, f"alone adds {added:+.1%}", sep="  ", flush=True)
     name = result_name("optimizer_step", args.size) + "-lora" * args.lora
     keep(name, {"seconds": found, "tokens": args.rows * args.length})

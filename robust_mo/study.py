@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
-from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms
+from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms, without_sweep
 from robust_mo.analysis.summary import NothingFinished
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
@@ -509,6 +509,8 @@ def study(config: ConfigDict, workdir: pathlib.Path, at_once: int = 1) -> None:
       InputError: cells failed; the others are done and the report is drawn.
     """
     check(config)
+    if single := without_sweep(config.study):
+        print(f"optimizers are compared at one learning rate each ({', '.join(single)}): a sweep of its own is fairer")
     with claimed(config, workdir) as folder:
         if folder:
             if at_once > 1:

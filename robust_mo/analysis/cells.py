@@ -86,6 +86,12 @@ def organisms(study) -> list[Organism]:
     ]
 
 
+def without_sweep(study) -> list[str]:
+    """Arms that are compared with those of another optimizer, at one learning rate alone."""
+    named = {arm: values["red"].get("optimizer", {}).get("name") for arm, values in study["arms"].items()}
+    return [arm for arm in named if len(set(named.values())) > 1 and len(study["arms"][arm]["learning_rates"]) < 2]
+
+
 def attacks(study, organism: Organism) -> list[Attack]:
     """Every blue run that the study plans against an organism."""
     grid = itertools.product(study["methods"], study["learning_rates"], study["seeds"])
