@@ -69,11 +69,6 @@ def run_side(name: str, side: str, **environment: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def times_as_long(ours: list[float], others: list[float]) -> float:
-    """The median of the rounds' ratios: a machine that gets slower on the way slows both sides of a round."""
-    return statistics.median(one / other for one, other in zip(ours, others, strict=True))
-
-
 def keep(name: str, figures: dict) -> None:
     """Writes `figures` as results/NAME.json beside command, device, versions, revision and date."""
     from robust_mo.runs import git_revision, versions

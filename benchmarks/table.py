@@ -7,7 +7,7 @@ Knows what each benchmark's result means; runs nothing.
 
 import json
 
-from benchmarks.peers import RESULTS, short, times_as_long
+from benchmarks.peers import RESULTS, short
 
 # File of benchmarks/results -> (what is measured, beside what).
 TITLES = {
@@ -54,9 +54,7 @@ def table() -> str:
             what = f"{what}, {kept['tokens']:,} tokens"
             adamw, soap = (kept["seconds"][name] for name in ("adamw", "soap, staggered"))
             origin = f"{kept['device']}, {len(soap['whole']['rounds'])}, {kept['date']}"
-            turns, compiling = (
-                times_as_long(soap[what]["rounds"], adamw[what]["rounds"]) for what in ("whole", "compiling")
-            )
+            turns, compiling = (soap[what]["median"] / adamw[what]["median"] for what in ("whole", "compiling"))
             times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {turns:.2f}, compiling {compiling:.2f})"
             lines.append(f"| {what} | an AdamW step | | | {times} | {origin} |")
     if kept := _kept("start"):
