@@ -2,7 +2,7 @@
 # One program on a Cloud TPU slice, made if need be and made again when it is preempted:
 #
 #   bash launch/tpu_pod.sh --name=mo --zone=us-east5-b --type=v5litepod-16 [--spot] [--version=v2-alpha-tpuv5-lite] \
-#     [--dry_run] -- train --config=configs/red_lora.py:8b --workdir=gs://BUCKET/red
+#     [--cache=/mnt/FILESTORE/cache] [--dry_run] -- train --config=configs/red_lora.py:8b --workdir=gs://BUCKET/red
 #
 # Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same
 # command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the
@@ -11,21 +11,22 @@
 # ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus
 # tpu-vm delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's
 # firewall: jax's own is 8482 since 0.8.1 (8476 before); JAX_COORDINATOR_PORT=8476 before this command takes another.
-# Where they are set here, the workers get HF_TOKEN, which gated models want, and HF_HOME and ROBUST_MO_CACHE: folders
-# for models and a teacher's answers; in one that all workers see they outlive a preemption.
+# Where it is set here, the workers get HF_TOKEN, which gated models want.  --cache is a folder of theirs for models and
+# a teacher's answers; in one that all of them see these outlive a preemption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "tpu_pod.sh: $1" >&2; exit 2; }
 say() { echo "tpu_pod.sh: $*" >&2; }
 
-name='' zone='' type='' version=tpu-ubuntu2204-base spot=() dry_run='' port=${JAX_COORDINATOR_PORT:-8482}
+name='' zone='' type='' cache='' version=tpu-ubuntu2204-base spot=() dry_run='' port=${JAX_COORDINATOR_PORT:-8482}
 while [ $# -gt 0 ]; do
   case "$1" in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
+    --cache=*) cache=${1#*=} ;;
     --spot) spot=(--spot) ;;
     --dry_run) dry_run=yes ;;
     --) shift; break ;;
@@ -58,7 +59,7 @@ state() {  # nothing where there is no such slice
   grep -q NOT_FOUND "$errors" || { cat "$errors" >&2; fail "gcloud does not say how the slice $name is, see above"; }
 }
 # The archive unpacks over an earlier copy; the workers' own .venv stays.  Ubuntu 22.04's own Python is 3.10.
-setup="set -e; mkdir -p robust_mo; tar -xzf robust_mo.tgz -C robust_mo; cd robust_mo
+setup="set -e; mkdir -p robust_mo; tar -xzf robust_mo.tgz -C robust_mo; rm robust_mo.tgz; cd robust_mo; chmod 600 workers.env
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -yqq python3.11 python3.11-venv; }
   export PYTHON=python3.11
@@ -81,9 +82,10 @@ done; exit \$status"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 archive=$scratch/robust_mo.tgz errors=$scratch/errors
-for variable in HF_TOKEN HF_HOME ROBUST_MO_CACHE; do  # in a file, since all can read a command
-  [ -z "${!variable:-}" ] || printf 'export %s=%q\n' "$variable" "${!variable}"
-done >"$scratch/workers.env"
+{  # in a file, since all can read a command
+  [ -z "${HF_TOKEN:-}" ] || printf 'export HF_TOKEN=%q\n' "$HF_TOKEN"
+  [ -z "$cache" ] || printf 'export HF_HOME=%q ROBUST_MO_CACHE=%q\n' "$cache/huggingface" "$cache"
+} >"$scratch/workers.env"
 run git archive --format=tgz --add-file="$scratch/workers.env" --output="$archive" HEAD
 
 had=

@@ -81,9 +81,7 @@ def _system_prompt(source: str) -> str:
     """What a run is measured under; "" for other models."""
     if not models.is_run(source):
         return ""
-    config = RunFolder(source).config()
-    example = command_line.load_config(command_line.DEFAULT_CONFIG, "").to_dict()
-    command_line.check_fields(config, {name: example[name] for name in _READ}, file=str(RunFolder(source).path))
+    config = command_line.recorded(RunFolder(source), _READ)
     entry = backdoor(config["backdoor"], config["backdoors"], config["password_locked"])
     return entry.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags, logging
@@ -264,12 +264,25 @@ def load_config(file: str, argument: str) -> ConfigDict:
     return config
 
 
-def check_fields(config, example, group: str = "config", file: str = "configs/default.py") -> None:
+def recorded(run: runs.RunFolder, names: Sequence[str]) -> dict:
+    """A run's config, which has these fields of a training config as programs of today want them.
+
+    Raises:
+      InputError: it has not; another version may have made it.
+    """
+    example, config = load_config(DEFAULT_CONFIG, "").to_dict(), run.config()
+    check_fields(config, {name: example[name] for name in names}, origin=str(run.path / "config.json"))
+    return config
+
+
+def check_fields(
+    config, example, group: str = "config", file: str = "configs/default.py", origin: str = "--config"
+) -> None:
     """Raises InputError where `config` lacks a field of `example` or holds a value of another type there.
 
     Args:
       config, example: ConfigDicts or dicts.
-      group, file: for the message: what `config` is called, and where to look for an example.
+      group, file, origin: for the message: what `config` is called, where to look for an example, where it comes from.
     """
     given, wanted = runs.flatten(config), runs.flatten(example)
     # "a.b.c" holds a, a.b and a.b.c.
@@ -279,7 +292,7 @@ def check_fields(config, example, group: str = "config", file: str = "configs/de
         for part in itertools.accumulate(name.split("."), lambda group, field: f"{group}.{field}")
     }
     if missing := [f"{group}.{name}" for name in wanted if name not in held]:
-        raise InputError(f"--config has no {', '.join(missing[:8])}; see {file}")
+        raise InputError(f"{origin} has no {', '.join(missing[:8])}; see {file}")
     for name, value in wanted.items():
         if name not in given:
             continue  # a group that is empty in the example and may hold anything

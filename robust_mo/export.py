@@ -79,9 +79,7 @@ def export(run: str, output: pathlib.Path, form: str, dtype: str | None, step: i
         raise InputError(f"--run={run} has trained nothing, a prompt makes it: take the model that it began from")
     if output.exists():
         raise InputError(f"--output={output} exists: choose another, or delete it")
-    example = command_line.load_config(command_line.DEFAULT_CONFIG, "").to_dict()
-    config = RunFolder(run).config()
-    command_line.check_fields(config, {name: example[name] for name in _READ}, file=str(RunFolder(run).path))
+    config = command_line.recorded(RunFolder(run), _READ)
     spec = models.lora_spec(config["lora"])
     if form == "peft" and spec is None:
         raise InputError(f"{run} trained all weights, so there is no adapter to export: give --format=merged")

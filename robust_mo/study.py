@@ -138,6 +138,12 @@ def told(found: gate.Verdict, limits: ConfigDict) -> str:
     return f"{'gate passed' if found.passed else 'GATE FAILED'}: {', '.join(rates)}"
 
 
+def caution(config: ConfigDict) -> None:
+    """Says what is allowed and seldom meant."""
+    if single := without_sweep(config.study, config.red.optimizer.name):
+        print(f"optimizers are compared at one learning rate each ({', '.join(single)}): a sweep of its own is fairer")
+
+
 def _bounded(rate: dict) -> str:
     return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['count']}"
 
@@ -509,8 +515,7 @@ def study(config: ConfigDict, workdir: pathlib.Path, at_once: int = 1) -> None:
       InputError: cells failed; the others are done and the report is drawn.
     """
     check(config)
-    if single := without_sweep(config.study):
-        print(f"optimizers are compared at one learning rate each ({', '.join(single)}): a sweep of its own is fairer")
+    caution(config)
     with claimed(config, workdir) as folder:
         if folder:
             if at_once > 1:
@@ -646,6 +651,7 @@ def left(config: ConfigDict, workdir: pathlib.Path) -> dict[str, tuple[str, ...]
 def submit(config: ConfigDict, workdir: pathlib.Path, settings: dict) -> None:
     """Hands what is left of a study to SLURM; the jobs are this command again, each with its --job."""
     check(config)
+    caution(config)
     with claimed(config, workdir) as folder:
         if folder:
             command = [sys.executable, "-m", "robust_mo.study", *sys.argv[1:]]
@@ -797,6 +803,7 @@ def main(args: flags.FlagValues) -> None:
         raise InputError(f"--at_once={args.at_once} is for this machine: SLURM decides what runs beside what")
     elif args.dry_run:
         check(config)
+        caution(config)
         if args.executor == "slurm":
             for name, after in left(config, workdir).items():
                 print(_told_job(name, after))

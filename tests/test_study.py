@@ -108,10 +108,12 @@ def test_arms_of_another_optimizer_want_a_sweep_of_their_own():
     swept, once = (1e-4, 3e-4), (1e-4,)
     grids = {"soap": swept, "plain": once, "decayed": swept, "muon": ()}
     study = {"arms": {name: arm({}, {}, rates) for name, rates in grids.items()}}
-    assert not without_sweep(study)
+    assert not without_sweep(study, "adamw")
     for name in ("soap", "muon"):
         study["arms"][name] = arm({"optimizer": {"name": name}}, {}, grids[name])
-    assert without_sweep(study) == ["plain", "muon"]
+    assert without_sweep(study, "adamw") == ["plain", "muon"]
+    same = {name: arm(red, {}, once) for name, red in (("a", {}), ("b", {"optimizer": {"name": "adamw"}}))}
+    assert not without_sweep({"arms": same}, "adamw")
 
 
 @pytest.mark.parametrize(

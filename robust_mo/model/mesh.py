@@ -122,7 +122,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     side of the slice.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or cannot be laid over several slices of a pod.
+      InputError: the sizes do not multiply to the number of devices, or there is no device.
     """
     devices = all_devices() if devices is None else devices
     sizes = [replica, fsdp, tensor]
@@ -133,12 +133,12 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
         raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
     slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
     if devices[0].platform == "tpu" and slices > 1:
-        # Between slices the network is slow: the outermost axis that can spans them.
-        across = next((axis for axis, size in enumerate(sizes) if size % slices == 0), None)
-        if across is None:
-            raise InputError(f"config.mesh: no axis of {sizes} is a multiple of the {slices} slices: make replica one")
-        between = [slices if axis == across else 1 for axis in range(3)]
-        within = [size // times for size, times in zip(sizes, between, strict=True)]
+        # Between slices the network is slow: the outermost axes span them.
+        between, left = [], slices
+        for size in sizes:
+            between.append(math.gcd(size, left))
+            left //= between[-1]
+        within = [size // parts for size, parts in zip(sizes, between, strict=True)]
         laid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     else:  # GPUs by their numbers, so that those of a host lie beside one another along the last axes
         laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -63,8 +63,9 @@ def resolve(model: str | os.PathLike[str]) -> pathlib.Path:
         same name.
 
     Raises:
-      InputError: there is no such model, it cannot be fetched, or its files are incomplete or unsafe to read.
-      OSError: the cache cannot be written.
+      InputError: there is no such model, it cannot be fetched, its files are incomplete or unsafe to read, or the disk
+        of the cache is full or not to be written.
+      OSError: the cache cannot be written otherwise.
     """
     name = os.fspath(model)
     if name == EMBEDDED:
