@@ -1,6 +1,6 @@
 """What a step costs with each optimizer, and with SOAP as it is often written, in one run.
 
-    python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=4] [--length=512] [--steps=22] [--rounds=3]
+    python -m benchmarks.optimizer_step [--size=smol] [--lora] [--rows=16] [--length=512] [--steps=22] [--rounds=3]
         [--compilations=9] [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="smol")
     parser.add_argument("--lora", action="store_true", help=f"adapters of rank {RANK} on all projections")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2 + 2 * FREQUENCY)
     parser.add_argument("--rounds", type=int, default=3, help="of whole steps")
