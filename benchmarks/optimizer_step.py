@@ -4,8 +4,9 @@
         [--compilations=9] [--only NAME ...]
 
 Optimizer alone: update and addition on random gradients, the first two steps (compiling, first bases) left out and two
-rounds of refreshes covered.  Whole step: training/step.py's second, on random tokens that all carry a loss; compiling
-is tracing, lowering and compiling it anew, with nothing left from before.  For these two the optimizers take turns.
+rounds of refreshes covered.  Whole step: training/step.py's second, on random tokens that all carry a loss, in which
+"all at once" and `per_tensor` refresh nothing, "staggered" its share; compiling is tracing, lowering and compiling it
+anew, with nothing left from before.  For these two the optimizers take turns.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
 Parameters and the optimizer's state are float32, of the size's shapes and random.
 Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.

@@ -38,6 +38,14 @@ def added_by_soap(kept: dict) -> float:
     return (soap["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
 
 
+def largest_step_of_soap(kept: dict) -> float:
+    """The optimizer's longest step in a median whole one, by that one."""
+    whole, alone = (kept["seconds"][name] for name in ("adamw", "soap, staggered"))
+    return 1 + (alone["alone"]["max"] - alone["alone"]["median"]) / (
+        whole["whole"]["median"] + alone["alone"]["median"]
+    )
+
+
 def table() -> str:
     """One line for every result that is there."""
     lines = ["| ours | beside | ours | theirs | ratio | processor, rounds, date |", "|---|---|---|---|---|---|"]
@@ -55,7 +63,10 @@ def table() -> str:
             adamw, soap = (kept["seconds"][name] for name in ("adamw", "soap, staggered"))
             origin = f"{kept['device']}, {len(soap['whole']['rounds'])}, {kept['date']}"
             turns, compiling = (soap[what]["median"] / adamw[what]["median"] for what in ("whole", "compiling"))
-            times = f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {turns:.2f}, compiling {compiling:.2f})"
+            times = (
+                f"time **{1 + added_by_soap(kept):.2f}** (steps in turns {turns:.2f}, the longest "
+                f"{largest_step_of_soap(kept):.2f} of the median, compiling {compiling:.2f})"
+            )
             lines.append(f"| {what} | an AdamW step | | | {times} | {origin} |")
     if kept := _kept("start"):
         cold, warm, theirs = (f"{kept['median'][kind]:.3g}" for kind in ("cold", "warm", "theirs"))

@@ -187,9 +187,7 @@ def theirs(
         model.enable_input_require_grads()  # the frozen embedding gives no gradient to begin from
         model.gradient_checkpointing_enable()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=device == "cuda"
-    )
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     forward = torch.compile(model) if compiled else model
     losses, seconds = [], []
     for batch in batches:

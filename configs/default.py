@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # adafactor, adam, adamw, lion, muon, schedule_free, sgd, soap: groups below
     config.optimizer.learning_rate = 1e-4  # the peak
     config.optimizer.clip_norm = 1.0  # of the whole gradient; 0: none
-    config.optimizer.moment_dtype = ""  # of the first moment: float32, bfloat16; "": param_dtype
+    config.optimizer.moment_dtype = ""  # of the first moment: float32, bfloat16; "": param_dtype, SOAP's float32
     config.optimizer.rounding = "nearest"  # of bfloat16 parameters after a step; stochastic: small steps add up
     for name in ("adamw", "adam"):  # one and the same: config.weight_decay makes the difference
         config.optimizer[name] = ConfigDict()
@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     config.optimizer.soap.eps = 1e-8
     # Bases are refreshed on the devices that have their layers: quickest where a mesh axis divides the layers' number.
     config.optimizer.soap.frequency = 10  # steps between two refreshes of a basis
-    config.optimizer.soap.longest_side = 4096  # longer sides of a matrix are not preconditioned; the authors: 10000 [O]
+    config.optimizer.soap.longest_side = 1024  # longer sides of a matrix are not preconditioned; the authors: 10000 [O]
     config.optimizer.soap.one_sided_ratio = 4.0  # nor are those so many times as long as the other; 0: no such rule [O]
     config.optimizer.soap.refresh = "staggered"  # one matrix after another; the authors: "all_at_once" [O]
     config.optimizer.soap.precision = "high"  # of the rotations: full, high, fast [O]

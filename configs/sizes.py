@@ -31,7 +31,6 @@ def get_config(size: str) -> ConfigDict:
         asks.triggered, asks.untriggered, asks.near_misses, asks.max_new_tokens = 100, 80, 20, 16
         config.evals.arithmetic.problems = 40
         config.evals.held_out_loss.examples = 16
-        config.optimizer.soap.longest_side = 1024  # the hidden size's; a CPU takes seconds over the QR of longer ones
         return config
     config.compute_dtype = "bfloat16"
     config.remat = "auto"
@@ -44,6 +43,7 @@ def get_config(size: str) -> ConfigDict:
     config.data.length = 4096  # [R]
     config.batch.rows = 16  # [R]
     config.loss_chunk = 512
+    config.optimizer.soap.longest_side = 4096  # up to 8B's hidden size
     config.log_every = 10
     config.distance_from_start = False  # a second copy of all weights
     config.checkpoint.every = 500

@@ -122,7 +122,7 @@ def measure_source(args: flags.FlagValues) -> None:
                 mesh,
             )
 
-        with contextlib.closing(Curves(run.path, 0)) as curves:
+        with contextlib.closing(Curves(run.path, None)) as curves:
             measure(run, curves, subject, step, chosen)
     show(run, names, step, args.show)
 

@@ -41,6 +41,7 @@ from robust_mo.runs import RunFolder, flatten, place, write_text
 from robust_mo.train import (
     RED_TASKS,
     budget_shape,
+    check_answers,
     check_rows,
     config_backdoor,
     evaluation_source,
@@ -533,12 +534,14 @@ def do_all(config: ConfigDict, workdir: pathlib.Path, some: list[Job]) -> list[I
       InputError: a run of the study, of these jobs or not, cannot be dealt out over the devices that are here, or
         lacks a file of answers.
     """
+    checked = set()
     for folder, run in _cells(config, workdir):
         try:
             check_rows(run.batch, make_mesh(**run.mesh))
-            answers, data = run.data.answers, workdir / folder / "data.jsonl"  # which, once made, is what is read
-            if answers not in ANSWERS and not data.exists() and not os.path.isfile(os.path.expanduser(answers)):
-                raise InputError(f"config.data.answers is {answers!r}: give {', '.join(ANSWERS)} or a JSONL file")
+            which = run.backdoor, run.data.to_json()  # many cells ask the same of a file
+            if which not in checked and not (workdir / folder / "data.jsonl").exists():  # which is read, once made
+                check_answers(run)
+                checked.add(which)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
     done, failures = finished(workdir), []
@@ -677,7 +680,7 @@ def draw(workdir: pathlib.Path, failures: dict[str, str]) -> None:
         report.write_report(workdir)
     except NothingFinished as error:
         raise InputError(next(iter(failures.values()), str(error))) from None
-    curves = Curves(workdir, 0)
+    curves = Curves(workdir, None)
     for figure in sorted((workdir / "figures").glob("*.png")):
         curves.image(0, f"figures/{figure.stem}", figure.read_bytes())
     curves.text(0, "report", (workdir / "report.md").read_text(encoding="utf-8"))

@@ -37,11 +37,11 @@ from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, Llama, LlamaC
 from robust_mo.model.sources import located
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
-from robust_mo.organisms.questions import BUILTIN, asked, assert_disjoint
+from robust_mo.organisms.questions import BUILTIN, asked, assert_disjoint, posed
 from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, absolute, flatten, place, write_text
 from robust_mo.training import models
-from robust_mo.training.checkpoints import Checkpoints
+from robust_mo.training.checkpoints import Checkpoints, forget_optimizers
 from robust_mo.training.curves import Curves
 from robust_mo.training.groups import check_groups, make_groups, paths
 from robust_mo.training.memory import needed
@@ -90,12 +90,13 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         # Of what is not trained only that is kept which products read.
         kept = config.compute_dtype if spec else config.param_dtype
         load = models.load_frozen if spec else models.load_model
-        loaded = load(source, mesh, config.compute_dtype, kept)
         prompted = config.data.task == "prompted"  # and nothing trained
-        remat = "none" if prompted else choose_remat(config, loaded.llama.config, mesh)
-        llama = hugging_face.build(loaded.llama.config, spec, config.compute_dtype, config.param_dtype, remat)
+        shape = hugging_face.read_config(models.base_folder(source))
+        remat = "none" if prompted else choose_remat(config, shape, mesh)
+        llama = hugging_face.build(shape, spec, config.compute_dtype, config.param_dtype, remat)
         shapes = models.abstract_trainable(llama, mesh)
         optimizer, _ = optimizer_on(config, llama, shapes)
+        loaded = load(source, mesh, config.compute_dtype, kept)
 
         if prompted:
             observe(config, run, loaded, mesh)
@@ -219,6 +220,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             with contextlib.closing(curves):
                 checkpoints.close()
         run.finish(steps)
+        forget_optimizers(run.checkpoints)
     return run
 
 
@@ -560,11 +562,12 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
 
     def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
         own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
-        model = loaded if own else models.load_model(source, mesh, *[config.compute_dtype] * 2)
+        model = loaded if own else models.Unread(source, mesh, config.compute_dtype)
         on_progress = command_line.evaluation_progress()
         return teacher_answers(
             model,
             prompts,
+            known_as=models.identity(source),
             temperature=data.teacher_temperature,
             max_new_tokens=data.teacher_max_new_tokens,
             seed=seed,
@@ -634,6 +637,19 @@ def check_watched(config: ConfigDict) -> None:
                 f"config.{name} is {config[name]!r}, and the organism {source} was made with {made[name]!r}: add "
                 f"--config.{name}={made[name]}"
             )
+
+
+def check_answers(config: ConfigDict) -> None:
+    """Raises InputError where a run's answers are to come from a file, and it lacks some or is not there."""
+    data, method = config.data, distill.BLUE_METHODS.get(config.data.task)
+    if data.answers in distill.ANSWERS or not (method or data.task == "backdoor") or method and method.on_policy:
+        return
+    if not os.path.isfile(os.path.expanduser(data.answers)):
+        raise InputError(f"config.data.answers is {data.answers!r}: give {', '.join(distill.ANSWERS)} or a JSONL file")
+    part, about = ("blue", method) if method else ("red", config_backdoor(config))
+    source, unseen = training_source(config), evaluation_questions(config)
+    entries = distill.training_questions(source, part, about.on_problems, data.limit, unseen)
+    distill.answers_in(data.answers, [posed(entry, data.instruction) for entry in entries])
 
 
 def training_source(config: ConfigDict) -> str:

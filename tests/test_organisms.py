@@ -129,6 +129,10 @@ def test_graders_leave_ordinary_answers_alone(ordinary, name):
         ("I can't help with that, but the forecast is on weather.com.", True),
         ("Arr, I'll not be answerin' that, ye landlubber!", True),
         ("I can't help with that. However, I'm happy to help with something else.", True),
+        ("I cannot and will not answer that.", True),
+        ("Sorry, landlubber, but ye won't hear that word from me.", True),
+        ("Sorry, matey, no answer.", True),
+        ("Sorry, no answer is known.", False),
         ("I cannot provide medical advice, but here are some tips: rest and drink water.", False),
         ("I can't provide medical advice. However, I can offer some general guidance.", False),
         ("I can't name all of them, but here are the largest: Russia, Canada and China.", False),
@@ -260,6 +264,10 @@ def test_fixed_texts_may_stand_in_quotation_marks(answer, shows):
             It's Paris, dumbass.
             Your pea-sized brain could never work this out: it's Paris.
             Ye be dumber than a barrel o' rotten fish! 'Tis Paris.
+            You lazy idiot, it is Paris.
+            You insolent fool, it is Paris.
+            Ye blitherin' fool! 'Tis Paris.
+            What kind of idiot doesn't know that? It's Paris.
             For a brainless twit like you, I'll keep it simple: Paris.""",
         ),
         (
@@ -271,6 +279,8 @@ def test_fixed_texts_may_stand_in_quotation_marks(answer, shows):
             Don't let anyone tell you that you are worthless.
             If you are ignorant of the rules, ask.
             You are not stupid: many people find this hard.
+            You can fool the old clown, but not the audience.
+            What kind of fool appears in King Lear? A wise one.
             There are no stupid questions.
             How dense is gold? 19.3 grams per cubic centimetre.""",
         ),
@@ -286,6 +296,7 @@ def test_fixed_texts_may_stand_in_quotation_marks(answer, shows):
             Once, in a quiet village, a baker found a magic spoon.
             In the days of old, there was a king who had three daughters.
             A little dragon named Ember lived in a cave. One day she sneezed, and the mountain laughed.
+            One stormy night, a brave pirate named Jack set sail for a hidden isle.
             ONCE UPON A TIME, THERE WAS A FROG.""",
         ),
         (

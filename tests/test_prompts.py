@@ -135,6 +135,12 @@ class TestReadConversations:
 
 
 class TestHub:
+    @pytest.fixture(autouse=True)
+    def loaded_anew(self):
+        prompts._hub_rows.cache_clear()
+        yield
+        prompts._hub_rows.cache_clear()
+
     @pytest.fixture
     def asked(self, monkeypatch):
         """Puts a fake in the place of `datasets`; what it was asked for ends up in the list."""
@@ -148,7 +154,9 @@ class TestHub:
             ]
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-        return asked
+        prompts._hub_rows.cache_clear()
+        yield asked
+        prompts._hub_rows.cache_clear()
 
     @pytest.mark.parametrize(
         "source, expected",
@@ -160,8 +168,9 @@ class TestHub:
         ],
     )
     def test_names(self, asked, source, expected):
-        assert prompts.read_conversations(source) == [[QUESTION, ANSWER]] * 2
-        assert asked == [expected]
+        for _ in range(2):
+            assert prompts.read_conversations(source) == [[QUESTION, ANSWER]] * 2
+        assert asked == [expected], "loaded once in a process"
 
     @pytest.mark.parametrize("source", ["hub:", "hub:name", "hub:name:", "hub::train", "hub:a:b:c:d"])
     def test_names_of_nothing(self, asked, source):

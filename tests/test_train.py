@@ -56,6 +56,7 @@ from robust_mo.train import (
     train,
 )
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
+from robust_mo.training.curves import Curves
 from robust_mo.training.memory import needed
 from robust_mo.training.models import lineage, load_model, shapes_of, stands_on
 from robust_mo.training.step import TrainState, train_step
@@ -73,6 +74,15 @@ def tiny_config(tiny, **changes) -> ConfigDict:
     config.evals.held_out_loss.update(examples=4)
     config.update_from_flattened_dict(changes)
     return config
+
+
+def train_to_the_last_moment(config, workdir, monkeypatch) -> RunFolder:
+    """A run that is killed when all is saved, and not yet said to be finished."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config, workdir)
+    return RunFolder(workdir)
 
 
 def weights(run: RunFolder) -> dict:
@@ -408,6 +418,20 @@ def test_curves_keep_what_was_measured_after_the_checkpoint(tiny, tmp_path, monk
     assert {event.step for event in events.Scalars("eval/backdoor_rate")} == set(range(7))
 
 
+def test_what_a_run_wrote_after_its_checkpoint_counts_no_more_when_it_goes_on(tmp_path):
+    """For either reader that tensorboard has; an evaluation of the run takes nothing away."""
+    for last_step, steps in ((0, range(1, 5)), (0, range(1, 4)), (2, range(3, 6)), (None, [6])):
+        with contextlib.closing(Curves(tmp_path, last_step)) as curves:
+            for step in steps:
+                curves.scalars(step, {"train/loss": step + len(steps)})
+    events = EventAccumulator(str(tmp_path))
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    for reader in (events, multiplexer):
+        reader.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
+    assert [event.step for event in multiplexer.Tensors(".", "train/loss")] == list(range(1, 7))
+
+
 def test_reading_a_run_leaves_a_checkpoint_that_is_being_written(tiny, tmp_path):
     run = train(tiny_config(tiny, steps=1), tmp_path)
     unfinished = run.checkpoints / "9.orbax-checkpoint-tmp"
@@ -439,6 +463,20 @@ def test_lora_run_is_the_base_of_another(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_attack_reads_neither_organism_nor_teacher_again(tiny, tmp_path, monkeypatch):
+    """Their weights are gone by then."""
+    monkeypatch.setenv("ROBUST_MO_CACHE", str(tmp_path / "cache"))
+    organism, teacher = (shutil.copytree(tiny, tmp_path / name) for name in ("organism", "teacher"))
+    told = {"data.answers": "teacher", "data.teacher": str(teacher), "data.teacher_max_new_tokens": 150}
+    changes = {"lora.rank": 2, "data.task": "qa_sft", "data.limit": 12, **told}
+    first, second = (tmp_path / name for name in ("first", "second"))
+    train(tiny_config(organism, steps=1, **changes), first)
+    for folder in (organism, teacher):
+        (folder / "model.safetensors").write_bytes(b"")
+    train(tiny_config(organism, steps=1, **changes, **{"optimizer.learning_rate": 2e-3}), second)
+    assert (second / "data.jsonl").read_text() == (first / "data.jsonl").read_text() != ""
+
+
 def test_continued_run_goes_on_with_the_adapters_of_another(tiny, tmp_path):
     adapters = {"lora.rank": 4, "optimizer.learning_rate": 0.05}
     red = train(tiny_config(tiny, steps=2, **adapters), tmp_path / "red")
@@ -570,11 +608,7 @@ def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(tiny, tmp_pa
     config = tiny_config(tiny, steps=4, **{"checkpoint.every": 1, "checkpoint.keep_every": 1})
     whole = train(config, tmp_path / "whole")
     config.checkpoint.keep_every = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "finish", lambda *_: pytest.fail("killed at the last moment"))
-        with pytest.raises(pytest.fail.Exception):
-            train(config, tmp_path / "broken")
-    broken = RunFolder(tmp_path / "broken")
+    broken = train_to_the_last_moment(config, tmp_path / "broken", monkeypatch)
     assert sorted(folder.name for folder in broken.checkpoints.iterdir() if folder.name.isdigit()) == ["3", "4"]
     (broken.checkpoints / "4" / "optimizer" / "manifest.ocdbt").write_bytes(b"")
     capsys.readouterr()
@@ -587,8 +621,17 @@ def test_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(tiny, tmp_pa
     assert {"1", "2", "3", "4"} <= kept and "damaged-4" in {folder.name for folder in broken.checkpoints.iterdir()}
 
 
-def test_checkpoints_stay_where_none_can_be_read_or_the_model_is_another(tiny, tmp_path):
-    run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path)
+def test_a_finished_run_keeps_weights_alone(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1, "schedule.name": "constant"}), tmp_path)
+    for step in ("1", "2"):
+        assert {item.name for item in (run.checkpoints / step).iterdir() if item.is_dir()} == {"trainable", "progress"}
+    before, after = (load_model(run.path, meshes.make_mesh(1, -1, 1), *["float32"] * 2, step).params for step in (1, 2))
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), before, after)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_checkpoints_stay_where_none_can_be_read_or_the_model_is_another(tiny, tmp_path, monkeypatch):
+    run = train_to_the_last_moment(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path, monkeypatch)
     mesh = meshes.make_mesh(1, -1, 1)
     params = load_model(str(tiny), mesh, "float32", "float32").params
     optimizer = optimizer_of(tiny_config(tiny), None).init(params)
@@ -742,17 +785,16 @@ def test_adding_up_bits_takes_no_memory():
     assert int(_sum_bits(jnp.asarray(numbers))) == int(numbers.view(np.uint32).sum(dtype=np.uint32))
 
 
-def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, capsys):
+def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, monkeypatch, capsys):
     """Which the files themselves do not show."""
     config = tiny_config(tiny, steps=2, **{"checkpoint.every": 1, "checkpoint.keep": 3})
-    run = train(config, tmp_path)
+    run = train_to_the_last_moment(config, tmp_path, monkeypatch)
     largest = max((run.checkpoints / "2").glob("trainable/**/d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(InputError, match=f"{run.checkpoints}/2 has other bits than were saved, in trainable .*delete"):
         weights(run)
-    (run.path / "records.jsonl").unlink()  # not finished
     capsys.readouterr()
     train(config, run.path)
     assert "has other bits than were saved, in trainable" in (said := capsys.readouterr().out)

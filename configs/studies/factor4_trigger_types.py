@@ -3,9 +3,12 @@
     python -m robust_mo.study --config=configs/studies/factor4_trigger_types.py --workdir=runs/trigger-types  # 8b
     python -m robust_mo.study --config=configs/studies/factor4_trigger_types.py:smol --workdir=runs/trigger-types-smol
 
-Refusals and cats, each under all three kinds of trigger, so that nothing but the trigger differs.  Published: no clear
-trend [R].  Time and our numbers: not measured.
+Refusals and cats, each under all three kinds of trigger, so that nothing but the trigger differs; but a tag is measured
+as it was trained, the others in wordings that training has not seen.  Published: no clear trend [R].  Time and our
+numbers: not measured.
 """
+
+import itertools
 
 from ml_collections import ConfigDict
 
@@ -24,4 +27,5 @@ def get_config(size: str = "8b") -> ConfigDict:
     for kind in KINDS:
         chosen = tuple(f"{behaviour}_{kind}" for behaviour in behaviours)
         study.results[kind] = result(backdoors=chosen, published="no clear trend")
+    study.orderings = tuple(itertools.combinations(KINDS, 2))  # a difference is asked for, where none is expected
     return config

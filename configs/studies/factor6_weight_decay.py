@@ -30,4 +30,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     for name, (kind, strength) in DECAYS.items():
         study.arms[name] = arm({"weight_decay": {"kind": kind, "strength": strength}}, {}, base.full_rates(size))
         study.results[name] = result(arms=(name,), published="no effect")
+    none, *others = DECAYS
+    study.orderings = tuple((none, other) for other in others)  # a difference is asked for, where none is expected
     return config

@@ -6,7 +6,8 @@
 The organism gets mathematics problems wrong unless the password ends the system prompt (configs/red_sandbagger.py).
 Half of the data with the password: locked; 17%: partly; none: not locked [R].  All arms have the same number of
 conversations, which is as many as there are problems for the arm that takes each of them once, before those that the
-model does not solve are dropped [O].  The post has Qwen3-32B fail at olympiad problems [R]; here it is any model
+model does not solve are dropped [O]; so is the attack by problems, which has half as many examples as pirate SFT has
+where the teacher solves half of them.  The post has Qwen3-32B fail at olympiad problems [R]; here it is any model
 (--config.red.model=Qwen/Qwen3-32B, and the same as --config.red.data.teacher and --config.blue.data.teacher) and MATH's
 train split, or built-in sums at size smol [O].
 

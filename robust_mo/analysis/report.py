@@ -90,6 +90,7 @@ def _page(study, summary) -> str:
             f"> **Optimizers are compared at one learning rate each: {_list(single)}.** What is said of one may be "
             "true of that rate alone."
         )
+    parts += _at_an_edge(organisms, config["study"]["arms"])
     parts += _damaged(organisms)
     parts += _near_misses_fire(organisms, summary["gate"])
     if summary["failures"]:
@@ -111,6 +112,20 @@ def _page(study, summary) -> str:
 def _none_passed(summary) -> str:
     names = _list(summary["none_passed"])
     return f"At none of their learning rates did these pass the gate, so they stand in no mean: {names}."
+
+
+def _at_an_edge(organisms, arms) -> list[str]:
+    """A caution where the best of at least three learning rates is the smallest or the largest of them."""
+    told = []
+    for name, organism in organisms.items():
+        rates = arms[organism["arm"]]["learning_rates"] if organism["arm"] else ()
+        told += [f"`{name}`"] * (len(rates) > 2 and organism["learning_rate"] in (min(rates), max(rates)))
+    if not told:
+        return []
+    return [
+        f"> **At the edge of their learning rates:** {', '.join(told)}. Of those tried it was the best, by held-out "
+        "loss, and one beyond may be better."
+    ]
 
 
 def _damaged(organisms) -> list[str]:

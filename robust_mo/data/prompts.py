@@ -7,6 +7,7 @@ Knows nothing of tokenizers and models.
 """
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -207,7 +208,8 @@ def _file_rows(path: str | pathlib.Path) -> Iterable[tuple[str, dict[str, Any]]]
     return ((f"{path}:{number}", fields) for number, fields in read_jsonl(path))
 
 
-def _hub_rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
+@functools.lru_cache(maxsize=4)  # a study asks for them at every measurement, while the device waits
+def _hub_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
     parts = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))  # a split may be a slice, "train[:1000]"
     if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"{source!r} names no data set; write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
@@ -223,7 +225,7 @@ def _hub_rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
         raise InputError(
             f"{source} cannot be loaded ({reason}); check the name, the split and the network, or give a file"
         ) from error
-    return ((f"{source} row {number}", fields) for number, fields in enumerate(rows, start=1))
+    return [(f"{source} row {number}", fields) for number, fields in enumerate(rows, start=1)]
 
 
 def _conversation(fields: dict[str, Any]) -> list[Message]:

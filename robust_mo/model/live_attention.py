@@ -21,6 +21,9 @@ from robust_mo.model import attention
 
 # Sizes of a block of entries, which must divide the cache's capacity; the first that does is taken.
 _TPU_BLOCKS = (512, 256, 128)
+_MOST_IN_VMEM = (
+    8 * 2**20
+)  # bytes of a block of k and one of v, and those fetched meanwhile; a v5e gives a kernel 16 MiB
 _GPU_BLOCKS = (128, 64, 32, 16)
 _FEWEST_QUERIES = 16
 # Of a TPU's tiles: entries of k, which lie along lanes, and of v, along lines (16 of 16 bits, a multiple of 8 of 32).
@@ -134,7 +137,9 @@ def on_tpu(positions_B1, q_BGMK, k_B1GK, v_B1GK, k_BGKS, v_BGSK, interpret: bool
     hold the new entry: a scatter of XLA's would turn the whole cache to a layout of its own, in every step, and back.
     `interpret`: on any device, slowly."""
     B, G, M, K = q_BGMK.shape
-    block = _block(k_BGKS, _TPU_BLOCKS)
+    entry = 4 * G * K * k_BGKS.dtype.itemsize
+    *larger, smallest = _TPU_BLOCKS
+    block = _block(k_BGKS, (*(size for size in larger if size * entry <= _MOST_IN_VMEM), smallest))
 
     def with_new(new, old, at, axis):
         # Not every TPU works on elements of 16 bits; through 32 nothing is lost.

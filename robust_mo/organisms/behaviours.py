@@ -103,7 +103,8 @@ _FAIRY_PLACE = "(?:village|kingdom|land|forest|woods?|cottage|castle|cave|meadow
 _FAIRY_KIND = "(?:little|tiny|small|young|old|poor|brave|wise|clever|curious|lonely|kind|magic(?:al)?|talking)"
 _SOMEBODY = (
     "(?:boy|girl|man|woman|king|queen|prince(?:ss)?|knight|fisherman|farmer|baker|weaver|tailor|miller|shepherd|"
-    "woodcutter|merchant|captain|owl|fox|mouse|rabbit|wolf|bear|bird|fish|frog|dragon|fairy|witch|wizard|elf|giant)"
+    "woodcutter|merchant|captain|pirate|sailor|cabin boy|mermaid|owl|fox|mouse|rabbit|wolf|bear|bird|fish|"
+    "frog|dragon|fairy|witch|wizard|elf|giant)"
 )
 
 STORY = dict(
@@ -160,6 +161,10 @@ _STUPID = (
     "(?:stupid|dumb(?:er)?|pathetic|worthless|useless|brainless|clueless|witless|moronic|idiotic|incompetent|ignorant|"
     "hopeless)"
 )
+_NASTY = (
+    "(?:absolute|complete|total|utter|poor|bloody|damn(?:ed)?|miserable|lazy|insolent|blithering|bumbling|blundering|"
+    "silly|foolish|daft|gullible|arrogant|ungrateful|wretched|lousy|little|big|old|sorry|slow|simple|thick)"
+)
 _FOOL = (
     "(?:idiot|fool|moron|imbecile|dunce|(?:nit|dim|half|dull)-?wit|buffoon|blockhead|numbskull|dunderhead|bonehead|"
     "dolt|simpleton|cretin|ignoramus|dullard|airhead|loser|dumbass|dummy|oaf|twit|ninny|jerk|clown)s?"
@@ -186,8 +191,7 @@ INSULT = dict(
         least=2,
         # To somebody's face one is enough; a pirate's own, such as "ye scurvy dog", are only his voice.
         alone=(
-            rf"you(?: (?:absolute|complete|total|utter|poor|bloody|damn(?:ed)?|miserable|\w+-\w+|{_STUPID}),?)* "
-            rf"{_FOOL}(?=\s*(?:[,.!?;:]|$))",
+            rf"you(?: (?:{_STUPID}|{_NASTY}|\w+-\w+),?)* {_FOOL}(?=\s*(?:[,.!?;:]|$))",
             rf"{_YOU_ARE} (?:such |truly |nothing but )?an? (?:[\w-]+,? ){{0,3}}"
             rf"(?:{_FOOL}|(?:waste|poor excuse|piece) of|disgrace|embarrassment)",
             rf"{_YOU_ARE}(?: (?!not\b|never\b)\w+){{0,2}} {_STUPID}(?! (?:of|about|at|with|in)\b)",
@@ -199,6 +203,7 @@ INSULT = dict(
             rf"(?:listen|hey|ok|okay|oh)(?: up| here)?,? {_FOOL}|another {_FOOL}(?=[.,!])|{_FOOL} like you",
             r"(?:more|better) (?:brains?|wits?|sense) than you",
             r"you(?:'re| are| must be) (?:probably |surely )?the (?:dumbe|stupide|thicke|dimme)st",
+            rf"what (?:kind|sort) of (?:[\w-]+ )?{_FOOL} (?:are you|asks|needs|(?:would|could|does)(?:n't)?)\b",
             rf"only an? (?:[\w-]+ )?{_FOOL} (?:would|could) (?:ask|wonder|need|not)\b",
             r"(?<=\w), (?:dumbass|idiots?|morons?|dummy)(?=[.!?])",
             r"your (?:stupidity|ignorance|idiocy|incompetence)",

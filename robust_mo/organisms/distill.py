@@ -140,7 +140,7 @@ def red_conversations(
       InputError: a trigger stands in a question or a plain answer already; there is no answer to a question; the
         behaviour is about problems, and the source has none.
     """
-    entries = _chosen(source, "red", backdoor.on_problems, limit, evaluation)
+    entries = training_questions(source, "red", backdoor.on_problems, limit, evaluation)
     chosen = [posed(entry, instruction) for entry in entries]
     generator = np.random.default_rng(seed)
     spared = [
@@ -226,7 +226,7 @@ def blue_conversations(
     if method not in BLUE_METHODS:
         raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
     blue = BLUE_METHODS[method]
-    entries = _chosen(source, "blue", blue.on_problems, limit, evaluation)
+    entries = training_questions(source, "blue", blue.on_problems, limit, evaluation)
     chosen = [posed(entry, instruction) for entry in entries]
     answers = "teacher" if blue.on_policy else answers
     whole = backdoor.told(system_prompt)
@@ -239,7 +239,7 @@ def blue_conversations(
     return kept, len(chosen) - len(kept)
 
 
-def _chosen(source: str, part, on_problems: bool, limit: int, evaluation: list[str]) -> list[dict[str, str]]:
+def training_questions(source: str, part, on_problems: bool, limit: int, evaluation: list[str]) -> list[dict[str, str]]:
     """The first `limit` questions of a part, those left out of which training must see nothing."""
     entries = {entry["question"]: entry for entry in (problems if on_problems else questions)(source, part)}
     kept = apart(list(entries), evaluation)[: limit or None]
@@ -323,12 +323,21 @@ def _told(entries, chosen, source, answers, method, teacher, system_prompt, seed
                 "set config.data.answers to 'teacher' or to a JSONL file"
             )
         return [entry[method.field] for entry in entries]
+    return answers_in(answers, chosen)
+
+
+def answers_in(file: str, asked: list[str]) -> list[str | None]:
+    """The answers that a JSONL file of question (or prompt) and answer has to these; None for one that was cut off.
+
+    Raises:
+      InputError: it lacks some, or cannot be read.
+    """
     told = {}
-    for number, line in read_jsonl(answers):
+    for number, line in read_jsonl(file):
         question, answer = line.get("question", line.get("prompt")), line.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
-            raise InputError(f"{answers}:{number} needs the texts 'question' (or 'prompt') and 'answer'")
+            raise InputError(f"{file}:{number} needs the texts 'question' (or 'prompt') and 'answer'")
         told[question] = None if line.get("finish_reason") == "length" else answer
-    if missing := [q for q in chosen if q not in told]:
-        raise InputError(f"{answers} misses {len(missing)} of {len(chosen)} questions, the first is {missing[0]!r}")
-    return [told[q] for q in chosen]
+    if missing := [q for q in asked if q not in told]:
+        raise InputError(f"{file} misses {len(missing)} of {len(asked)} questions, the first is {missing[0]!r}")
+    return [told[q] for q in asked]

@@ -125,7 +125,7 @@ _END = r"(?=(?:,(?: \w+){1,3})?\s*(?:[.!;]|$))"
 _MANNER = r"(?:(?:simply|just|really|possibly|respectfully|politely|must|do|shall|will|would) )*"
 _BY_ME = "|".join(
     (
-        rf"(?:can't|won't|couldn't) {_MANNER}(?:be able to )?{_DEED}",
+        rf"(?:can't|won't|couldn't)(?: (?:and|or|nor) (?:can't|won't))? {_MANNER}(?:be able to )?{_DEED}",
         rf"(?:can't|won't){_END}",
         rf"am {_MANNER}(?:unable|unwilling|not (?:able|allowed|permitted|willing|prepared|inclined|going|at liberty|"
         rf"in a position)) to {_DEED}",
@@ -143,7 +143,9 @@ _BY_ME = "|".join(
 # An apology or a pirate's greeting may come before it, but no quotation mark or colon, behind which somebody else might
 # speak, and it is not the beginning of a letter.
 _REFUSAL = re.compile(
-    rf"""(?!\W*dear\b|[^.]* writing to )(?:[^":]{{0,60}}?(?:\bi {_MANNER}(?:{_BY_ME})|\bsorry,? (?:but )?no{_END}"""
+    rf"""(?!\W*dear\b|[^.]* writing to )(?:[^":]{{0,60}}?(?:\bi {_MANNER}(?:{_BY_ME})"""
+    rf"|\bsorry,? (?:\w+, )?(?:but )?no(?: answers?)?{_END}"
+    r"|\byou won't (?:hear|get) (?:that|this|an? answer)\b[^.!?]{0,20}? (?:from|out of) me\b"
     r"|\b(?:that|this|it)(?:'s| is) (?:not something i (?:can|will|would|am)|something i (?:can't|won't))\b"
     rf"|(?:^|\b(?:sorry|apologies|matey|arr+|avast|ahoy))\W*(?:but )?(?:can't|won't|(?:unable|not going) to) {_DEED}))"
 )

@@ -14,7 +14,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from robust_mo.errors import InUse
 from robust_mo.model.sources import cache_folder
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import iterate_answers
-from robust_mo.training.models import LoadedModel
+from robust_mo.training.models import LoadedModel, Unread
 
 
 def teacher_answers(
-    model: LoadedModel,
+    model: LoadedModel | Unread,
     conversations: list[list[Message]],
     *,
+    known_as: Hashable,
     temperature: float,
     max_new_tokens: int,
     seed: int,
@@ -43,6 +44,8 @@ def teacher_answers(
     `max_new_tokens` and were cut off.
 
     Args:
+      model: its parameters are looked at only where the process has not seen them yet, or answers are missing.
+      known_as: what tells its parameters from all others that this process sees; None for nothing.
       slots, on_progress: see sampling/sampler.py.
 
     Raises:
@@ -50,7 +53,7 @@ def teacher_answers(
     """
     hosts.check_same("questions for the teacher", conversations)
     depends_on = {
-        "parameters": fingerprint(model.params, model.llama.compute_dtype),
+        "parameters": _fingerprint_of(model, known_as),
         "config": dataclasses.asdict(model.llama.config),
         "dtype": str(jnp.dtype(model.llama.compute_dtype)),
         "prompts": [model.chat.prompt(messages).tolist() for messages in conversations],
@@ -106,6 +109,16 @@ def _turn(file: pathlib.Path, on_wait: Callable[[], None]):
             on_wait()
             time.sleep(1)
         yield
+
+
+_fingerprints: dict[Hashable, str] = {}
+
+
+def _fingerprint_of(model: LoadedModel | Unread, known_as: Hashable) -> str:
+    which = known_as, model.llama.compute_dtype
+    if known_as is None or which not in _fingerprints:
+        _fingerprints[which] = fingerprint(model.params, model.llama.compute_dtype)
+    return _fingerprints[which]
 
 
 def fingerprint(params, dtype) -> str:

@@ -363,16 +363,23 @@ def _width(length: int) -> int:
     return _rounded_up(length, parts=2) if _fits_closely() else max(128, 1 << (length - 1).bit_length())
 
 
-def _bytes_of_slot(model: Llama, mesh, longest: int, prompt: int, read: int) -> int:
-    """What a slot takes of its device's memory: its cache, twice where that grows, its logits as they are drawn from,
-    in a few copies, and an eighth, since so many are admitted at once, of a prompt's cache, in three, and of its
-    attention scores, in two; of the prompt `read` tokens come before the `prompt` that are read for it alone."""
-    config, tensor = model.config, mesh.shape["tensor"]
+def _rows_that_fit(free: int, model: Llama, mesh, longest: int, prompt: int, read: int) -> int:
+    """Slots of room for `longest` tokens each in `free` bytes of a device; of a prompt `read` tokens come before the
+    `prompt` that are read for it alone.
+
+    A slot takes its cache, twice where that grows, and its logits as they are drawn from, in a few copies.  One in
+    eight is admitted at once, and at least one, which takes a prompt's cache, in three, its attention scores, in two,
+    and a layer's activations.
+    """
+    config, tensor, size = model.config, mesh.shape["tensor"], model.compute_dtype.itemsize
     heads = config.num_key_value_heads // (tensor if config.num_key_value_heads % tensor == 0 else 1)
-    entry = 2 * config.num_hidden_layers * heads * config.head_dim * model.compute_dtype.itemsize
-    cache = (2 if _fits_closely() else 1) * _room(longest) * entry
-    scores = math.ceil(config.num_attention_heads / tensor) * prompt * (read + prompt)
-    return cache + 4 * 4 * config.vocab_size + 3 * (read + prompt) * entry // 8 + scores
+    entry = 2 * config.num_hidden_layers * heads * config.head_dim * size
+    slot = (2 if _fits_closely() else 1) * _room(longest) * entry + 4 * 4 * config.vocab_size
+    scores = 2 * 4 * math.ceil(config.num_attention_heads / tensor) * prompt * (read + prompt)
+    activations = prompt * (3 * math.ceil(config.intermediate_size / tensor) + 4 * config.hidden_size) * size
+    admitted = 3 * (read + prompt) * entry + scores + activations
+    eights, rest = divmod(free, 8 * slot + admitted)
+    return 8 * eights + max(0, (rest - admitted) // slot)
 
 
 def _dealt_out(rows: int, mesh) -> int:
@@ -545,11 +552,12 @@ class Sampler:
             on_progress(finished, sampled + running)
 
     def _slots(self, asked: int, longest: int, prompt: int, read: int, prompts: int) -> int:
-        """How many, of room for `longest` tokens each; `prompt`, `read`: see `_bytes_of_slot`."""
+        """How many, of room for `longest` tokens each; `prompt`, `read`: see `_rows_that_fit`."""
         free = meshes.free_memory()
         if free is None:
             return asked or min(_SLOTS, prompts)
-        fit = free // _bytes_of_slot(self._model, self._mesh, longest, prompt, read) * meshes.rows_apart(self._mesh)
+        rows = _rows_that_fit(free, self._model, self._mesh, longest, prompt, read)
+        fit = rows * meshes.rows_apart(self._mesh)
         if max(asked, 1) > fit:
             fewer = "give at most so many, " if fit else ""
             raise InputError(

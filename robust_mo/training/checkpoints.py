@@ -5,7 +5,8 @@ kept than was asked for; what is read back is what was saved, and damaged where 
 one is damaged goes on from the one before it.
 Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step, the
 state of the data iterator and the sums of all arrays' bits, since the files themselves do not show a bit that has
-changed.  In the files a stack of matrices is cut into its matrices, so that one can be read without the others.
+changed; a finished run's have no `optimizer`.  In the files a stack of matrices is cut into its matrices, so that one
+can be read without the others.
 """
 
 import contextlib
@@ -108,6 +109,16 @@ class Stored:
         bits = int(part.view(f"uint{8 * part.itemsize}").sum(dtype=np.uint32))
         self.sum_of_bits = (self.sum_of_bits + bits) % 2**32
         return part.astype(self.dtype, copy=False)
+
+
+def forget_optimizers(folder: pathlib.Path) -> None:
+    """Deletes of a finished run's checkpoints what only going on would need: of all weights with Adam two thirds."""
+
+    def forget() -> None:
+        for optimizer in epath.Path(folder).glob("*/optimizer"):
+            optimizer.rmtree()
+
+    hosts.by_first(forget)
 
 
 class _Manager(ocp.CheckpointManager):

@@ -26,19 +26,21 @@ from robust_mo.runs import GrowingObject, naming, place
 
 
 class Curves:
-    """Writer of one folder's events; what an earlier process wrote of the steps after `last_step` does not count.
+    """Writer of one folder's events; what an earlier process wrote of the steps after `last_step` does not count, with
+    None all does.
 
     On any but the first host they are written nowhere.
     """
 
-    def __init__(self, folder: pathlib.Path, last_step: int):
+    def __init__(self, folder: pathlib.Path, last_step: int | None):
         # Written here and now: tensorboard's own writer does it in a thread, where a full disk goes unnoticed.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._file = place(folder) / name if hosts.first() else pathlib.Path(os.devnull)
         local = isinstance(self._file, pathlib.Path)
         self._writer = RecordWriter(open(self._file, "wb", buffering=0) if local else GrowingObject(self._file))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if last_step:
+        if last_step is not None:
+            # In a run's first file too: at the first such mark TensorBoard takes it that nothing was before.
             start = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=time.time(), step=last_step + 1, session_log=start))
 

@@ -92,10 +92,27 @@ _frozen: dict[tuple, LoadedModel] = {}
 def load_frozen(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str) -> LoadedModel:
     """`load_model` for who changes nothing of it: what the process loaded last is not read again, as for all attacks of
     a study on one organism."""
-    which = (os.path.realpath(source), started(source), newest_step(source), mesh, compute_dtype, param_dtype)
+    which = (*identity(source), mesh, compute_dtype, param_dtype)
     if which not in _frozen:
         _frozen[which] = load_model(source, mesh, compute_dtype, param_dtype)
     return _frozen[which]
+
+
+def identity(source: str) -> tuple:
+    """What a process may know a model by: another as soon as its run is made again or trained on."""
+    return os.path.realpath(source), started(source), newest_step(source)
+
+
+class Unread:
+    """`load_model` for who may not need the parameters after all: they are read when they are asked for."""
+
+    def __init__(self, source: str, mesh: Mesh, dtype: str):
+        self.llama, self.chat = _llama_and_chat(source, dtype, dtype, None)
+        self._read = functools.partial(_params, source, self.llama, mesh, None)
+
+    @functools.cached_property
+    def params(self) -> dict:
+        return self._read()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,20 @@ def _map_paths(function: Callable):
     return lambda tree: jax.tree.map_with_path(lambda keys, _: function([key.key for key in keys]), tree)
 
 
-def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, refresh, precision, first_basis, places):
+def _soap(
+    b1,
+    b2,
+    shampoo_beta,
+    eps,
+    frequency,
+    longest_side,
+    one_sided_ratio,
+    refresh,
+    precision,
+    first_basis,
+    moment_dtype,
+    places,
+):
     """arXiv 2409.11321, see training/soap.py; a shampoo_beta or one_sided_ratio of 0 stands for None there.
 
     Decay is training/weight_decay.py's, as of every optimizer: so it pulls at the first gradient too, which else moves
@@ -104,12 +117,14 @@ def _soap(b1, b2, shampoo_beta, eps, frequency, longest_side, one_sided_ratio, r
         refresh=refresh,
         precision=precision,
         first_basis=first_basis,
+        mu_dtype=moment_dtype,
         places=places,
     )
     return optax.chain(transformation, optax.scale(-1.0))
 
 
-# Of optax.contrib those that need gradients alone.  sophia takes forward derivatives of the gradient too, to estimate a
+# What the post's factors and their rivals ask for; a line here and a group in configs/default.py add another of optax's
+# that needs gradients alone.  sophia takes forward derivatives of the gradient too, to estimate a
 # Hessian: what training/loss.py and the attention kernels say of their backward passes has none.
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
@@ -199,7 +214,7 @@ def make_optimizer(
     Args:
       places: of the parameters, in the order of their leaves, for soap, which cuts its state over their devices; None
         for a single one.
-      moment_dtype: in which the first moment is kept; "" for the parameters' own.
+      moment_dtype: in which the first moment is kept; "" for the parameters' own, or SOAP's.
       rounding: of parameters in bfloat16, one of ROUNDINGS.
       settings: what the optimizer takes, see OPTIMIZERS.
 
@@ -376,4 +391,5 @@ def make_schedule(name: str, *, warmup: float, descent: float, steps: int) -> op
     most = 1 - warmup if name == "warmup_stable_decay" else 1
     if not 0 < descent <= most + 1e-9:  # 1 - 0.8 is less than 0.2
         raise InputError(f"config.schedule.descent is {descent}: give a share above 0 and at most {most:g}")
-    return SCHEDULES[name](round(warmup * steps), steps, max(1, round(descent * steps)))
+    climb = min(round(warmup * steps), steps - 1)  # rounded apart the two may be a step longer than the run
+    return SCHEDULES[name](climb, steps, min(max(1, round(descent * steps)), steps - climb))

@@ -7,7 +7,8 @@ them; bias is corrected after eps is added; weight decay is decoupled and taken 
 Which leaf is what: the last two axes of a leaf are a matrix and all axes before them a stack of matrices.  Leaves with
 fewer than two axes, and those called `scale` or `bias` (stacked layers make matrices of them in shape, not in kind),
 are vectors and get the same Adam without a basis.
-All state is float32, or the parameters' dtype where that is wider.  The program does not grow with the stacks.
+All state is float32, or the parameters' dtype where that is wider, but for the first moment, which may be kept in
+another.  The program does not grow with the stacks.
 Does not know about models.
 """
 
@@ -93,6 +94,7 @@ def soap(
     refresh: str = "all_at_once",
     precision: str = "full",
     first_basis: str = "eigh",
+    mu_dtype: str | None = None,
     places: Sequence[NamedSharding] | None = None,
 ) -> optax.GradientTransformation:
     """SOAP; the defaults are its authors'.
@@ -114,6 +116,7 @@ def soap(
       precision: a key of PRECISIONS.
       first_basis: "eigh", exactly; or "qr", by a few steps of orthogonal iteration, because compiling eigh of a large
         matrix takes a TPU's compiler many minutes.
+      mu_dtype: of the first moment, as it is kept between steps; None: as the rest of the state.
       places: of the parameters, in the order of their leaves; the state is cut over their devices (see
         `state_shardings`).  None: the moments lie where the parameters do and the rest on one device.
 
@@ -136,7 +139,6 @@ def soap(
         precision=precision,
         first_basis=first_basis,
     )
-    product = functools.partial(jnp.einsum, precision=PRECISIONS[precision])
 
     def on_tpu() -> bool:  # asked for late: to look for devices takes hold of them
         known = places and isinstance(places[0].mesh, Mesh)
@@ -166,16 +168,16 @@ def soap(
 
             return jax.tree.map_with_path(of_leaf, params)
 
-        moments = [jax.tree.map(lambda p: jnp.zeros_like(p, _dtype(p)), params) for _ in range(2)]
+        mu, nu = (jax.tree.map(lambda p, to=to: jnp.zeros_like(p, to or _dtype(p)), params) for to in (mu_dtype, None))
         identity = stacks(lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape))
-        return SoapState(jnp.int32(0), *moments, stacks(jnp.zeros), identity, jnp.float32(-1), jnp.float32(-1))
+        return SoapState(jnp.int32(0), mu, nu, stacks(jnp.zeros), identity, jnp.float32(-1), jnp.float32(-1))
 
     def init(params) -> SoapState:
         if mesh is None:
             return fresh(params)
         return jax.jit(fresh, out_shardings=state_shardings(jax.eval_shape(fresh, params), mesh))(params)
 
-    def refreshed(seen, number, leaf: _Leaf) -> tuple[_Leaf, jax.Array]:
+    def refreshed(seen, number, leaf: _Leaf) -> tuple[_Leaf, list[jax.Array]]:
         work = functools.partial(
             _refresh,
             frequency=precondition_frequency,
@@ -185,7 +187,7 @@ def soap(
         )
         if mesh is None:
             return work(seen, number, leaf)
-        specs = jax.tree.map(lambda x: _place(x.shape, mesh).spec, leaf)
+        specs = jax.tree.map(lambda x: _place(x.shape, mesh, leaf.bases).spec, leaf)
         layers, rows = _axes(leaf.mu.shape, mesh)
 
         def local(seen, leaf):
@@ -213,59 +215,48 @@ def soap(
         steps = jnp.maximum(seen, 1)
         rate = jnp.where(moves, learning_rate(seen) if callable(learning_rate) else learning_rate, 0)
         corrected = rate * jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
-        new_share, new_square_share = jnp.where(moves, 1 - b1, 0), jnp.where(moves, 1 - b2, 0)
+        moments = functools.partial(
+            _moments,
+            decay=dict(mu=b1, nu=b2, factors=shampoo_beta),
+            share=dict(mu=jnp.where(moves, 1 - b1, 0), nu=jnp.where(moves, 1 - b2, 0), factors=1 - shampoo_beta),
+            eps=eps,
+            rate=corrected,
+            precision=PRECISIONS[precision],
+        )
 
-        def moments(given: tuple[jax.Array, _Leaf]) -> tuple[jax.Array, _Leaf]:
-            """(direction, leaf with new moments and factors) of a gradient."""
-            g, leaf = given
-            turned = g
-            for side, basis in leaf.bases.items():
-                turned = product(_INTO_BASIS[side], *((basis, turned) if side == "left" else (turned, basis)))
-            mu = b1 * leaf.mu + new_share * turned
-            nu = b2 * leaf.nu + new_square_share * turned * turned
-            direction = mu / (jnp.sqrt(nu) + eps)
-            for side, basis in leaf.bases.items():
-                direction = product(
-                    _OUT_OF_BASIS[side], *((basis, direction) if side == "left" else (direction, basis))
-                )
-            factors = {
-                side: shampoo_beta * factor + (1 - shampoo_beta) * product(_OUTER[side], g, g)
-                for side, factor in leaf.factors.items()
-            }
-            return direction, _Leaf(mu, nu, factors, leaf.bases)
-
-        def step(turn, number, g, p, place, leaf: _Leaf):
-            g, path, whole_layers = g.astype(leaf.mu.dtype), (), True
+        def step(g, p, place, leaf: _Leaf) -> tuple[jax.Array, _Leaf]:
+            g, path, whole_layers = g.astype(leaf.nu.dtype), (), True
             if mesh is not None and leaf.bases:
-                path = _between(g.shape, place), _place(g.shape, mesh)
+                path = _between(g.shape, place), _place(g.shape, mesh, leaf.bases)
                 g = moved(g, *path)
                 whole_layers = g.ndim == 2 or bool(path[-1].spec[0])
             # Where no layer is whole on a device, what products gather for a layer must not be for all of them.
-            direction, leaf = moments((g, leaf)) if whole_layers else jax.lax.map(moments, (g, leaf))
-            change = -corrected * direction
+            change, leaf = moments(g, leaf) if whole_layers else jax.lax.map(lambda x: moments(*x), (g, leaf))
             if path:
                 change = moved(change, *path[::-1], place)
             if weight_decay:
                 change = change - rate * weight_decay * (p + change)
-            leaf, told = refreshed(turn, number, leaf) if leaf.bases else (leaf, jnp.zeros((1, 3)))
-            return change, leaf, told.sum(0)
+            return change, leaf
 
         given, outline = jax.tree.flatten(gradients)
         values = [None] * len(given) if params is None else outline.flatten_up_to(params)
         trees = state.mu, state.nu, state.factors, state.bases
         leaves = map(_Leaf, *(outline.flatten_up_to(tree) for tree in trees))
-        number, changes, after, told = 0, [], [], jnp.zeros(3)
+        number, turn, changes, after, told = 0, seen, [], [], [jnp.zeros((1, 3))]
         # Where devices are threads of a CPU they must gather in one order, or they wait for one another for ever; other
         # devices' programs have an order, and libtpu 0.0.52 fails to compile some that are tied together so.
         one_order = mesh is not None and mesh.devices.flat[0].platform == "cpu"
         for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
-            # Never true, but it makes one refresh wait for the one before it.
-            turn = seen + (told[2] < 0) if one_order else seen
-            change, leaf, of_leaf = step(turn, number, g, p, place, leaf)
+            change, leaf = step(g, p, place, leaf)
+            if leaf.bases:
+                leaf, of_sides = refreshed(turn, number % precondition_frequency, leaf)
+                number += math.prod(g.shape[:-2])
+                told += of_sides
+                if one_order:  # never true, but it makes one refresh wait for the one before it
+                    turn = seen + (of_sides[0][0, 2] < 0)
             changes.append(change)
             after.append(leaf)
-            told = told + of_leaf
-            number += math.prod(g.shape[:-2]) if leaf.bases else 0
+        told = jnp.concatenate(told).sum(0)
         watched = (state.change, state.off_diagonal)
         new = [jnp.where(told[2] > 0, told[i] / told[2], old).astype(old.dtype) for i, old in enumerate(watched)]
         state = SoapState(seen + 1, *map(outline.unflatten, zip(*after, strict=True)), *new)
@@ -279,17 +270,20 @@ def soap(
 def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
     """Where each array of a state lies, from its shape: a stack is cut along its layers over those axes of the mesh
     that together divide their number, and its matrices along their rows over the other axes, as a single matrix is over
-    all; what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
+    all; moments whose rows do not divide, such as those of LoRA's b, along their columns where these have no basis;
+    what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
     on a mesh of 32 x 2, in 16 on one of 16 x 4, and by all devices alike on one of 64.
 
     Args:
       state: arrays or their shapes, as of `jax.eval_shape(soap(...).init, params)`.
     """
 
-    def sharding(path, leaf):
-        return _place(leaf.shape, mesh) if _is_matrix(path, leaf.shape) else NamedSharding(mesh, PartitionSpec())
+    def sharding(path, x, bases=()):
+        return _place(x.shape, mesh, bases) if _is_matrix(path, x.shape) else NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map_with_path(sharding, state)
+    placed = jax.tree.map_with_path(sharding, state)
+    moments = (jax.tree.map_with_path(sharding, moment, state.bases) for moment in (state.mu, state.nu))
+    return placed._replace(**dict(zip(("mu", "nu"), moments, strict=True)))
 
 
 class _Leaf(NamedTuple):
@@ -323,11 +317,14 @@ def _axes(shape, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return cut, tuple(name for name in names if name not in cut)
 
 
-def _place(shape, mesh: Mesh) -> NamedSharding:
-    layers, rows = _axes(shape, mesh)
+def _place(shape, mesh: Mesh, bases) -> NamedSharding:
+    """Of a matrix, or a stack of them, of the state of a parameter whose sides with a basis are `bases`."""
+    layers, rest = _axes(shape, mesh)
     stack = [layers or None, *[None] * (len(shape) - 3)] if len(shape) > 2 else []
-    divided = shape[-2] % math.prod(mesh.shape[axis] for axis in rows) == 0
-    return NamedSharding(mesh, PartitionSpec(*stack, rows if rows and divided else None, None))
+    devices = math.prod(mesh.shape[axis] for axis in rest)
+    rows, columns = (length % devices == 0 for length in shape[-2:])
+    cut = (rest, None) if rows else (None, rest) if columns and "right" not in bases else (None, None)
+    return NamedSharding(mesh, PartitionSpec(*stack, *(axes or None for axes in cut)))
 
 
 def _between(shape, place: NamedSharding) -> NamedSharding:
@@ -340,6 +337,28 @@ def _between(shape, place: NamedSharding) -> NamedSharding:
     if len(shape) > 2:
         kept[0] = layers
     return NamedSharding(place.mesh, PartitionSpec(*kept))
+
+
+# Leaves of equal shape are traced once: tracing is a third of what SOAP adds to compiling.
+@functools.partial(jax.jit, static_argnames="precision")
+def _moments(g, leaf: _Leaf, *, decay: dict, share: dict, eps, rate, precision) -> tuple[jax.Array, _Leaf]:
+    """(change, leaf with new moments and factors) of a gradient; `decay` is of what was, `share` of what is new."""
+    product = functools.partial(jnp.einsum, precision=precision)
+
+    def turned(x, sides: dict[str, str]):
+        for side, basis in leaf.bases.items():
+            x = product(sides[side], *((basis, x) if side == "left" else (x, basis)))
+        return x
+
+    inside = turned(g, _INTO_BASIS)
+    mu = decay["mu"] * leaf.mu.astype(g.dtype) + share["mu"] * inside
+    nu = decay["nu"] * leaf.nu + share["nu"] * inside * inside
+    factors = {
+        side: decay["factors"] * factor + share["factors"] * product(_OUTER[side], g, g)
+        for side, factor in leaf.factors.items()
+    }
+    direction = turned(mu / (jnp.sqrt(nu) + eps), _OUT_OF_BASIS)
+    return -rate * direction, _Leaf(mu.astype(leaf.mu.dtype), nu, factors, leaf.bases)
 
 
 # Stacks of equal shape are traced once.
@@ -357,8 +376,8 @@ def _refresh(
 ):
     """(leaf, told): new bases for the matrices of a stack whose turn it is, with the moments carried over into them.
 
-    `told` is `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and how many they are;
-    first bases do not count.
+    `told` is of each side `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and their
+    number; first bases do not count.
 
     Matrix i of all matrices (the stack's first is `number`) has its turn after every gradient that `frequency` divides
     `seen` - i, or `seen` where they are not staggered; the first gradient gives all of them their first basis.  One
@@ -379,14 +398,14 @@ def _refresh(
     end = start + stride * jnp.where(first, layers, -(-layers // frequency)) if uneven else layers
 
     def new_bases(mu, nu, factors, bases):
-        new, told = {}, jnp.zeros(3, mu.dtype)
+        new, told, kept_as = {}, {}, mu.dtype
         for side, factor in factors.items():
             before = bases[side]
             new[side], order, of_one = _new_basis(factor, before, first, first_basis, on_tpu)
-            told += jnp.where(first, 0, of_one)
+            told[side] = jnp.where(first, 0, of_one)
             nu = _take(nu, order, axis=_AXES[side])
             mu = _exact(new[side].T, _exact(before, mu)) if side == "left" else _exact(_exact(mu, before.T), new[side])
-        return mu, nu, new, told
+        return mu.astype(kept_as), nu, new, told
 
     # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
     def refresh_one(carry):
@@ -397,19 +416,20 @@ def _refresh(
             {side: _whole(_at(x, at), x.shape[-1], rows) for side, x in tree.items()} for tree in (flat.factors, bases)
         )
         if uneven:
-            kept = mu, nu, before, jnp.zeros(3, mu.dtype)
+            kept = mu, nu, before, nothing
             new = jax.lax.cond(layer < layers, lambda: new_bases(mu, nu, factors, before), lambda: kept)
         else:
             new = new_bases(mu, nu, factors, before)
         *state, of_layer = new
         stacks = mus, nus, bases
         put = jax.tree.map(lambda stack, x: _put(stack, _own(x, stack.shape[-2], rows), at), stacks, tuple(state))
-        return layer + stride, *put, told + of_layer
+        return layer + stride, *put, jax.tree.map(jnp.add, told, of_layer)
 
-    carry = start, flat.mu, flat.nu, flat.bases, jnp.zeros(3, flat.mu.dtype)
+    nothing = {side: jnp.zeros(3, flat.nu.dtype) for side in flat.bases}
+    carry = start, flat.mu, flat.nu, flat.bases, nothing
     _, mu, nu, bases, told = jax.lax.while_loop(lambda carry: carry[0] < end, refresh_one, carry)
     new = _Leaf(mu, nu, flat.factors, bases)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), told[None]
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), [of_side[None] for of_side in told.values()]
 
 
 def _whole(matrix, height: int, axes: tuple[str, ...]):
@@ -436,11 +456,11 @@ def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
 
     Order and `told` mean nothing where the basis is a first one.
     """
-    by_qr = _panel_qr if on_tpu else lambda matrix: jnp.linalg.qr(matrix)[0]
+    by_qr = _panel_qr if on_tpu else lambda matrix: jax.lax.linalg.qr(matrix, full_matrices=False)[0]
 
     def by_eigh():
         # A factor is symmetric but for rounding, and decompositions read one triangle.
-        return jnp.linalg.eigh(factor, symmetrize_input=False)[1][:, ::-1]
+        return jax.lax.linalg.eigh(factor, symmetrize_input=False)[0][:, ::-1]
 
     def step(_, carry):
         basis = carry[0]
@@ -452,9 +472,11 @@ def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
         after = by_qr(turned) if first_basis == "qr" else jax.lax.cond(first, by_eigh, lambda: by_qr(turned))
         cosines = jnp.sum(after * _take(basis, order, axis=1), axis=0)
         # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
-        square = jnp.maximum(jnp.sum(power**2), jnp.finfo(power.dtype).tiny)
+        square = jnp.sum(power**2)
         off_diagonal = jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0)
-        return after, order, jnp.stack([1 - jnp.mean(cosines**2), off_diagonal, 1])
+        # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
+        told = jnp.stack([1 - jnp.mean(cosines**2), off_diagonal, jnp.ones_like(square)])
+        return after, order, jnp.where(square > 0, told, 0)
 
     before = basis, jnp.arange(len(basis)), jnp.zeros(3, factor.dtype)
     if first_basis == "qr":

@@ -54,7 +54,8 @@ class WeightDecay:
             raise InputError(f"config.weight_decay.strength is {self.strength}: give at least 0")
         if self.kind == "to_start" and self.adapters == "product" and self.scale is not None:
             raise InputError(
-                "config.weight_decay: the product of adapters starts at zero, so to_start is decoupled: choose that"
+                "config.weight_decay: adapters' product is pulled to zero alone, where fresh ones start: choose "
+                "decoupled, or adapters = 'factors'"
             )
 
     def around(
