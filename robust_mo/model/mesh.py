@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_mo.errors import InputError, first_line
 
@@ -125,12 +125,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
       InputError: the sizes do not multiply to the number of devices, or there is no device.
     """
     devices = all_devices() if devices is None else devices
-    sizes = [replica, fsdp, tensor]
-    if sizes.count(-1) == 1 and (known := -int(np.prod(sizes))) > 0 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-        shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
-        raise InputError(f"config.mesh ({shown}) does not fit {len(devices)} devices: the product must be that number")
+    sizes = abstract_mesh(replica, fsdp, tensor, len(devices)).axis_sizes
     slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
     if devices[0].platform == "tpu" and slices > 1:
         # Between slices the network is slow: the outermost axes span them.
@@ -143,6 +138,17 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     else:  # GPUs by their numbers, so that those of a host lie beside one another along the last axes
         laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(replica: int, fsdp: int, tensor: int, devices: int) -> AbstractMesh:
+    """The shape of `make_mesh`'s mesh over so many devices, which need not be here.  Raises as that does."""
+    sizes = [replica, fsdp, tensor]
+    if sizes.count(-1) == 1 and (known := -int(np.prod(sizes))) > 0 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+        shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, (replica, fsdp, tensor), strict=True))
+        raise InputError(f"config.mesh ({shown}) does not fit {devices} devices: the product must be that number")
+    return AbstractMesh(tuple(sizes), AXES)
 
 
 def with_more_along_tensor(mesh: Mesh, heads: int) -> Iterator[Mesh]:
