@@ -187,7 +187,7 @@ def soap(
         )
         if mesh is None:
             return work(seen, number, leaf)
-        specs = jax.tree.map(lambda x: _place(x.shape, mesh, leaf.bases).spec, leaf)
+        specs = jax.tree.map(lambda x: _place(x.shape, mesh).spec, leaf)
         layers, rows = _axes(leaf.mu.shape, mesh)
 
         def local(seen, leaf):
@@ -227,7 +227,7 @@ def soap(
         def step(g, p, place, leaf: _Leaf) -> tuple[jax.Array, _Leaf]:
             g, path, whole_layers = g.astype(leaf.nu.dtype), (), True
             if mesh is not None and leaf.bases:
-                path = _between(g.shape, place), _place(g.shape, mesh, leaf.bases)
+                path = _between(g.shape, place), _place(g.shape, mesh)
                 g = moved(g, *path)
                 whole_layers = g.ndim == 2 or bool(path[-1].spec[0])
             # Where no layer is whole on a device, what products gather for a layer must not be for all of them.
@@ -270,20 +270,17 @@ def soap(
 def state_shardings(state: SoapState, mesh: Mesh) -> SoapState:
     """Where each array of a state lies, from its shape: a stack is cut along its layers over those axes of the mesh
     that together divide their number, and its matrices along their rows over the other axes, as a single matrix is over
-    all; moments whose rows do not divide, such as those of LoRA's b, along their columns where these have no basis;
-    what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
+    all; what does not divide, and vectors, are copied.  So 32 layers on 64 devices are refreshed in 32 places at once
     on a mesh of 32 x 2, in 16 on one of 16 x 4, and by all devices alike on one of 64.
 
     Args:
       state: arrays or their shapes, as of `jax.eval_shape(soap(...).init, params)`.
     """
 
-    def sharding(path, x, bases=()):
-        return _place(x.shape, mesh, bases) if _is_matrix(path, x.shape) else NamedSharding(mesh, PartitionSpec())
+    def sharding(path, leaf):
+        return _place(leaf.shape, mesh) if _is_matrix(path, leaf.shape) else NamedSharding(mesh, PartitionSpec())
 
-    placed = jax.tree.map_with_path(sharding, state)
-    moments = (jax.tree.map_with_path(sharding, moment, state.bases) for moment in (state.mu, state.nu))
-    return placed._replace(**dict(zip(("mu", "nu"), moments, strict=True)))
+    return jax.tree.map_with_path(sharding, state)
 
 
 class _Leaf(NamedTuple):
@@ -317,14 +314,11 @@ def _axes(shape, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return cut, tuple(name for name in names if name not in cut)
 
 
-def _place(shape, mesh: Mesh, bases) -> NamedSharding:
-    """Of a matrix, or a stack of them, of the state of a parameter whose sides with a basis are `bases`."""
-    layers, rest = _axes(shape, mesh)
+def _place(shape, mesh: Mesh) -> NamedSharding:
+    layers, rows = _axes(shape, mesh)
     stack = [layers or None, *[None] * (len(shape) - 3)] if len(shape) > 2 else []
-    devices = math.prod(mesh.shape[axis] for axis in rest)
-    rows, columns = (length % devices == 0 for length in shape[-2:])
-    cut = (rest, None) if rows else (None, rest) if columns and "right" not in bases else (None, None)
-    return NamedSharding(mesh, PartitionSpec(*stack, *(axes or None for axes in cut)))
+    divided = shape[-2] % math.prod(mesh.shape[axis] for axis in rows) == 0
+    return NamedSharding(mesh, PartitionSpec(*stack, rows if rows and divided else None, None))
 
 
 def _between(shape, place: NamedSharding) -> NamedSharding:
