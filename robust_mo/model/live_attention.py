@@ -21,9 +21,8 @@ from robust_mo.model import attention
 
 # Sizes of a block of entries, which must divide the cache's capacity; the first that does is taken.
 _TPU_BLOCKS = (512, 256, 128)
-_MOST_IN_VMEM = (
-    8 * 2**20
-)  # bytes of a block of k and one of v, and those fetched meanwhile; a v5e gives a kernel 16 MiB
+# Bytes of a block of k and one of v, and of those fetched meanwhile; a v5e gives a kernel 16 MiB.
+_MOST_IN_VMEM = 8 * 2**20
 _GPU_BLOCKS = (128, 64, 32, 16)
 _FEWEST_QUERIES = 16
 # Of a TPU's tiles: entries of k, which lie along lanes, and of v, along lines (16 of 16 bits, a multiple of 8 of 32).
