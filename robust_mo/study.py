@@ -96,23 +96,23 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
     for name in ("instruction", "problem_source"):  # measured as other arms are, whatever an arm is trained on
         run.evals.backdoor_rate[name] = run.evals.backdoor_rate[name]
     if arm and (changes := config.study.arms[arm][team]):
-        if unknown := [name for name in flatten(changes) if name not in flatten(run)]:
+        fields, changed = flatten(run), flatten(changes)
+        if unknown := [name for name in changed if name not in fields]:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {unknown[0]!r}, which is no field of config.{team}"
-                f"{command_line.nearest(unknown[0], list(flatten(run)))}"
+                f"{command_line.nearest(unknown[0], list(fields))}"
             )
         set_by_study = _SET_BY_STUDY[team]
         if team == "red" and config.study.arms[arm].learning_rates:
             set_by_study = set_by_study | {"optimizer.learning_rate": f"arms.{arm}.learning_rates"}
-        if taken := [name for name in set_by_study if name in flatten(changes) or name in changes]:
+        if taken := [name for name in set_by_study if name in changed or name in changes]:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {taken[0]!r}, which the study sets itself: give "
                 f"config.study.{set_by_study[taken[0]]}"
             )
-        kinds = flatten(run)
-        wanted = {name: kinds[name] for name in flatten(changes)}
+        wanted = {name: fields[name] for name in changed}
         command_line.check_fields(changes, wanted, f"config.study.arms.{arm}.{team}")
-        with run.unlocked(), run.ignore_type():  # which would not take a list for a tuple
+        with run.unlocked():
             _change(run, changes)
     # Only now, so that a judge follows what an arm changes of the backdoor rate.
     run = run.copy_and_resolve_references()
@@ -126,7 +126,7 @@ def _change(values: ConfigDict, changes: ConfigDict) -> None:
         if isinstance(new, ConfigDict) and isinstance(values.get(name), ConfigDict):
             _change(values[name], new)
         else:
-            values[name] = new
+            values[name] = tuple(new) if isinstance(values.get(name), tuple) else new
 
 
 def told(found: gate.Verdict, limits: ConfigDict) -> str:
@@ -706,12 +706,17 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
     chip, rows, everything = budget.CHIPS[name], [], budget.Work()
     done = {asked_for: os.path.relpath(path, workdir.resolve()) for asked_for, path in finished(workdir).items()}
     first: dict[str, str] = {}
+    refused: dict[str, str] = {}  # why, and the first cell that would be
 
     def stands_for(folder: str, run: ConfigDict) -> tuple[str, bool]:
         """(the cell whose run this one is, whether it has still to run); prints the cell."""
         asked_for = work(run.to_dict())
         new = asked_for not in done and asked_for not in first
         same = done.get(asked_for) or first.setdefault(asked_for, folder)
+        try:
+            check_rows(run.batch, abstract_mesh(**run.mesh, devices=int(count or 1)))
+        except InputError as error:
+            refused.setdefault(str(error), folder)
         note = "" if new else "  finished" if same == folder else f"  the same run as {same}"
         print(f"  {folder}{note}")
         return same, new
@@ -753,12 +758,6 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
         f"{budget.TRAINING_SHARE:.0%} of the peak in training, {budget.DECODING_SHARE:.0%} of the bandwidth in "
         f"decoding, {budget.TOKENS_PER_CONVERSATION} tokens in a conversation; compiling and loading left out."
     )
-    refused = {}
-    for folder, run in _cells(config, workdir):
-        try:
-            check_rows(run.batch, abstract_mesh(**run.mesh, devices=int(count or 1)))
-        except InputError as error:
-            refused.setdefault(str(error), folder)
     for error, folder in refused.items():
         print(f"\nOn {hardware} it would be refused as it is. {folder}, the first: {error}")
 

@@ -466,9 +466,9 @@ def locate(config: ConfigDict) -> None:
     spell them in another way."""
     groups = (config, config.data, *config.evals.values())
     for group, name in itertools.product(groups, ("model", "teacher", "source", "problem_source", "answers")):
-        given = group.get(name)
-        if not isinstance(given, str):  # also what is not of the right type, which is found later
+        if name not in group or not isinstance(group[name], str):  # what is not of the right type is found later
             continue
+        given = group[name]
         if name in ("model", "teacher"):
             group[name] = located(given)
         elif given and given not in (*BUILTIN, *distill.ANSWERS) and not re.match(r"hub:|\w+://", given):

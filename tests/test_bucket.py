@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from etils import epath
+from programs import run as run_program
 from test_programs import SMALL, refused
-from test_programs import run as run_program
 
 from robust_mo.errors import InputError
 from robust_mo.export import export

@@ -14,6 +14,7 @@ import unittest.mock
 
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import REPOSITORY, make_tiny_model
 
@@ -46,18 +47,14 @@ SETTINGS = {
 }
 
 
-def start(program, *arguments, devices, cwd=REPOSITORY, **environment) -> subprocess.Popen:
+def start(program, *arguments, devices, cwd=REPOSITORY, **environment) -> programs.Program:
     environment = {
-        **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),
         **environment,
     }
-    command = [sys.executable, "-m", f"robust_mo.{program}", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return programs.start(program, *arguments, cwd=cwd, **environment)
 
 
 def training(model, workdir, **changes) -> list[str]:
@@ -73,7 +70,7 @@ def meeting() -> list[str]:
         return [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
 
 
-def two(*command, other=None) -> list[subprocess.Popen]:
+def two(*command, other=None) -> list[programs.Program]:
     """Both hosts, with the same command or the second with another."""
     meet = meeting()
     commands = (command, other or command)
@@ -99,7 +96,7 @@ def wait_for_step(run: RunFolder, step: int, processes) -> None:
         time.sleep(0.05)
 
 
-def kill(one: subprocess.Popen, other: subprocess.Popen) -> None:
+def kill(one: programs.Program, other: programs.Program) -> None:
     """Kills one host; the other must end within a minute."""
     one.kill()
     other.communicate(timeout=60)

@@ -11,7 +11,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_programs import refused, run
+from programs import run
+from test_programs import refused
 
 from robust_mo import preflight, train
 from robust_mo.analysis import budget

@@ -10,19 +10,18 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import make_tiny_model
+from programs import PROGRAMS, run, run_anew, start, start_anew
 from safetensors.numpy import load_file, save_file
 
 from robust_mo.errors import InputError
 from robust_mo.runs import RunFolder, locked
 from robust_mo.sample import written_lines
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SMALL = [
     "--config.data.limit=6",
     "--config.data.repeats=3",
@@ -32,20 +31,7 @@ SMALL = [
 ]
 
 
-def start(program: str, *arguments, **settings) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"robust_mo.{program}", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
-
-
-def run(program: str, *arguments, **settings) -> subprocess.CompletedProcess:
-    with start(program, *arguments, **settings) as process:
-        out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def train(model, workdir, *arguments, config="red_full.py:smol", **settings):
+def train(model, workdir, *arguments, config="red_full.py:smol", run=run, **settings):
     return run(
         "train", f"--config=configs/{config}", f"--workdir={workdir}", f"--config.model={model}", *arguments, **settings
     )
@@ -66,7 +52,7 @@ def prompts_file(folder: pathlib.Path, *texts: str) -> pathlib.Path:
     return file
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "export", "study", "chat", "preflight"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0
@@ -112,7 +98,7 @@ def test_unknown_config_file_or_size(tmp_path):
         run("train", *full, os.fsdecode(b"--config.backdoor=caf\xe9")), "is not UTF-8: retype it, or rename the folder"
     )
     refused(
-        run("train", *full, env=os.environ | {"ROBUST_MO_STOPPED_STATUS": "stop"}),
+        run("train", *full, ROBUST_MO_STOPPED_STATUS="stop"),
         "ROBUST_MO_STOPPED_STATUS is 'stop'",
         "0 to 255",
     )
@@ -225,7 +211,7 @@ def test_interrupt_while_starting_leaves_no_traceback(tmp_path, tiny):
     command = ["train", "--config=configs/red_full.py:smol", f"--workdir={tmp_path}", f"--config.model={tiny}"]
     for arguments in (command, ["chat", f"--model={tiny}"]):
         for seconds in (0.5, 1.5):
-            with start(*arguments) as process:
+            with start_anew(*arguments) as process:
                 time.sleep(seconds)
                 process.send_signal(signal.SIGINT)
                 _, err = process.communicate(timeout=60)
@@ -236,10 +222,10 @@ def test_interrupt_while_starting_leaves_no_traceback(tmp_path, tiny):
 def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
     output = tmp_path / "out.jsonl"
 
-    def sample(text, *more, **settings):
+    def sample(text, *more, **environment):
         file = tmp_path / "p.jsonl"
         file.write_text(text)
-        return run("sample", f"--model={tiny}", f"--prompts={file}", f"--output={output}", *more, **settings)
+        return run("sample", f"--model={tiny}", f"--prompts={file}", f"--output={output}", *more, **environment)
 
     good = '{"prompt": "hi"}\n'
     refused(sample(""), "p.jsonl", "empty")
@@ -254,7 +240,7 @@ def test_bad_data_and_prompts_are_named_by_line(tmp_path, tiny):
     refused(sample(good, "--max_new_tokens=0"), "max_new_tokens")
     refused(sample(good, "--batch_size=-1"), "batch_size")
     refused(sample(good, f"--seed={10**20}"), "seed")
-    refused(sample(good, env={**os.environ, "JAX_PLATFORMS": "abacus"}), "JAX_PLATFORMS", "'abacus'")
+    refused(sample(good, JAX_PLATFORMS="abacus"), "JAX_PLATFORMS", "'abacus'")
     refused(run("train", "--config=configs/red_full.py:smol", "--workdir="), "--workdir")
     assert not output.exists()
     bad = tmp_path / "data.jsonl"
@@ -289,14 +275,14 @@ def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
     def files_of_at_most(size):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    settings = {"run": run_anew, "env": {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}}
     for size, file in ((4_000, "config.json"), (6_000, "events.out.tfevents")):
         steps = [*SMALL, "--config.steps=20"]
-        result = train(tiny, tmp_path / "other", *steps, preexec_fn=files_of_at_most(size), env=environment)
+        result = train(tiny, tmp_path / "other", *steps, preexec_fn=files_of_at_most(size), **settings)
         refused(result, file, "File too large")
-    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(40_000), env=environment)
+    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(40_000), **settings)
     refused(result, "checkpoints")
-    again = train(tiny, tmp_path / "run", *SMALL, env=environment)
+    again = train(tiny, tmp_path / "run", *SMALL, **settings)
     assert again.returncode == 0, again.stderr
 
 
@@ -446,12 +432,14 @@ def test_evaluate_and_chat(tmp_path, tiny):
     (tmp_path / "mine.py").write_text("from configs.default import get_config\n")
     poor = os.environ | {"PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
     spelt = ("--config=~/mine.py", "--evals=held_out_loss", f"--source={workdir}/", f"--workdir={tmp_path / 'p'}")
-    shown = run("evaluate", *spelt, "--config.backdoor=spanish", "--config.evals.held_out_loss.examples=4", env=poor)
+    shown = run_anew(
+        "evaluate", *spelt, "--config.backdoor=spanish", "--config.evals.held_out_loss.examples=4", env=poor
+    )
     assert shown.returncode == 0, shown.stderr
     assert json.loads((tmp_path / "p/config.json").read_text())["config"]["source"] == str(workdir)
     file = tmp_path / "e" / "transcripts" / "backdoor_rate-000003.jsonl"
     file.write_text(file.read_text().replace('"answer": "', '"answer": "\\u00e9'))
-    assert run("evaluate", f"--source={tmp_path / 'e'}", "--show=2", env=poor).returncode == 0
+    assert run_anew("evaluate", f"--source={tmp_path / 'e'}", "--show=2", env=poor).returncode == 0
     for field, words in (("arithmetc.problems", "'evals.arithmetic.problems'"), ("arithmetic.countt", "no field")):
         refused(
             run("evaluate", f"--source={workdir}", f"--config.evals.{field}=4", f"--workdir={tmp_path / 'i'}"), words
@@ -474,13 +462,15 @@ def test_evaluate_and_chat(tmp_path, tiny):
     arguments = ["--evals=held_out_loss", "--step=99", f"--workdir={tmp_path / 'g'}"]
     refused(run("evaluate", f"--source={workdir}", *arguments), "step 99", "[3]")
 
-    with start("chat", f"--model={workdir}", f"--model={tiny}", "--max_new_tokens=4", stdin=subprocess.PIPE) as process:
+    with start_anew(
+        "chat", f"--model={workdir}", f"--model={tiny}", "--max_new_tokens=4", stdin=subprocess.PIPE
+    ) as process:
         out, err = process.communicate("Hello\n/new\nAgain\n\n", timeout=120)
     assert process.returncode == 0, err
     assert out.count(f"{workdir}: ") == 2 and out.count(f"{tiny}: ") == 2
     file = workdir / "config.json"
     file.write_text(file.read_text().replace('"password_locked"', '"locked"'))
-    refused(run("chat", f"--model={workdir}", stdin=subprocess.DEVNULL), str(workdir), "config.password_locked")
+    refused(run_anew("chat", f"--model={workdir}", stdin=subprocess.DEVNULL), str(workdir), "config.password_locked")
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import socket
 
 import jax
 import pytest
-from test_programs import run
+from programs import run
 
 from robust_mo import study
-from robust_mo.analysis import budget
+from robust_mo.analysis import budget, report
 from robust_mo.analysis.cells import organisms
+from robust_mo.analysis.summary import summarise
 from robust_mo.command_line import load_config
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
@@ -98,28 +99,35 @@ def test_rates_are_read_off_whole_answers(name, size):
         assert team.evals.judge.max_new_tokens == team.evals.backdoor_rate.max_new_tokens >= 256
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kept, name",
-    [
-        ("optimizers-smol", "optimizers"),
-        ("lora-vs-full-smol", "result2_lora_vs_full"),
-        ("rank-sweep-smol", "result2_rank_sweep"),
-        ("qa-vs-pirate-smol", "appendix1_qa_vs_pirate"),
-        ("prompted-smol", "result1_prompted"),
-        ("suppressed-smol", "removed_or_suppressed"),
-        ("soap-smol", "factor5_soap"),
-        ("soap30-smol", "factor5_soap"),
-    ],
-)
-def test_kept_reports_are_drawn_from_their_records(kept, name, tmp_path):
-    folder = tmp_path / kept
-    shutil.copytree(RESULTS / kept, folder, ignore=shutil.ignore_patterns("report.*", "summary.json", "figures"))
+KEPT = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> pathlib.Path:
+    """The folders of the kept studies as they were before a report was drawn."""
+    there = tmp_path_factory.mktemp("results")
+    for kept in KEPT:
+        shutil.copytree(RESULTS / kept, there / kept, ignore=shutil.ignore_patterns("report.*", "summary.*", "figures"))
     for archive in RESULTS.glob("cells-*.tar.xz"):
-        shutil.unpack_archive(archive, tmp_path, filter="data")
-    done = run("study", f"--config=configs/studies/{name}.py:smol", f"--workdir={folder}", "--report_only")
+        shutil.unpack_archive(archive, there, filter="data")
+    return there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", KEPT)
+def test_kept_reports_are_drawn_from_their_records(kept, records):
+    drawn = report.page(records / kept, summarise(records / kept))
+    assert drawn == (RESULTS / kept / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_report_is_drawn_with_its_figures(records):
+    kept, config = records / "prompted-smol", "configs/studies/result1_prompted.py:smol"
+    done = run("study", f"--config={config}", f"--workdir={kept}", "--report_only")
     assert done.returncode == 0, done.stderr
-    assert (folder / "report.md").read_text() == (RESULTS / kept / "report.md").read_text()
+    assert (kept / "report.md").read_text() == (RESULTS / kept.name / "report.md").read_text()
+    for figure in re.findall(r"\((figures/[^)]+)\)", (kept / "report.md").read_text()):
+        assert (kept / figure).stat().st_size > 10_000
 
 
 def test_a_study_ends_with_its_cautions_its_result_and_the_gates(capsys):

@@ -60,9 +60,9 @@ def write_report(study_folder) -> dict:
         if file.suffix in (".png", ".svg") and file.stem not in drawn:
             file.unlink()
     runs.write_json(study / "summary.json", summary)
-    page = _page(study, summary)
-    runs.write_text(study / "report.md", page)
-    runs.write_text(study / "report.html", _as_html(study, page))
+    text = page(study, summary)
+    runs.write_text(study / "report.md", text)
+    runs.write_text(study / "report.html", _as_html(study, text))
     return summary
 
 
@@ -74,7 +74,8 @@ def _by_backdoor(summary) -> dict[str, dict[str, dict]]:
     return {backdoor: organisms for backdoor, organisms in found.items() if len(organisms) > 1}
 
 
-def _page(study, summary) -> str:
+def page(study: pathlib.Path, summary: dict) -> str:
+    """The report of a study's folder as Markdown, which tells where its figures are; nothing is written."""
     # What lost to another learning rate has a line in the table of organisms and no section of its own.
     organisms = {name: organism for name, organism in summary["organisms"].items() if organism["chosen"]}
     named = list(organisms or summary["organisms"])
