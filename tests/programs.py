@@ -15,7 +15,7 @@ _SECONDS = 300
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    [*(f"robust_mo.{program}" for program in PROGRAMS), "transformers.models.auto.tokenization_auto"]
+    [*(f"robust_mo.{program}" for program in PROGRAMS), "transformers.tokenization_utils_tokenizers"]
 )
 
 
@@ -34,6 +34,10 @@ class Program:
         for end in writing:
             end.close()
         self.stdout, self.stderr = (open(os.dup(end.fileno()), errors="replace") for end in reading)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -63,7 +67,7 @@ class Program:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            os.kill(self._process.pid, number)
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -112,10 +116,10 @@ def _main(program: str, arguments: list[str], cwd: pathlib.Path, env: dict[str, 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    if "JAX_PLATFORMS" in env:  # which jax reads while it is imported
-        import jax
+    import jax
 
-        jax.config.update("jax_platforms", env["JAX_PLATFORMS"])
+    for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):  # which it reads while it is imported
+        jax.config.update(name.lower(), env.get(name))
     sys.argv = [program, *arguments]
     del sys.modules[f"robust_mo.{program}"]  # that it was imported before would be warned of
     runpy.run_module(f"robust_mo.{program}", run_name="__main__", alter_sys=True)

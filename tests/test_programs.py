@@ -272,17 +272,20 @@ def test_rows_longer_than_memory_are_told_as_such(tmp_path, tiny):
 def test_full_disk_says_so_and_loses_nothing(tmp_path, tiny):
     """A limit on the size of files makes the disk refuse a checkpoint, or curves, as a full one does."""
 
-    def files_of_at_most(size):
-        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    def limited(size):
+        def run(*arguments):
+            with start(*arguments, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")) as process:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+                out, err = process.communicate(timeout=300)
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    settings = {"run": run_anew, "env": {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}}
+        return run
+
     for size, file in ((4_000, "config.json"), (6_000, "events.out.tfevents")):
-        steps = [*SMALL, "--config.steps=20"]
-        result = train(tiny, tmp_path / "other", *steps, preexec_fn=files_of_at_most(size), **settings)
+        result = train(tiny, tmp_path / "other", *SMALL, "--config.steps=20", run=limited(size))
         refused(result, file, "File too large")
-    result = train(tiny, tmp_path / "run", *SMALL, preexec_fn=files_of_at_most(40_000), **settings)
-    refused(result, "checkpoints")
-    again = train(tiny, tmp_path / "run", *SMALL, **settings)
+    refused(train(tiny, tmp_path / "run", *SMALL, run=limited(40_000)), "checkpoints")
+    again = train(tiny, tmp_path / "run", *SMALL)
     assert again.returncode == 0, again.stderr
 
 

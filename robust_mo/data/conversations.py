@@ -157,19 +157,20 @@ class ChatFormat:
 
         No code in the folder is run, nothing is fetched.  Raises InputError for missing or unreadable parts.
         """
-        # Imported here because it takes seconds, and most of what imports this module does not need it.
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         folder = pathlib.Path(folder)
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give a Hugging Face folder with a tokenizer")
         model = folder if model is None else pathlib.Path(model)
         declared = _stop_ids(model / "generation_config.json") or _stop_ids(model / "config.json")
+        # The class that tokenizer_config.json names may make itself anew from vocabulary and merges alone, and lose how
+        # tokenizer.json splits text: SmolLM2's digits.  Imported here because it takes seconds, and most of what
+        # imports this module does not need it.
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        else:  # which takes three times as long where torch is installed
+            from transformers import AutoTokenizer as Tokenizer
         try:
-            # The class that tokenizer_config.json names may make itself anew from vocabulary and merges alone, and
-            # lose how tokenizer.json splits text: SmolLM2's digits.
-            kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-            tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = Tokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the library passes on what its parsers raise, bare Exception included
             raise InputError(
                 f"{folder} holds no tokenizer that can be read without running its code; it needs "
