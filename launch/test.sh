@@ -11,4 +11,4 @@ pytest=(.venv/bin/python -m pytest -n 2 --dist loadfile)  # two at a time: one l
 [ "${1:-}" = --slow ] || exec "${pytest[@]}" "$@"
 shift
 "${pytest[@]}" "$@" || [ $? -eq 5 ]  # 5: none of the tests asked for is a quick one
-exec "${pytest[@]}" -m slow "$@"
+exec "${pytest[@]}" --no-loadscope-reorder -m slow "$@"

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import time
 
 import pytest
 
@@ -14,6 +15,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # What to change in a tiny model of each kind: the size of a head is Qwen3's own, here other than hidden_size / heads.
 QWEN = {"qwen2": {}, "qwen3": {"head_dim": 16}}
+
+
+# A file is one worker's: the longest begin, SLURM's not beside other hosts'; what slow machines can do without ends.
+_PLACES = {"test_slurm.py": -4, "test_train.py": -3, "test_study.py": -2, "test_hosts.py": -1, "test_benchmarks.py": 1}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--until", type=float, metavar="SECONDS", help="from this time on (date +%%s) tests are skipped")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _PLACES.get(item.path.name, 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if (until := item.config.getoption("until")) and time.time() > until:
+        pytest.skip("no time was left")
 
 
 @pytest.fixture(scope="session")
