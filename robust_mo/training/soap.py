@@ -394,11 +394,14 @@ def _refresh(
     def new_bases(mu, nu, factors, bases):
         new, told, kept_as = {}, {}, mu.dtype
         for side, factor in factors.items():
-            before = bases[side]
-            new[side], order, of_one = _new_basis(factor, before, first, first_basis, on_tpu)
-            told[side] = jnp.where(first, 0, of_one)
+            new[side], order, off_diagonal = _new_basis(factor, bases[side], first, first_basis, on_tpu)
+            cosines = _exact(bases[side].T, new[side])  # of each vector before with each now
             nu = _take(nu, order, axis=_AXES[side])
-            mu = _exact(new[side].T, _exact(before, mu)) if side == "left" else _exact(_exact(mu, before.T), new[side])
+            mu = _exact(cosines.T, mu) if side == "left" else _exact(mu, cosines)
+            change = 1 - jnp.mean(jnp.take_along_axis(cosines, order[None], axis=0, mode="clip")[0] ** 2)
+            # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
+            counts = ~first & (off_diagonal >= 0)
+            told[side] = jnp.where(counts, jnp.stack([change, off_diagonal, jnp.ones_like(change)]), 0)
         return mu.astype(kept_as), nu, new, told
 
     # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
@@ -446,9 +449,10 @@ _exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
-    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, `[3]` for _refresh's `told`).
+    """(basis `[k, k]`, order `[k]` in which the vectors of the one before were taken, the share of the factor's square
+    norm that the one before left off the diagonal, -1 of a factor that is zero).
 
-    Order and `told` mean nothing where the basis is a first one.
+    The latter two mean nothing where the basis is a first one.
     """
     by_qr = _panel_qr if on_tpu else lambda matrix: jax.lax.linalg.qr(matrix, full_matrices=False)[0]
 
@@ -464,15 +468,12 @@ def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
         turned = _take(power, order, axis=1)
         # Before a first basis the moments are zero, which any order leaves alone.
         after = by_qr(turned) if first_basis == "qr" else jax.lax.cond(first, by_eigh, lambda: by_qr(turned))
-        cosines = jnp.sum(after * _take(basis, order, axis=1), axis=0)
         # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
         square = jnp.sum(power**2)
-        off_diagonal = jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0)
-        # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
-        told = jnp.stack([1 - jnp.mean(cosines**2), off_diagonal, jnp.ones_like(square)])
-        return after, order, jnp.where(square > 0, told, 0)
+        off_diagonal = jnp.where(square > 0, jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0), -1)
+        return after, order, off_diagonal
 
-    before = basis, jnp.arange(len(basis)), jnp.zeros(3, factor.dtype)
+    before = basis, jnp.arange(len(basis)), jnp.zeros((), factor.dtype)
     if first_basis == "qr":
         return jax.lax.fori_loop(0, jnp.where(first, _FIRST_QR_STEPS, 1), step, before)
     return step(0, before)
