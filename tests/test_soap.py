@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -389,6 +390,19 @@ def products(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from products(inner)
+
+
+@pytest.mark.parametrize("refresh", ["all_at_once", "staggered"])
+def test_a_refresh_copies_no_stack(refresh):
+    """What a round of the loop reads of a stack that it writes makes XLA copy the whole of it."""
+    params = {"kernel": jax.ShapeDtypeStruct((6, 8, 24), jnp.float32)}
+    optimizer = soap(RATE, refresh=refresh)
+    state = jax.eval_shape(optimizer.init, params)
+    text = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile().as_text()
+    bodies = re.findall(r"while\(.*body=(%[\w.]+)", text)
+    rounds = [text[text.index(f"\n{body} (") :].partition("\n}\n")[0] for body in bodies]
+    assert any("f32[6,8,24]" in lines for lines in rounds)
+    assert not re.findall(r"= f32\[6,\S* copy\(.*", "\n".join(rounds))
 
 
 def test_only_refreshing_is_always_full_float32():
