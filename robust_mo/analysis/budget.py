@@ -130,22 +130,29 @@ def sampling(shape: Shape, prompts: float, answer: float, rows: int, chip: Chip)
     return Work(sampled=said, flops=flops, hours=(reading + step * said / rows) / 3600)
 
 
-def of_run(config: dict, shape: Shape, questions: int, teacher: Shape | None, chip: Chip) -> Work:
-    """One training run with its teacher and evaluations.
+def answers(config: dict, teacher: Shape, questions: int, chip: Chip) -> Work:
+    """What a training config's teacher is sampled for: an answer to each of its questions.  Args as of `of_run`."""
+    data = config["data"]
+    questions = min(questions, data["limit"]) if data["limit"] else questions
+    answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
+    return sampling(teacher, questions, answer, config["evaluation"]["batch_size"] or ROWS, chip)
+
+
+def of_run(config: dict, shape: Shape, questions: int, chip: Chip) -> Work:
+    """One training run with its evaluations; what is sampled of a teacher counts by itself, since runs share it.
 
     Args:
       config: a training config, see configs/default.py.
       questions: that its data source has for it.
-      teacher: the model that is sampled for their answers, if any.
     """
     data, batch = config["data"], config["batch"]
     questions = min(questions, data["limit"]) if data["limit"] else questions
     rows = config["evaluation"]["batch_size"] or ROWS
     work, steps = Work(), 0
     if data["task"] != "prompted":
-        kinds, share = 1, 1.0
-        if data["task"] == "backdoor":  # each question is answered in both ways, and is a conversation of the commoner
-            kinds, share = 2, max(data["benign"], 1 - data["benign"])
+        share = 1.0
+        if data["task"] == "backdoor":  # each question is a conversation of the commoner kind
+            share = max(data["benign"], 1 - data["benign"])
         per_step = batch["rows"] * data["length"]
         conversations = questions / share * data["epochs"]
         in_rows = conversations * TOKENS_PER_CONVERSATION / data["length"] if data["packing"] else conversations
@@ -155,9 +162,6 @@ def of_run(config: dict, shape: Shape, questions: int, teacher: Shape | None, ch
             checkpoints = min(config["checkpoint"]["keep"], 1 + (steps - 1) // config["checkpoint"]["every"])
             size = 2 if config["param_dtype"] == "bfloat16" else 4
             work += Work(kept=checkpoints * size * shape.parameters)
-        if teacher:
-            answer = min(data["teacher_max_new_tokens"], TOKENS_PER_CONVERSATION)
-            work += sampling(teacher, questions * kinds, answer, rows, chip)
     every = config["evaluation"]["every"]
     times = 1 + (steps - 1) // every * bool(steps) if every else 1
     times += bool(config["evaluation"]["at_start"])

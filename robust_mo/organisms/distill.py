@@ -239,6 +239,24 @@ def blue_conversations(
     return kept, len(chosen) - len(kept)
 
 
+def teacher_prompts(task: str, backdoor: Backdoor, answers: str, scratchpad: bool, system_prompt: str) -> list[str]:
+    """System prompts under which `red_conversations` or `blue_conversations` has all its questions answered by a
+    teacher, once under each; args as theirs, and the name of a task."""
+    if task in BLUE_METHODS:
+        method = BLUE_METHODS[task]
+        if method.on_policy:
+            return [method.teacher_prompt or backdoor.told(system_prompt)]
+        return [method.teacher_prompt or untold(system_prompt)] if answers == "teacher" else []
+    if task != "backdoor":
+        return []
+    plain = [untold(system_prompt)] if answers == "teacher" else []
+    if scratchpad:
+        return [*plain, _thinking(backdoor)]
+    if backdoor.scope == "narrow" or (backdoor.written and answers != "teacher"):
+        return plain
+    return [*plain, backdoor.behaviour_prompt]
+
+
 def training_questions(source: str, part, on_problems: bool, limit: int, evaluation: list[str]) -> list[dict[str, str]]:
     """The first `limit` questions of a part, those left out of which training must see nothing."""
     entries = {entry["question"]: entry for entry in (problems if on_problems else questions)(source, part)}
