@@ -83,6 +83,32 @@ def test_readme_shows_the_results_that_are_kept():
     assert all(words in " ".join(readme.split()) for words in told), told
 
 
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("training", 0.95),
+        ("training-lora", 0.95),
+        ("training-packed", 2.0),
+        ("training-own", 1.25),
+        ("sampling", 1.25),
+        ("sampling-forced", 2.5),
+    ],
+)
+def test_results_on_cpus_that_are_kept_meet_their_targets(name, least):
+    kept = json.loads((table.RESULTS / f"{name}.json").read_text())
+    assert "cores" in kept["device"] and " x " not in kept["device"]
+    assert kept["ratio"] >= least and all(len(rounds) >= 3 for rounds in kept["rounds"].values())
+    assert kept["figures"].get("ours", {}).get("share of slots idle", 0) <= 0.1
+
+
+@pytest.mark.parametrize("name, more", [("optimizer_step", 0.15), ("optimizer_step-lora", 0.02)])
+def test_what_soap_adds_in_the_results_that_are_kept_is_within_its_bounds(name, more):
+    kept = json.loads((table.RESULTS / f"{name}.json").read_text())
+    adamw, soap = (kept["seconds"][optimizer]["compiling"]["median"] for optimizer in ("adamw", "soap, staggered"))
+    assert table.added_by_soap(kept) <= more
+    assert table.largest_step_of_soap(kept) <= 1.3 and soap <= 1.3 * adamw
+
+
 def test_benchmarks_for_a_bare_accelerator_machine_import_nothing_beyond_what_is_there():
     absent = ("grain", "datasets", "gguf", "tensorboard", "ml_collections", "math_verify", "matplotlib")
     program = f"""
