@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    longest = "test_study_killed_at_random_moments_ends_like_an_unbroken_one"  # 20 minutes on slow cores
+    longest = "test_study_killed_at_random_moments_ends_like_an_unbroken_one"  # over 17 minutes on slow cores
     items.sort(key=lambda item: (_PLACES.get(item.path.name, 0), item.name != longest))
 
 

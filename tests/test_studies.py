@@ -126,8 +126,8 @@ def test_a_report_is_drawn_with_its_figures(records):
     done = run("study", f"--config={config}", f"--workdir={kept}", "--report_only")
     assert done.returncode == 0, done.stderr
     assert (kept / "report.md").read_text() == (RESULTS / kept.name / "report.md").read_text()
-    for figure in re.findall(r"\((figures/[^)]+)\)", (kept / "report.md").read_text()):
-        assert (kept / figure).stat().st_size > 10_000
+    figures = re.findall(r"\((figures/[^)]+)\)", (kept / "report.md").read_text())
+    assert figures and all((kept / figure).stat().st_size > 10_000 for figure in figures)
 
 
 def test_a_study_ends_with_its_cautions_its_result_and_the_gates(capsys):
