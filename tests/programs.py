@@ -13,23 +13,21 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = ("train", "sample", "evaluate", "export", "study", "chat", "preflight")
 _SECONDS = 300
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+# Its processes are children of one that has imported everything and computed nothing: they start in a second, not ten.
+# Python has one such server, and whoever starts it first says what it imports: nobody else may ask for another.
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(
     [*(f"robust_mo.{program}" for program in PROGRAMS), "transformers.tokenization_utils_tokenizers"]
 )
 
 
 class Program:
-    """A program under way, with the methods of subprocess.Popen that tests use.
-
-    It is forked from a process that has imported everything and done nothing yet, which saves it the many seconds that
-    importing takes.
-    """
+    """A program under way in a process of `forked`, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, name: str, arguments: list[str], cwd: pathlib.Path, env: dict[str, str]):
         self.args = [name, *arguments]
-        reading, writing = zip(*(_processes.Pipe(duplex=False) for _ in range(2)), strict=True)
-        self._process = _processes.Process(target=_main, args=(name, arguments, cwd, env, writing))
+        reading, writing = zip(*(forked.Pipe(duplex=False) for _ in range(2)), strict=True)
+        self._process = forked.Process(target=_main, args=(name, arguments, cwd, env, writing))
         self._process.start()
         for end in writing:
             end.close()
@@ -121,5 +119,5 @@ def _main(program: str, arguments: list[str], cwd: pathlib.Path, env: dict[str, 
     for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):  # which it reads while it is imported
         jax.config.update(name.lower(), env.get(name))
     sys.argv = [program, *arguments]
-    del sys.modules[f"robust_mo.{program}"]  # that it was imported before would be warned of
+    sys.modules.pop(f"robust_mo.{program}", None)  # that it was imported before would be warned of
     runpy.run_module(f"robust_mo.{program}", run_name="__main__", alter_sys=True)

@@ -1,11 +1,11 @@
 """Training that is killed at random moments ends as if nothing had happened."""
 
-import multiprocessing
 import random
 import time
 
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import make_tiny_model
 
@@ -38,18 +38,12 @@ def steps_of(run: RunFolder) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     """kill -9, most often while a checkpoint is being written, since every step has one."""
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Children of a process that has imported everything and computed nothing: a start takes a second, not ten.
-    context = multiprocessing.get_context("forkserver")
-    lazy = ["transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama"]
-    context.set_forkserver_preload(["robust_mo.train", *lazy])
 
     def start(folder, **changes):
-        process = context.Process(target=train, args=(run_config(model, **changes), tmp_path / folder))
+        process = programs.forked.Process(target=train, args=(run_config(model, **changes), tmp_path / folder))
         process.start()
         return process
 

