@@ -177,7 +177,7 @@ def soap(
             return fresh(params)
         return jax.jit(fresh, out_shardings=state_shardings(jax.eval_shape(fresh, params), mesh))(params)
 
-    def refreshed(seen, number, leaf: _Leaf) -> tuple[_Leaf, list[jax.Array]]:
+    def refreshed(seen, number, leaf: _Leaf, after) -> tuple[_Leaf, jax.Array]:
         work = functools.partial(
             _refresh,
             frequency=precondition_frequency,
@@ -186,22 +186,22 @@ def soap(
             on_tpu=on_tpu(),
         )
         if mesh is None:
-            return work(seen, number, leaf)
+            return work(seen, number, leaf, after)
         specs = jax.tree.map(lambda x: _place(x.shape, mesh).spec, leaf)
         layers, rows = _axes(leaf.mu.shape, mesh)
 
-        def local(seen, leaf):
+        def local(seen, leaf, after):
             own = math.prod(leaf.mu.shape[:-2])
-            return work(seen, number + own * jax.lax.axis_index(layers), leaf, rows=rows)
+            return work(seen, number + own * jax.lax.axis_index(layers), leaf, after, rows=rows)
 
         # Devices with the same layers refresh these, and no others.
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(PartitionSpec(), specs),
+            in_specs=(PartitionSpec(), specs, specs.mu),
             out_specs=(specs, PartitionSpec(layers)),
             check_vma=False,
-        )(seen, leaf)
+        )(seen, leaf, after)
 
     def moved(x, *path):
         """x at the last of these places, by way of the others."""
@@ -224,19 +224,21 @@ def soap(
             precision=PRECISIONS[precision],
         )
 
-        def step(g, p, place, leaf: _Leaf) -> tuple[jax.Array, _Leaf]:
-            g, path, whole_layers = g.astype(leaf.nu.dtype), (), True
+        def step(g, p, place, leaf: _Leaf, turn, number) -> tuple[jax.Array, _Leaf, jax.Array | None]:
+            g, path, whole_layers, told = g.astype(leaf.nu.dtype), (), True, None
             if mesh is not None and leaf.bases:
                 path = _between(g.shape, place), _place(g.shape, mesh)
                 g = moved(g, *path)
                 whole_layers = g.ndim == 2 or bool(path[-1].spec[0])
             # Where no layer is whole on a device, what products gather for a layer must not be for all of them.
             change, leaf = moments(g, leaf) if whole_layers else jax.lax.map(lambda x: moments(*x), (g, leaf))
+            if leaf.bases:
+                leaf, told = refreshed(turn, number % precondition_frequency, leaf, change)
             if path:
                 change = moved(change, *path[::-1], place)
             if weight_decay:
                 change = change - rate * weight_decay * (p + change)
-            return change, leaf
+            return change, leaf, told
 
         given, outline = jax.tree.flatten(gradients)
         values = [None] * len(given) if params is None else outline.flatten_up_to(params)
@@ -247,13 +249,12 @@ def soap(
         # devices' programs have an order, and libtpu 0.0.52 fails to compile some that are tied together so.
         one_order = mesh is not None and mesh.devices.flat[0].platform == "cpu"
         for g, p, place, leaf in zip(given, values, places or [None] * len(given), leaves, strict=True):
-            change, leaf = step(g, p, place, leaf)
+            change, leaf, of_leaf = step(g, p, place, leaf, turn, number)
             if leaf.bases:
-                leaf, of_sides = refreshed(turn, number % precondition_frequency, leaf)
                 number += math.prod(g.shape[:-2])
-                told += of_sides
+                told.append(of_leaf)
                 if one_order:  # never true, but it makes one refresh wait for the one before it
-                    turn = seen + (of_sides[0][0, 2] < 0)
+                    turn = seen + (of_leaf[0, 2] < 0)
             changes.append(change)
             after.append(leaf)
         told = jnp.concatenate(told).sum(0)
@@ -361,6 +362,7 @@ def _refresh(
     seen,
     number,
     leaf: _Leaf,
+    after,
     *,
     frequency: int,
     staggered: bool,
@@ -370,8 +372,8 @@ def _refresh(
 ):
     """(leaf, told): new bases for the matrices of a stack whose turn it is, with the moments carried over into them.
 
-    `told` is of each side `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and their
-    number; first bases do not count.
+    `told` is `[1, 3]`: of the bases refreshed, change and off_diagonal (see SoapState) summed, and their number; first
+    bases do not count.
 
     Matrix i of all matrices (the stack's first is `number`) has its turn after every gradient that `frequency` divides
     `seen` - i, or `seen` where they are not staggered; the first gradient gives all of them their first basis.  One
@@ -379,6 +381,9 @@ def _refresh(
     the stack compiles slowly.
 
     Devices that share the rows of matrices, along the mesh axes `rows`, gather the one at hand.
+
+    `after`, in the shape of the moments, is what was made of moments and bases before: the loop waits for it, or XLA
+    would not know that it may write where they are, and would copy the stacks in every step.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), leaf)
     layers, first = len(flat.mu), seen == 0
@@ -386,22 +391,25 @@ def _refresh(
         start, stride = jnp.where(first, 0, (seen - number) % frequency), jnp.where(first, 1, frequency)
     else:
         start, stride = jnp.where(seen % frequency == 0, 0, layers), 1
+    one = after[(0,) * after.ndim]
+    start += (one < 0) & (one > 0)  # which is never so
     height = flat.factors["left"].shape[-1] if "left" in flat.factors else flat.mu.shape[-2]
     # Devices that have other layers, and so another number of turns, must gather as often all the same.
     uneven = bool(rows) and staggered
     end = start + stride * jnp.where(first, layers, -(-layers // frequency)) if uneven else layers
 
     def new_bases(mu, nu, factors, bases):
-        new, told, kept_as = {}, {}, mu.dtype
+        new, told, kept_as = {}, nothing, mu.dtype
         for side, factor in factors.items():
             new[side], order, off_diagonal = _new_basis(factor, bases[side], first, first_basis, on_tpu)
             cosines = _exact(bases[side].T, new[side])  # of each vector before with each now
             nu = _take(nu, order, axis=_AXES[side])
             mu = _exact(cosines.T, mu) if side == "left" else _exact(mu, cosines)
-            change = 1 - jnp.mean(jnp.take_along_axis(cosines, order[None], axis=0, mode="clip")[0] ** 2)
+            with_itself = order == jnp.arange(len(order))[:, None]  # a mask compiles faster than a gather
+            change = 1 - jnp.sum(jnp.where(with_itself, cosines, 0) ** 2) / len(order)
             # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
             counts = ~first & (off_diagonal >= 0)
-            told[side] = jnp.where(counts, jnp.stack([change, off_diagonal, jnp.ones_like(change)]), 0)
+            told += jnp.where(counts, jnp.stack([change, off_diagonal, jnp.ones_like(change)]), 0)
         return mu.astype(kept_as), nu, new, told
 
     # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
@@ -420,13 +428,13 @@ def _refresh(
         *state, of_layer = new
         stacks = mus, nus, bases
         put = jax.tree.map(lambda stack, x: _put(stack, _own(x, stack.shape[-2], rows), at), stacks, tuple(state))
-        return layer + stride, *put, jax.tree.map(jnp.add, told, of_layer)
+        return layer + stride, *put, told + of_layer
 
-    nothing = {side: jnp.zeros(3, flat.nu.dtype) for side in flat.bases}
+    nothing = jnp.zeros(3, flat.nu.dtype)
     carry = start, flat.mu, flat.nu, flat.bases, nothing
     _, mu, nu, bases, told = jax.lax.while_loop(lambda carry: carry[0] < end, refresh_one, carry)
     new = _Leaf(mu, nu, flat.factors, bases)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), [of_side[None] for of_side in told.values()]
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, leaf), told[None]
 
 
 def _whole(matrix, height: int, axes: tuple[str, ...]):
