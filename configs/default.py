@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
     config.optimizer.soap.longest_side = 1024  # longer sides of a matrix are not preconditioned; the authors: 10000 [O]
     config.optimizer.soap.one_sided_ratio = 4.0  # nor are those so many times as long as the other; 0: no such rule [O]
     config.optimizer.soap.refresh = "staggered"  # one matrix after another; the authors: "all_at_once" [O]
-    config.optimizer.soap.precision = "high"  # of the rotations: full, high, fast [O]
+    config.optimizer.soap.precision = "high"  # of rotations and factors: full, high, fast [O]
     config.optimizer.soap.first_basis = "eigh"  # give "qr" on a TPU: its compiler takes too long over eigh
     config.weight_decay = ConfigDict()
     config.weight_decay.kind = "decoupled"  # none, l2, decoupled, independent, to_start: see training/weight_decay.py

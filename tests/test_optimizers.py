@@ -26,6 +26,7 @@ from robust_mo.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
+from robust_mo.training.soap import soap
 from robust_mo.training.step import TrainState
 from robust_mo.training.weight_decay import WeightDecay
 
@@ -221,6 +222,28 @@ def test_schedule_free_equals_optax_at_its_average():
     average = optax.contrib.schedule_free_eval_params(their_state, point)
     assert_same([ours], [matrices(average)])
     assert np.abs(matrices(ours)[0] - matrices(point)[0]).max() > 1e-3  # the two places are not one
+
+
+@pytest.mark.parametrize("given", [dict(shampoo_beta=0.9, one_sided_ratio=1.5), dict(shampoo_beta=0.0)], ids=str)
+def test_soap_gets_its_settings(given):
+    """No two of which are alike, and all of which tell here."""
+    common = dict(b1=0.8, b2=0.7, eps=1e-3, refresh="staggered", precision="full", first_basis="eigh")
+    settings = common | dict(frequency=2, longest_side=5, one_sided_ratio=0.0) | given
+    ours, _ = run(optimizer_named("soap", **settings), parameters())
+    theirs = soap(
+        **common,
+        learning_rate=rate,
+        precondition_frequency=2,
+        max_precondition_dim=5,
+        shampoo_beta=given["shampoo_beta"] or None,
+        one_sided_ratio=given.get("one_sided_ratio"),
+    )
+    params, state, trace = parameters(), theirs.init(parameters()), []
+    for gradient in gradients(parameters()):
+        changes, state = theirs.update(gradient, state, params)
+        params = optax.apply_updates(params, changes)
+        trace.append(matrices(params))
+    assert_same(ours, trace)
 
 
 def by_hand(params, kind, strength, direction=lambda g: g, groups=None, start=None):

@@ -41,16 +41,17 @@ SHAPES = {
 class Paper:
     """Algorithm 3 of arXiv 2409.11321 for one array of at most two axes, float64, with its authors' details.
 
-    Flags make it wrong in one way each: `refreshes` False never refreshes; `delay` refreshes that many steps late;
-    `permutes` False leaves the second moment where it was when the vectors are sorted.
+    It has its turn `phase` steps after those that the frequency divides.  Flags make it wrong in one way each:
+    `refreshes` False never refreshes; `permutes` False leaves the second moment where it was when the vectors are
+    sorted.
     """
 
-    def __init__(self, weights, *, frequency=FREQUENCY, limit=LIMIT, refreshes=True, delay=0, permutes=True):
-        self.w, self.frequency, self.refreshes, self.delay, self.permutes = (
+    def __init__(self, weights, *, frequency=FREQUENCY, limit=LIMIT, refreshes=True, phase=0, permutes=True):
+        self.w, self.frequency, self.refreshes, self.phase, self.permutes = (
             weights,
             frequency,
             refreshes,
-            delay,
+            phase,
             permutes,
         )
         matrix = weights.ndim == 2
@@ -85,7 +86,7 @@ class Paper:
         self.w = self.w - rate * np.sqrt(1 - b2**self.t) / (1 - b1**self.t) * direction
         self.w = self.w - rate * decay * self.w
         self.gather(G, beta)
-        if self.refreshes and self.t > self.delay and (self.t - self.delay) % self.frequency == 0:
+        if self.refreshes and (self.t - self.phase) % self.frequency == 0:
             for axis in self.sides:
                 power = self.F[axis] @ self.Q[axis]
                 order = np.argsort(-np.diag(self.Q[axis].T @ power))
@@ -145,9 +146,13 @@ OURS = dict(
 
 @pytest.fixture(scope="module")
 def unbroken():
+    return in_float64()
+
+
+def in_float64(shapes=SHAPES, **settings):
     """(parameters, state) after each of STEPS gradients, in float64 so that ties and rounding decide nothing."""
     with jax.enable_x64(True):
-        history = run(soap(**OURS), starting(SHAPES), gradients(SHAPES, STEPS))
+        history = run(soap(**OURS, **settings), starting(shapes), gradients(shapes, STEPS))
         assert history[-1][1].mu["stack"].dtype == jnp.float64
         return jax.device_get(history)
 
@@ -157,19 +162,19 @@ def single(tree, name, layer):
     return tree[name] if layer is None else tree[name][layer]
 
 
-def matrices():
-    for name, shape in SHAPES.items():
+def matrices(shapes=SHAPES):
+    for name, shape in shapes.items():
         stacked = len(shape) == 3 or name == "scale"
         yield from ((name, layer) for layer in (range(shape[0]) if stacked else (None,)))
 
 
-def distance_from_paper(unbroken, name, layer, **wrong):
+def distance_from_paper(unbroken, name, layer, shapes=SHAPES, **wrong):
     """Largest difference between our weights and the paper's in any step, relative to how far the paper's went."""
-    weights = single(starting(SHAPES), name, layer)
+    weights = single(starting(shapes), name, layer)
     paper, worst = Paper(weights, **wrong), 0
     first = unbroken[0][1].bases[name]
     bases = {axis: single(first, side, layer) for axis, side in enumerate(("left", "right")) if side in first}
-    for (params, _), gradient in zip(unbroken, gradients(SHAPES, STEPS), strict=True):
+    for (params, _), gradient in zip(unbroken, gradients(shapes, STEPS), strict=True):
         paper.step(single(gradient, name, layer), bases=bases.copy())
         worst = max(worst, np.abs(paper.w - single(params, name, layer)).max())
     return worst / np.abs(paper.w - weights).max()
@@ -181,7 +186,17 @@ def test_thirty_steps_equal_the_paper(unbroken, name, layer):
     assert distance_from_paper(unbroken, name, layer) < 1e-9
 
 
-@pytest.mark.parametrize("wrong", [dict(refreshes=False), dict(delay=1), dict(permutes=False)], ids=str)
+def test_staggered_steps_equal_the_papers_at_every_matrix_turn():
+    # Two gradients, after which the second matrix has its turn, must give all sides a factor of full rank.
+    shapes = {"long": (12, 5), "short": (4, 5), "square": (6, 6), "stack": (3, 6, 5)}
+    history = in_float64(shapes, refresh="staggered")
+    for number, place in enumerate(matrices(shapes)):
+        phase = number % FREQUENCY
+        assert distance_from_paper(history, *place, shapes, phase=phase) < 1e-9, place
+        assert distance_from_paper(history, *place, shapes, phase=(phase + 1) % FREQUENCY) > 1e-3, place
+
+
+@pytest.mark.parametrize("wrong", [dict(refreshes=False), dict(phase=1), dict(permutes=False)], ids=str)
 def test_a_wrong_algorithm_is_told_apart(unbroken, wrong):
     for name, layer in matrices():
         if name not in ("vector", "scale"):
@@ -293,6 +308,14 @@ def test_health_is_that_of_the_bases_that_were_refreshed_last():
         changes.append(1 - (cosines**2).mean())
     assert told[3] == told[5] and min(*changes, *masses) > 1e-3
     np.testing.assert_allclose(list(told[3].values()), [np.mean(changes), np.mean(masses)], rtol=1e-3)
+
+
+def test_bases_that_stand_still_have_turned_by_nothing():
+    """Less than nothing, by rounding, would read as having nothing to say."""
+    shapes = {"square": (2, 2)}
+    still = next(gradients(shapes, 1))
+    history = run(soap(RATE, precondition_frequency=1), starting(shapes), [still] * 40)
+    assert all(state.change >= 0 for _, state in history[1:]) and history[-1][1].change < 1e-3
 
 
 def test_health_is_not_that_of_a_factor_without_a_gradient():
@@ -419,7 +442,7 @@ def test_only_refreshing_is_always_full_float32():
 
     counts = [precisions().count((p, p)) for p in (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)]
     assert counts[0] == 6  # two sides: into the basis, out of it, factor
-    assert counts[1] >= 2 * 3  # two sides: power step, first moment out of the old basis and into the new
+    assert counts[1] >= 2 * 3  # two sides: power step, cosines between the bases, first moment by them
     assert sum(counts) == len(precisions())
 
 
@@ -511,7 +534,7 @@ from robust_mo.training.soap import soap, state_shardings
 mesh = make_mesh(1, 4, 2)
 given = dict(np.load(sys.argv[1]))
 where = {"cut": P(None, "fsdp", "tensor"), "uncut": P(None, "fsdp", "tensor"), "embedding": P("tensor", "fsdp"),
-         "scale": P(), "mixed": P(None, "fsdp", "tensor"), "odd": P(None, "fsdp")}
+         "scale": P(), "mixed": P(None, "fsdp", "tensor"), "odd": P(None, "fsdp"), "turns": P(None, "fsdp", "tensor")}
 # Parameters that are cut, and parameters of which every device has a copy: they must stay so.
 for refresh, cut in (("all_at_once", True), ("staggered", False)):
     params = {n: jax.device_put(given[n], NamedSharding(mesh, where[n] if cut else P())) for n in where}
@@ -524,6 +547,7 @@ for refresh, cut in (("all_at_once", True), ("staggered", False)):
     assert own["embedding"] == ((2, 8), {"right": (1, 8)}), own
     assert own["odd"] == ((9, 8), {"right": (1, 8)}), own
     assert own["mixed"] == ((3, 4, 16), {"left": (3, 4, 8)}), own  # four groups of two devices
+    assert own["turns"] == ((5, 4, 16), {"left": (5, 4, 8)}), own  # one or two of five layers have their turn in a step
     before = jax.tree.map(lambda x: x.sharding, (params, state))
 
     @jax.jit
@@ -545,7 +569,7 @@ def test_eight_devices_make_the_same_updates_as_one(tmp_path):
     """In float64: sums over devices are taken in another order, and which vectors belong to the smallest eigenvalues
     of a first factor in float32 is a matter of rounding."""
     shapes = {"cut": (16, 8, 8), "uncut": (3, 8, 8), "embedding": (16, 8), "scale": (16, 8), "mixed": (12, 8, 16)}
-    shapes["odd"] = (9, 8)  # whose rows nothing divides
+    shapes |= {"odd": (9, 8), "turns": (20, 8, 16)}  # nothing divides the former's rows
     start, given = starting(shapes), list(gradients(shapes, 8))
     everything = {f"{name}{t}": g for t, found in enumerate(given) for name, g in found.items()}
     np.savez(tmp_path / "given.npz", **start, **everything)

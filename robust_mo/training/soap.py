@@ -406,13 +406,13 @@ def _refresh(
             nu = _take(nu, order, axis=_AXES[side])
             mu = _exact(cosines.T, mu) if side == "left" else _exact(mu, cosines)
             with_itself = order == jnp.arange(len(order))[:, None]  # a mask compiles faster than a gather
-            change = 1 - jnp.sum(jnp.where(with_itself, cosines, 0) ** 2) / len(order)
+            change = jnp.maximum(1 - jnp.sum(jnp.where(with_itself, cosines, 0) ** 2) / len(order), 0)
             # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
             counts = ~first & (off_diagonal >= 0)
             told += jnp.where(counts, jnp.stack([change, off_diagonal, jnp.ones_like(change)]), 0)
         return mu.astype(kept_as), nu, new, told
 
-    # What was at a layer is read in _new_basis and in products alone, or the loop would copy the stack in every round.
+    # Layers are read in _new_basis, products and _take alone, or the loop would copy the stack in every round.
     def refresh_one(carry):
         layer, mus, nus, bases, told = carry
         at = jnp.minimum(layer, layers - 1) if uneven else layer
