@@ -8,7 +8,8 @@ rounds of refreshes covered.  Whole step: training/step.py's second, on random t
 "all at once" and `per_tensor` refresh nothing, "staggered" its share; compiling is tracing, lowering and compiling it
 anew, with nothing left from before.  For these two the optimizers take turns.
 `per_tensor` is SOAP as it is often written: a matrix at a time, all sides, both moments' rotations in every step.
-Parameters and the optimizer's state are float32, of the size's shapes and random.
+Parameters and the optimizer's state are float32, of the size's shapes and random; SOAP's products are of precision
+"full" (on a CPU the configs' "high" is the same).
 Writes benchmarks/results/optimizer_step[-SIZE][-lora].json.
 """
 

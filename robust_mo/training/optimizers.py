@@ -124,7 +124,7 @@ def _soap(
 
 
 # What the post's factors and their rivals ask for; a line here and a group in configs/default.py add another of optax's
-# that needs gradients alone.  sophia takes forward derivatives of the gradient too, to estimate a Hessian: what
+# that needs gradients alone.  optax's sophia takes forward derivatives of the gradient too, to estimate a Hessian: what
 # training/loss.py and the attention kernels say of their backward passes has none.
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
