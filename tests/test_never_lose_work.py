@@ -37,13 +37,21 @@ def steps_of(run: RunFolder) -> list[int]:
     return [r["step"] for r in run.records() if r["name"] == "train/loss"] if file.exists() else []
 
 
+def train_with_cache(folder, config, workdir):
+    """With compiled programs of its own: who is killed may leave half of one."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    train(config, workdir)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     """kill -9, most often while a checkpoint is being written, since every step has one."""
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
 
     def start(folder, **changes):
-        process = programs.forked.Process(target=train, args=(run_config(model, **changes), tmp_path / folder))
+        given = tmp_path / "compiled", run_config(model, **changes), tmp_path / folder
+        process = programs.forked.Process(target=train_with_cache, args=given)
         process.start()
         return process
 
