@@ -405,7 +405,7 @@ def _refresh(
             cosines = _exact(bases[side].T, new[side])  # of each vector before with each now
             nu = _take(nu, order, axis=_AXES[side])
             mu = _exact(cosines.T, mu) if side == "left" else _exact(mu, cosines)
-            with_itself = order == jnp.arange(len(order))[:, None]  # a mask compiles faster than a gather
+            with_itself = order == jnp.arange(len(order))[:, None]  # each vector where it was before the sort
             change = jnp.maximum(1 - jnp.sum(jnp.where(with_itself, cosines, 0) ** 2) / len(order), 0)
             # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
             counts = ~first & (off_diagonal >= 0)
