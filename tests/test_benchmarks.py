@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import logits, preflight_table, sampling, table, training
+from benchmarks import logits, optimizer_step, peers, preflight_table, sampling, table, training
 
 
 @pytest.mark.slow
@@ -69,6 +70,21 @@ def test_sampling_on_invented_weights_beside_every_peer(peer):
     ours, theirs = sampling.ours("tiny", 0, 4, True), sampling.theirs("tiny", 0, 4, True, peer)
     assert [len(answer) for answer in ours["answers"]] == sampling.work("tiny", 0, True)[1]
     sampling.agree(ours | {"exact": True}, theirs)
+
+
+@pytest.mark.slow
+def test_optimizer_step(tmp_path, monkeypatch):
+    few = "--size=tiny --rows=1 --length=8 --steps=4 --rounds=1 --compilations=1 --only soap lion per_tensor"
+    monkeypatch.setattr(sys, "argv", ["optimizer_step", *few.split()])
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    cached = jax.config.jax_enable_compilation_cache
+    try:
+        optimizer_step.main()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    kept = json.loads((tmp_path / "optimizer_step-tiny.json").read_text())
+    assert set(kept["seconds"]) == {"adamw", "soap, all at once", "soap, staggered", "lion", "per_tensor"}
+    assert table.added_by_soap(kept) > 0 and table.largest_step_of_soap(kept) >= 1
 
 
 def test_readme_shows_the_results_that_are_kept():

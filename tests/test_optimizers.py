@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen as nn
 
 from configs import default
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
+from robust_mo.model.llama import LlamaConfig
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.groups import Group, check_groups, make_groups, norms, paths
@@ -27,7 +29,7 @@ from robust_mo.training.optimizers import (
     make_schedule,
 )
 from robust_mo.training.soap import soap
-from robust_mo.training.step import TrainState
+from robust_mo.training.step import TrainState, train_step
 from robust_mo.training.weight_decay import WeightDecay
 
 CONFIG = default.get_config()
@@ -509,6 +511,26 @@ def test_norms_of_groups():
     assert {name: n.dtype for name, n in norms(GROUPS, {"norm": {"scale": jnp.ones(3, jnp.bfloat16)}}).items()} == {
         "norms": jnp.float32
     }
+
+
+def test_runs_of_all_optimizers_have_the_same_curves():
+    """But for what each says of itself, under `optimizer/`."""
+    llama = hugging_face.build(
+        LlamaConfig(64, 16, 32, 2, 2, 1, 8, 64, 1e-5, 1e4, None, True, False, False), None, "float32", "float32", "none"
+    )
+    params = nn.unbox(hugging_face.abstract_variables(llama)["params"])
+    whole = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    batch = dict.fromkeys(("tokens", "positions", "segments", "targets"), whole)
+    batch["loss_mask"] = jax.ShapeDtypeStruct((2, 8), jnp.bool)
+    curves = {}
+    for name in NAMES:
+        optimizer = optimizer_named(name, clip_norm=1.0)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+        step = functools.partial(train_step, model=llama, optimizer=optimizer, chunk=8, micro_batches=1)
+        _, metrics = jax.eval_shape(step, state, None, params, batch, jnp.float32(1), jnp.float32(1))
+        curves[name] = {curve for curve in metrics if not curve.startswith("optimizer/")}
+    assert {"loss", "distance_from_start", "update_norm/mlp", "start_distance/attention"} <= curves["soap"]
+    assert all(found == curves["adamw"] for found in curves.values()), curves
 
 
 def test_share_of_clipped_steps():

@@ -16,6 +16,7 @@ import pytorch_optimizer
 import torch
 from flax import linen as nn
 
+from benchmarks.optimizer_step import per_tensor_soap
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model.llama import PROJECTIONS, LlamaConfig
@@ -251,6 +252,17 @@ def test_loosely_equals_another_librarys():
         np.testing.assert_allclose(parts(ours[name])[i], value.detach().numpy(), rtol=0, atol=1e-4 * gone)
 
 
+def test_equals_soap_as_it_is_often_written():
+    """A matrix at a time, which is what the benchmark sets beside it."""
+    shapes = {"stack": (3, 6, 5), "square": (6, 6), "vector": (7,)}
+    start, given = starting(shapes), list(gradients(shapes, 25))
+    with jax.enable_x64(True):
+        ours, theirs = (run(optimizer, start, given)[-1][0] for optimizer in (soap(RATE), per_tensor_soap(RATE)))
+        for name, value in start.items():
+            gone = np.abs(ours[name] - value).max()
+            np.testing.assert_allclose(theirs[name], ours[name], rtol=0, atol=1e-9 * gone)
+
+
 def parts(value):
     return list(value) if value.ndim == 3 else [value]
 
@@ -327,6 +339,14 @@ def test_health_is_not_that_of_a_factor_without_a_gradient():
     assert told[0][1].health() == told[1][1].health()
 
 
+def test_health_of_what_is_not_a_number_is_none():
+    shapes = {"square": (4, 4)}
+    *given, last = gradients(shapes, 3)
+    last["square"][0, 0] = np.nan
+    _, state = run(soap(RATE, precondition_frequency=1), starting(shapes), [*given, last])[-1]
+    assert np.isnan(list(state.health().values())).all()
+
+
 STACKS = {"first": (5, 4, 3), "second": (2, 3, 4)}
 
 
@@ -354,6 +374,13 @@ def test_staggered_at_every_step_is_all_at_once():
         for refresh in ("staggered", "all_at_once")
     ]
     jax.tree.map(np.testing.assert_array_equal, *ours)
+
+
+@pytest.mark.parametrize("refresh", ["all_at_once", "staggered"])
+def test_all_axes_before_the_last_two_are_one_stack(refresh):
+    flat, nested = (in_float64({"stack": shape}, refresh=refresh)[-1] for shape in ((6, 6, 5), (2, 3, 6, 5)))
+    for one, other in zip(jax.tree.leaves(flat), jax.tree.leaves(nested), strict=True):
+        np.testing.assert_allclose(other.reshape(one.shape), one, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +500,19 @@ def test_the_qr_decomposition_for_tpus(size, rank):
         np.testing.assert_allclose(q, np.linalg.qr(matrix)[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_basis_is_the_same_by_the_qr_decomposition_for_tpus(first):
+    generator = np.random.default_rng(0)
+    turned, basis = (np.linalg.qr(generator.normal(size=(150, 150)))[0] for _ in range(2))
+    factor = (turned * np.linspace(1, 0.5, 150) @ turned.T).astype(np.float32)
+    refreshed = jax.jit(module._new_basis, static_argnums=(3, 4))
+    ours, theirs = (refreshed(factor, basis.astype(np.float32), first, "qr", on_tpu) for on_tpu in (True, False))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
+    assert np.abs(ours[0] - basis).max() > 0.1
+
+
 def test_the_learning_rate_may_come_with_every_step():
     """As training/optimizers.py has it: everything else static, the rate replaced in the state before each step."""
     static = tuple(name for name in inspect.signature(soap).parameters if name != "learning_rate")
@@ -511,6 +551,8 @@ def test_the_learning_rate_may_come_with_every_step():
         dict(refresh="sometimes"),
         dict(precision="double"),
         dict(first_basis="svd"),
+        dict(mu_dtype="nonsense"),
+        dict(mu_dtype="int32"),
     ],
     ids=str,
 )

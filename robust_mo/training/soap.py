@@ -138,6 +138,7 @@ def soap(
         refresh=refresh,
         precision=precision,
         first_basis=first_basis,
+        mu_dtype=mu_dtype,
     )
 
     def on_tpu() -> bool:  # asked for late: to look for devices takes hold of them
@@ -408,7 +409,7 @@ def _refresh(
             with_itself = order == jnp.arange(len(order))[:, None]  # each vector where it was before the sort
             change = jnp.maximum(1 - jnp.sum(jnp.where(with_itself, cosines, 0) ** 2) / len(order), 0)
             # Of a factor that is still zero, as that of LoRA's a while b is, any basis is as good as another.
-            counts = ~first & (off_diagonal >= 0)
+            counts = ~first & (off_diagonal != -1)
             told += jnp.where(counts, jnp.stack([change, off_diagonal, jnp.ones_like(change)]), 0)
         return mu.astype(kept_as), nu, new, told
 
@@ -478,7 +479,7 @@ def _new_basis(factor, basis, first, first_basis: str, on_tpu: bool):
         after = by_qr(turned) if first_basis == "qr" else jax.lax.cond(first, by_eigh, lambda: by_qr(turned))
         # The basis is orthonormal: power has the norm of the factor in it, whose diagonal the eigenvalues are.
         square = jnp.sum(power**2)
-        off_diagonal = jnp.where(square > 0, jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0), -1)
+        off_diagonal = jnp.where(square == 0, -1, jnp.maximum(1 - jnp.sum(eigenvalues**2) / square, 0))
         return after, order, off_diagonal
 
     before = basis, jnp.arange(len(basis)), jnp.zeros((), factor.dtype)
@@ -537,3 +538,9 @@ def _check(**given) -> None:
     for name, known in (("refresh", REFRESHES), ("precision", PRECISIONS), ("first_basis", FIRST_BASES)):
         if given[name] not in known:
             raise InputError(f"soap: {name} is {given[name]!r}; choose from {', '.join(known)}")
+    try:
+        floating = jnp.issubdtype(jnp.dtype(given["mu_dtype"] or jnp.float32), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise InputError(f"soap: mu_dtype is {given['mu_dtype']!r}; give a floating-point dtype's name, or None")
