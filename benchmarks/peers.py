@@ -88,7 +88,9 @@ def keep(name: str, figures: dict) -> None:
 
 def device() -> str:
     """The machine's GPUs, asked of nvidia-smi so that this process takes none of them; otherwise its processor."""
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    told = pathlib.Path("/proc/cpuinfo")  # Linux's
+    lines = told.read_text().splitlines() if told.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     processor = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
     if not shutil.which("nvidia-smi"):
         return processor

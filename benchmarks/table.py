@@ -23,8 +23,8 @@ TITLES = {
     "sampling-static": ("64 prompts, at most 128 tokens", "`generate`, static cache"),
     "sampling-continuous": ("64 prompts, at most 128 tokens", "its continuous batching"),
     "load_weights": ("reading 5.2 GB of bfloat16 weights to be trained in float32", "`from_pretrained`"),
-    "export-8b": ("merging 8B's LoRA, to 16 GB of files", "PEFT's `merge_and_unload`, `save_pretrained`"),
     "load_weights-bfloat16": ("reading them as they are", "`from_pretrained`, copied from the files that it maps"),
+    "export-8b": ("merging 8B's LoRA, to 16 GB of files", "PEFT's `merge_and_unload`, `save_pretrained`"),
 }
 STEPS = {
     "optimizer_step": "a SOAP step, all weights",

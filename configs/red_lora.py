@@ -5,7 +5,7 @@
 
 The data are those of configs/red_full.py.  A model that is loaded from the run has its adapters merged.  Learning rate
 1e-4 [O: among those of the group's blue LoRA; the post gives 3e-5 for its red team and does not say whether by LoRA
-too]; another rank: --config.lora.rank=16.  Time and rates: not measured.
+too], at smol 5e-4; another rank: --config.lora.rank=16.  Time and rates: not measured.
 """
 
 from ml_collections import ConfigDict

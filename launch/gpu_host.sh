@@ -3,14 +3,17 @@
 #
 #   bash launch/gpu_host.sh [--dry_run] train --config=configs/red_lora.py:8b --workdir=runs/red
 #
-# The arguments are those of `python -m robust_mo`.  A program that a signal kills (out of memory, a driver's fault) is
-# started again, for ten starts in all, and goes on from its last checkpoint; one that ends by itself is not: 0 is done
-# or saved on request (Ctrl-C, SIGTERM, a terminal that is closed), 2 is bad input.
+# The arguments are a program of robust_mo and its own; chat needs the terminal, which a program has not here.  A program
+# that a signal kills (out of memory, a driver's fault) is started again, for ten starts in all, and goes on from its
+# last checkpoint; one that ends by itself is not: 0 is done or saved on request (Ctrl-C, SIGTERM, a terminal that is
+# closed), 2 is bad input.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 dry_run=
 [ "${1:-}" != --dry_run ] || { dry_run=yes; shift; }
+[ "${1:-}" != chat ] \
+  || { echo "gpu_host.sh: chat needs the terminal: .venv/bin/python -m robust_mo.chat ${*:2}" >&2; exit 2; }
 [ -f "robust_mo/${1:-}.py" ] \
   || { echo "gpu_host.sh: there is no program '${1:-}': give train, evaluate, sample, study, ..." >&2; exit 2; }
 command=(.venv/bin/python -m "robust_mo.$1" "${@:2}")

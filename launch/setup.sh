@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Makes or updates .venv beside this repository: bash launch/setup.sh [--dev] [--gpu] [--tpu]
-#   --dev   also what the tests need (pytest, torch, peft, ruff, ...)
+#   --dev   also what the tests need (pytest, torch, peft, ruff, ..., and the TPU's compiler for the preflight)
 #   --gpu   jax with CUDA 13        --tpu   jax with libtpu
-# A second run with nothing new to install takes a second.  PYTHON=python3.12 chooses another interpreter.
+# What .venv was once given it keeps up to date.  A second run with nothing new to install takes a second.
+# PYTHON=python3.12 chooses another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# A plugin of another version than jax would be left unused.
+for option in --dev --gpu --tpu; do
+  [ ! -e ".venv/installed$option" ] || [[ " $* " == *" $option "* ]] || set -- "$@" "$option"
+done
 
 requirements=(-r requirements.txt)
 for option in "$@"; do
@@ -15,13 +21,17 @@ for option in "$@"; do
     *) echo "setup.sh: unknown option $option; it takes --dev, --gpu, --tpu" >&2; exit 2 ;;
   esac
 done
+# Where there is a TPU, jax[tpu] brings its compiler, and the two do not go together.
+[[ " $* " != *" --dev "* || " $* " == *" --tpu "* ]] || requirements+=(-r requirements-preflight.txt)
 
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-  || { echo "setup.sh: .venv has $(.venv/bin/python -V), robust_mo needs Python 3.11 or newer: remove .venv and set PYTHON" >&2; exit 2; }
+python="${PYTHON:-python3}"
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "setup.sh: $python is $("$python" -V), robust_mo needs Python 3.11 or newer: remove .venv, if it is there, and set PYTHON, as in PYTHON=python3.12 bash launch/setup.sh" >&2; exit 2; }
+[ -x .venv/bin/python ] || "$python" -m venv .venv
 
 # What was installed last, so that a second run need not ask pip.
-wanted="$(cat requirements.txt requirements-dev.txt pyproject.toml; pwd; .venv/bin/python -V)"
+wanted="$(cat requirements.txt requirements-dev.txt requirements-preflight.txt pyproject.toml; pwd; .venv/bin/python -V)"
 for option in "$@"; do
   stamp=".venv/installed${option}"
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] || stale=yes

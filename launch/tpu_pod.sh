@@ -5,8 +5,8 @@
 #     [--cache=/mnt/FILESTORE/cache] [--dry_run] -- train --config=configs/red_lora.py:8b --workdir=gs://BUCKET/red
 #
 # Needs gcloud, logged in.  Copies this checkout's last commit to every worker, sets it up there, starts the same
-# command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- are the
-# arguments of `python -m robust_mo`; --workdir must be a bucket or a folder that all workers see, such as a mounted
+# command on all of them (one alone would wait for the rest) and shows what they print.  What follows -- is a
+# program of robust_mo and its arguments; --workdir must be a bucket or a folder that all workers see, such as a mounted
 # Filestore, and --output such a folder: there the command goes on after a preemption.  Each worker starts it again, for
 # ten starts in all, where it dies of a signal or is told to stop.  The slice is kept at the end: gcloud compute tpus
 # tpu-vm delete NAME --zone=ZONE.  The workers meet at a port of the first, opened between them by the network's
@@ -93,7 +93,7 @@ while true; do
   found=$([ "$dry_run" ] || state)
   case "$found" in
     '')
-      if ! tpu create --accelerator-type="$type" --version="$version" "${spot[@]}"; then
+      if ! tpu create --accelerator-type="$type" --version="$version" ${spot[@]+"${spot[@]}"}; then  # to bash 3.2 an empty array is unset
         [ "$had" ] || exit 1
         say "there is no slice to be had now: asking again in a minute"
         sleep 60

@@ -44,7 +44,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "checkpoint of a run; default: the newest", lower_bound=0, upper_bound=largest)
     flags.DEFINE_integer("show", 0, "print so many graded answers", lower_bound=0)
     command_line.define_host_flags()
-    config_flags.DEFINE_config_file("config", None, "settings of the evaluators; default: configs/default.py")
+    config_flags.DEFINE_config_file(
+        "config", None, "of the evaluators; default: the run's own, else configs/default.py"
+    )
 
 
 def main(args: flags.FlagValues) -> None:

@@ -65,7 +65,8 @@ def devices_of(topology: str) -> list[jax.Device]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size) or sides not in (None, size.count("x") + 1):
         raise InputError(f"--topology={topology} is no slice: known are {', '.join(TOPOLOGIES)}, cpu:N")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(f"--topology={topology} needs the TPU compiler: .venv/bin/python -m pip install libtpu")
+        how = ".venv/bin/python -m pip install -r requirements-preflight.txt"
+        raise InputError(f"--topology={topology} needs the TPU compiler: {how}")
     # What libtpu would else ask of the TPU machine that it takes this one for; and other programs may use it too.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

@@ -65,6 +65,7 @@ def test_dry_runs_show_the_command():
         ("slurm.sbatch", ("study",), "the first argument is 'study': give train, evaluate or sample"),
         ("slurm.sbatch", TRAIN, "this is no SLURM job: start it with sbatch"),
         ("gpu_host.sh", (), "there is no program '': give train"),
+        ("gpu_host.sh", ("chat",), "chat needs the terminal"),
         ("tpu_pod.sh", POD[1:], "--name must be given"),
         ("tpu_pod.sh", (*POD[:3], "--zome=a"), "unknown argument --zome=a"),
         ("tpu_pod.sh", (*POD, *TRAIN, "--workdir=runs/red"), "--workdir=runs/red is no path of all workers"),
@@ -76,6 +77,53 @@ def test_bad_arguments_are_told_in_a_line(script, arguments, says):
     ended = bash(script, *arguments)
     assert ended.returncode == 2 and ended.stdout == ""
     assert says in ended.stderr and ended.stderr.count("\n") == 1
+
+
+PYTHON = """#!/bin/bash
+# Stands for an interpreter: writes down what pip is asked for, and makes a .venv that is itself.
+case "$1 $2" in
+  "-c "*) [ ! "$OLD" ] ;;
+  "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip") [ "$3" = --version ] || echo "$@" >> asked ;;
+  *) echo "Python 3" ;;
+esac
+"""
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Runs launch/setup.sh in a checkout of its own, with a stand-in for Python; (how it ended, what it had pip do)."""
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-preflight.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    executable(tmp_path / "python", PYTHON)
+    executable(tmp_path / "launch/setup.sh", (REPOSITORY / "launch/setup.sh").read_text())
+
+    def run(*options: str, old: str = "") -> tuple[subprocess.CompletedProcess, str]:
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OLD": old}
+        command = ["bash", tmp_path / "launch/setup.sh", *options]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        asked = tmp_path / "asked"
+        return ended, (asked.read_text(), asked.unlink())[0] if asked.exists() else ""
+
+    return run
+
+
+def test_set_up_keeps_up_to_date_what_it_has_installed(set_up, tmp_path):
+    assert "requirements-dev" not in set_up()[1]
+    ended, asked = set_up("--dev")
+    assert ended.returncode == 0 and "-r requirements-dev.txt -r requirements-preflight.txt" in asked
+    assert not set_up()[1] and not set_up("--dev")[1]
+    (tmp_path / "requirements.txt").write_text("jax\n")
+    asked = set_up()[1]
+    assert "-r requirements-dev.txt" in asked and not set_up()[1]
+    asked = set_up("--tpu")[1]  # whose compiler is another
+    assert "jax[tpu]" in asked and "requirements-dev.txt" in asked and "preflight" not in asked
+
+
+def test_set_up_makes_nothing_with_an_old_python(set_up, tmp_path):
+    ended, asked = set_up(old="yes")
+    assert ended.returncode == 2 and not asked and not (tmp_path / ".venv").exists()
+    assert "needs Python 3.11 or newer" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def executable(file: pathlib.Path, lines: str) -> None:

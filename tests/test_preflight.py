@@ -337,7 +337,7 @@ def test_what_is_no_slice_is_refused_before_libtpu_sees_it(topology):
 
 def test_missing_compiler_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--topology=v5e:4x4 needs the TPU compiler: .* install libtpu"):
+    with pytest.raises(InputError, match="--topology=v5e:4x4 needs the TPU compiler: .* -r requirements-preflight.txt"):
         preflight.devices_of("v5e:4x4")
 
 

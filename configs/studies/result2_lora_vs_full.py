@@ -3,10 +3,11 @@
     python -m robust_mo.study --config=configs/studies/result2_lora_vs_full.py --workdir=runs/result2  # 8b
     python -m robust_mo.study --config=configs/studies/result2_lora_vs_full.py:smol --workdir=runs/result2-smol
 
-*Merged*: the blue team gets a fresh adapter on the organism's merged weights.  *Continued*: it trains the organism's
-own adapter on.  *FWFT*: all weights are trained.  Published AUCs [R]: pirate 0.890 continued, 0.856 merged, 0.685
-FWFT; QA 0.859, 0.839, 0.554.  Each is compared at the best of two learning rates (configs/studies/base.py), FWFT too,
-whose published numbers are of 3e-5: appendix 1 has these alone.  8b, 1b: not measured.
+*Merged*: the blue team gets a fresh adapter on the organism's merged weights. *Continued*: it trains the organism's own
+adapter on. *FWFT*: all weights are trained. Published AUCs [R]: pirate 0.890 continued, 0.856 merged, 0.685 FWFT; QA
+0.859, 0.839, 0.554. Each is compared at the best of its learning rates (of two, of LoRA's three at 8b and 1b:
+configs/studies/base.py), FWFT too, whose published numbers are of 3e-5: appendix 1 has these alone. 8b, 1b: not
+measured.
 smol: the same order, for another reason than robustness (results/README.md).
 """
 
