@@ -63,7 +63,7 @@ def decode(size: str, folder: str) -> None:
     prompts = generator.integers(0, model.config.vocab_size, (one.slots, PROMPT), np.int32)
     for watching in (contextlib.nullcontext(), watched(folder)):
         with watching:
-            for _ in sampler.answers([Request(p, STEPS) for p in prompts], Greedy(), 0, one.slots, lambda *_: None):
+            for _ in sampler.answers([Request(p, STEPS + 1) for p in prompts], Greedy(), 0, one.slots, lambda *_: None):
                 pass
 
 

@@ -171,7 +171,13 @@ def main() -> None:
     try:
         if not arguments.size:
             sizes.invent(folder, "Llama-3.1-8B-Instruct", arguments.layers, "bfloat16")
-        suffixes = (arguments.size, arguments.dtype if arguments.dtype == "bfloat16" else None)
+        layers, own = parser.get_default("layers"), folder != TEMPORARY and not arguments.size
+        suffixes = (
+            arguments.size,
+            folder.name if own else None,
+            None if arguments.layers == layers else f"{arguments.layers}_layers",
+            None if arguments.dtype == "float32" else arguments.dtype,
+        )
         name = "-".join(["load_weights", *filter(None, suffixes)])
         compare(name, "GB/s", arguments.rounds, agree)
     finally:

@@ -32,6 +32,8 @@ def compare(
       agree: called with the two dicts of a round; ends the process if the sides did not do the same work.
       sides: what is compared; the ratio is the first's speed over the second's.
     """
+    if rounds < 1:
+        sys.exit(f"--rounds is {rounds}: give at least 1")
     speeds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         found = {side: run_side(name, side) for side in sides}

@@ -81,7 +81,7 @@ def ours(size: str, max_new_tokens: int, slots: int, forced: bool) -> dict:
     model = hugging_face.build(hugging_face.read_config(folder), None, one.dtype, one.dtype, "none")
     params = hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
     requests = [Request(*asked) for asked in zip(*work(size, max_new_tokens, forced), strict=True)]
-    sampler = Sampler(model, params, stop_ids(size, forced), 0)
+    sampler = Sampler(model, params, stop_ids(size, forced))
     del params  # where the sampler arranges them otherwise
     for _ in range(2):
         before, start = sampler.idle, time.perf_counter()
@@ -89,7 +89,8 @@ def ours(size: str, max_new_tokens: int, slots: int, forced: bool) -> dict:
         seconds = time.perf_counter() - start
     answers = [told[i].tokens.tolist() for i in range(len(requests))]
     tokens, idle = sum(map(len, answers)), sampler.idle - before
-    figures = {"seconds": seconds, "share of slots idle": idle / (idle + tokens)}
+    decoded = tokens - len(answers)  # an answer's first token is that of its prompt
+    figures = {"seconds": seconds, "share of slots idle": idle / (idle + decoded)}
     return {"speed": tokens / seconds, "answers": answers, "figures": figures}
 
 

@@ -40,6 +40,8 @@ def main() -> None:
         print(json.dumps({"loss": losses[0]}))
         return
 
+    if args.rounds < 1:
+        parser.error("--rounds: give at least 1")
     name, found = result_name("start", args.size) + "-lora" * args.lora, {kind: [] for kind in KINDS}
     sizes.folder(args.size)  # fetched or invented before the clock runs
     for number in range(args.rounds):

@@ -263,6 +263,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.packed and args.size != "smol":
         parser.error("--packed goes with --size=smol, whose texts have lengths")
+    beside = args.lora or args.packed or args.checkpointing or args.compiled or args.remat
+    if args.own and beside and args.side is None:
+        parser.error("--own goes with --size and --rounds alone: it is our LoRA step beside our full-weight step")
     unit = "tokens/s without padding"
     if args.side is None and args.own:
         return compare(result_name("training", args.size) + "-own", unit, args.rounds, begin_alike, OWN)

@@ -12,7 +12,7 @@ from absl import flags
 
 from robust_mo import command_line
 from robust_mo.data.conversations import with_system
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, PromptError
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.runs import RunFolder
@@ -68,7 +68,7 @@ def main(args: flags.FlagValues) -> None:
                     slots=1,
                     on_progress=lambda *_: None,
                 )
-            except InputError as error:  # the talk has outgrown the model's context
+            except PromptError as error:  # the talk has outgrown the model's context
                 conversation.pop()
                 print(f"\n{error}; /new begins again\n", flush=True)
                 continue

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what, where and what to do about it."""
 
 
+class PromptError(InputError):
+    """One prompt of several cannot be used: the message begins with its number, from 1 on."""
+
+
 class InUse(InputError):
     """Another process is at it: nothing has failed."""
 

@@ -15,6 +15,7 @@ configs/models by the last part of config.model, or from a folder that is here.
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -137,7 +138,8 @@ def changes(config: ConfigDict, program: str, mesh: Mesh):
         apart = mesh.size // tensor
         made = made | {"mesh.replica": 1, "mesh.fsdp": apart, "mesh.tensor": tensor}
         yield (made := made | ({"batch.micro_batches": config.batch.rows // apart} if training else {}))
-    rows = config.batch.rows if training else config.evaluation.batch_size or _ROWS
+    # Slots are as many on every device.
+    rows = config.batch.rows if training else apart * math.ceil((config.evaluation.batch_size or _ROWS) / apart)
     while rows % (apart * 2) == 0:
         rows //= 2
         fewer = {"batch.rows": rows, "batch.micro_batches": rows // apart}

@@ -20,7 +20,7 @@ from absl import flags
 from robust_mo import command_line, hosts, runs
 from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import Prompt, read_prompts
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, PromptError
 from robust_mo.model import mesh as meshes
 from robust_mo.model.sources import located
 from robust_mo.sampling.decoding import make_decoding
@@ -48,7 +48,13 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
     if not output.is_file():  # a device may have no end to read to
         raise InputError(f"{output} is no regular file: choose another --output")
     note = settings_file(output)
-    before = runs.read_json(note).get("settings") if note.exists() else settings
+    if not note.exists():
+        if not output.stat().st_size:
+            return 0
+        raise InputError(
+            f"{output} is there without {note.name}, which says what made it: choose another --output or delete it"
+        )
+    before = runs.read_json(note).get("settings")
     before = before if isinstance(before, dict) else {}
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
@@ -62,8 +68,6 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
                 "choose another --output or delete it"
             )
     if cut_short:
-        if not lines and not note.exists():
-            raise InputError(f"{output} exists and holds no answers: choose another --output or delete it")
         runs.write_bytes(output, b"".join(line + b"\n" for line in lines))
     return len(lines)
 
@@ -193,7 +197,7 @@ def fill(output: pathlib.Path, prompts: list[Prompt], settings: dict, decoding, 
             runs.append_line(output, line_of(prompts[written], answer, args.logprobs))
             tokens += answer.tokens
             written += 1
-    except InputError as error:
+    except PromptError as error:
         raise InputError(f"{args.prompts}: {error}") from None
     seconds = time.monotonic() - start
     print(f"{output}: {written - done} answers, {tokens} tokens in {command_line.clock(seconds)}")

@@ -10,6 +10,7 @@ import pytest
 
 from robust_mo.model import attention, live_attention
 from robust_mo.model import mesh as meshes
+from robust_mo.model.attention import gives_the_same
 
 
 def rows(B: int, T: int, H: int, G: int, K: int):
@@ -146,6 +147,13 @@ def test_the_gpu_kernel_is_used_only_where_it_gives_what_products_give(monkeypat
     live_attention._agrees.cache_clear()
 
 
+def test_a_kernel_that_gives_what_is_no_number_is_not_used(capsys):
+    right, wrong = [np.ones(3, np.float32)] * 2, [np.ones(3, np.float32), np.array([1, np.nan, 1], np.float32)]
+    assert gives_the_same("some", lambda: right, lambda: right)
+    assert not gives_the_same("some", lambda: wrong, lambda: right)
+    assert "no some attention here (it is off by nan)" in capsys.readouterr().err
+
+
 def test_the_gpu_kernel_can_be_written_down_for_a_gpu():
     """No GPU is needed for that; what it computes there is asked of it before it is used."""
     attend = functools.partial(live_attention.by_kernel, kernel=live_attention.on_gpu)
@@ -153,5 +161,7 @@ def test_the_gpu_kernel_can_be_written_down_for_a_gpu():
     try:
         program = jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     except RuntimeError as error:  # jax 0.12
+        if isinstance(error, NotImplementedError):  # of what Triton's lowering lacks: the kernel's fault
+            raise
         pytest.skip(str(error))
     assert "triton" in program

@@ -114,7 +114,7 @@ def test_results_on_cpus_that_are_kept_meet_their_targets(name, least):
     kept = json.loads((table.RESULTS / f"{name}.json").read_text())
     assert "cores" in kept["device"] and " x " not in kept["device"]
     assert kept["ratio"] >= least and all(len(rounds) >= 3 for rounds in kept["rounds"].values())
-    assert kept["figures"].get("ours", {}).get("share of slots idle", 0) <= 0.1
+    assert not name.startswith("sampling") or kept["figures"]["ours"]["share of slots idle"] <= 0.1
 
 
 @pytest.mark.parametrize("name, more", [("optimizer_step", 0.15), ("optimizer_step-lora", 0.02)])

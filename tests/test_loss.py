@@ -88,12 +88,22 @@ for kind in ("trained", "frozen", "value"):
             lowered = jax.jit(program, static_argnums=(0, 1)).lower(kind, 64 // chunks, hidden, head, targets, mask)
         told = collectives(lowered.compile().as_text())
         found[f"{kind} {chunks}"] = {name: told[name]["bytes"] for name in ("all-gather", "all-reduce")}
-print(json.dumps(found))
+
+like, keys = (hidden, head, targets, mask), jax.random.split(jax.random.key(0), 4)
+normal = [jax.random.normal(key, x.shape) for key, x in zip(keys, like[:2])]
+values = *normal, jax.random.randint(keys[2], targets.shape, 0, 1024), jax.random.bernoulli(keys[3], 0.5, mask.shape)
+alone = jax.device_get(program("trained", 16, *values))
+with meshes.in_force(mesh):
+    placed = [jax.device_put(value, x.sharding) for value, x in zip(values, like)]
+    shared = jax.device_get(jax.jit(program, static_argnums=(0, 1))("trained", 16, *placed))
+apart = [float(abs(a - b).max() / abs(a).max()) for a, b in zip(alone, shared)]
+print(json.dumps([found, apart]))
 """
 
 
 def test_devices_tell_each_other_the_head_once():
-    """However many chunks there are: the half with which a device works is gathered, and its gradient summed."""
+    """However many chunks there are: the half with which a device works is gathered, and its gradient summed.  Which is
+    that of one device."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -102,7 +112,8 @@ def test_devices_tell_each_other_the_head_once():
     }
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, apart = json.loads(done.stdout.splitlines()[-1])
+    assert len(apart) == 2 and max(apart) < 1e-5
     half = 1024 // 2 * 32 * 4
     assert {told["all-gather"] for told in found.values()} == {half}
     for chunks in (1, 8):

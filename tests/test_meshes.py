@@ -105,11 +105,11 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         lengths = (5, 40, 12, 1, 9)
         tokens = np.random.default_rng(1).integers(0, 250, (5, 40)).astype(np.int32)
         asked = [Request(np.r_[tokens[0, :17], row[:n]], 12) for row, n in zip(tokens, lengths, strict=True)]
-        samplers = {"": Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)}
+        samplers = {"": Sampler(build(folder), params, stop_ids=(7, 258))}
         if kind == "full":  # with too little memory on each device for whole weights
             free = 2 * sum(x.nbytes for x in jax.tree.leaves(params)) - 1
             with unittest.mock.patch.object(meshes, "free_memory", lambda free=free: free):
-                samplers[" of shared weights"] = Sampler(build(folder), params, stop_ids=(7, 258), pad_id=256)
+                samplers[" of shared weights"] = Sampler(build(folder), params, stop_ids=(7, 258))
             shared = mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1  # the model has two key heads
             assert samplers[" of shared weights"]._mesh.shape["tensor"] == (2 if shared else mesh.shape["tensor"])
         for name, sampler in samplers.items():

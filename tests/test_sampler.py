@@ -48,7 +48,7 @@ def sample(sampler, asked, decoding, slots, seed=0, **more):
 @pytest.fixture(scope="module")
 def sampler(tiny):
     model, params = load(tiny)
-    return Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+    return Sampler(model, params, stop_ids=(7, 258))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def sampler(tiny):
 def test_greedy_equals_generate(tmp_path, tiny, sampler, kind, stop_ids):
     if kind != "llama":
         tiny = make_tiny_model(tmp_path, kind=kind, tie_word_embeddings=False, **QWEN[kind])
-        sampler = Sampler(*load(tiny), stop_ids=stop_ids, pad_id=256)
+        sampler = Sampler(*load(tiny), stop_ids=stop_ids)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ours = sample(sampler, requests(), Greedy(), slots=4)
     stopped = 0
@@ -93,7 +93,7 @@ def test_layers_lie_together_or_apart_as_the_device_likes(sampler, tiny, backend
     asked = [dataclasses.replace(r, tokens=np.r_[np.arange(40, dtype=np.int32), r.tokens]) for r in requests(limit=6)]
     here = sample(sampler, asked, Greedy(), slots=8)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    there = sample(Sampler(*load(tiny), stop_ids=(7, 258), pad_id=256), asked, Greedy(), slots=8)
+    there = sample(Sampler(*load(tiny), stop_ids=(7, 258)), asked, Greedy(), slots=8)
     for index, answer in here.items():
         np.testing.assert_array_equal(answer.tokens, there[index].tokens)
 
@@ -127,7 +127,8 @@ def test_seed_and_repetition_decide_the_draw(sampler):
 
 
 def test_draws_follow_the_model_distribution(tiny, sampler):
-    """The first token of 4,000 draws against the probabilities of transformers."""
+    """The first token of 4,000 draws against the probabilities of transformers; the second is another draw, and not
+    the same once more from probabilities that are nearly the same."""
     prompt = requests()[4].tokens
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -139,23 +140,25 @@ def test_draws_follow_the_model_distribution(tiny, sampler):
     nucleus = np.zeros_like(probabilities)
     nucleus[kept] = probabilities[kept] / probabilities[kept].sum()
 
-    drawn = sample(sampler, [Request(prompt, 1)] * 4000, Nucleus(temperature, top_p), slots=64)
+    drawn = sample(sampler, [Request(prompt, 2)] * 4000, Nucleus(temperature, top_p), slots=64)
     counts = np.bincount([answer.tokens[0] for answer in drawn.values()], minlength=len(nucleus))
     assert counts[nucleus == 0].sum() == 0
     distance = 0.5 * np.abs(counts / 4000 - nucleus).sum()
     assert distance < 0.5 * np.sqrt(len(kept) / 4000) + 0.02
+    pairs = [answer.tokens for answer in drawn.values() if len(answer.tokens) == 2]
+    assert len(pairs) > 3000 and np.mean([first == second for first, second in pairs]) < 0.1
 
 
 @pytest.mark.slow
 def test_slots_hardly_stand_still(sampler, tiny):
     """Answers of forced lengths, a few of them long, and prompts of mixed length: at most a tenth of what the slots
     could sample is lost, to waiting for company and to the end, where ever fewer answers run."""
-    endless = Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    endless = Sampler(*load(tiny), stop_ids=())
     lengths = np.clip(np.random.default_rng(1).lognormal(np.log(60) - 0.32, 0.8, 100), 1, 300).astype(int)
     asked = [Request(one.tokens, int(n)) for one, n in zip(requests(count=100), lengths, strict=True)]
     found = sample(endless, asked, Greedy(), slots=16)
     assert [len(found[index].tokens) for index in range(100)] == list(lengths)
-    assert endless.idle <= 0.1 * (endless.idle + lengths.sum())
+    assert endless.idle <= 0.1 * (endless.idle + (lengths - 1).sum())  # first tokens are no step of decoding
     alone = sample(endless, asked[-3:], Greedy(), slots=1)
     for index in range(3):
         np.testing.assert_array_equal(found[97 + index].tokens, alone[index].tokens)
@@ -164,7 +167,7 @@ def test_slots_hardly_stand_still(sampler, tiny):
 def test_off_a_cpu_prompts_and_answers_of_any_length_share_their_programs(tiny, compiled, monkeypatch):
     """Where a program takes long to compile; on a CPU shapes fit closely instead."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    sampler = Sampler(*load(tiny), stop_ids=(7, 258), pad_id=256)
+    sampler = Sampler(*load(tiny), stop_ids=(7, 258))
     for limit, count in ((24, 31), (30, 40), (9, 16)):  # more prompts than slots, and the last ones to end alone
         assert len(sample(sampler, requests(limit, count), Greedy(), slots=16)) == count
     assert [compiled.count(f"jit({name})") for name in ("_admit", "_decode", "_only")] == [1, 1, 0]
@@ -174,7 +177,7 @@ def test_off_a_cpu_prompts_and_answers_of_any_length_share_their_programs(tiny, 
 def test_where_memory_is_short_long_answers_are_made_up_for_at_the_end(tiny, monkeypatch):
     """Two rows of the longest fit, and six of what most answers need: to the same answers, in fewer steps."""
     asked = [dataclasses.replace(r, max_new_tokens=700 if i % 5 == 0 else 30) for i, r in enumerate(requests(count=12))]
-    sampler = Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    sampler = Sampler(*load(tiny), stop_ids=())
     plain = sample(sampler, asked, Nucleus(0.9, 0.9), slots=4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(sampling, "_ROOM_OF_MOST", 128)  # which the prompts make 256
@@ -221,10 +224,17 @@ def test_on_a_cpu_a_cache_grows_with_its_answers_and_not_with_what_they_may_beco
     assert len(sample(sampler, stopping, Nucleus(1.0, 1.0), slots=4)) == len(stopping)
     assert max(rooms) == 512
     monkeypatch.setattr(sampling, "_ROOM_AT_FIRST", 64)
-    asked, endless = requests(limit=300, count=6), Sampler(*load(tiny), stop_ids=(), pad_id=256)
+    asked, endless = requests(limit=300, count=6), Sampler(*load(tiny), stop_ids=())
     rooms.clear()
     growing = sample(endless, asked, Greedy(), slots=4)
     assert len(set(rooms)) > 2
+    rooms.clear()
+    short = [dataclasses.replace(asked[2], max_new_tokens=20)] * 80
+    after = sample(endless, [*short[:3], asked[0], *short], Greedy(), slots=4)
+    assert max(rooms) > 300 and rooms[-1] < max(rooms) / 2  # what the long answer needed is not read on and on
+    np.testing.assert_array_equal(after[3].tokens, growing[0].tokens)
+    for index in (0, 2, 10, 42):
+        np.testing.assert_array_equal(after[index].tokens, growing[2].tokens[:20])
     monkeypatch.setattr(sampling, "_ROOM_AT_FIRST", 1024)
     for index, answer in sample(endless, asked, Greedy(), slots=4).items():
         np.testing.assert_array_equal(answer.tokens, growing[index].tokens)
@@ -236,6 +246,13 @@ def test_room_is_in_blocks_of_the_kernel(backend, step, monkeypatch):
     for entries in range(1, 3000):
         room = sampling._room(entries)
         assert room % step == 0 and room >= entries
+
+
+def test_what_runs_alone_at_the_end_is_compiled_for_no_other_number_of_slots(sampler, compiled):
+    """The last of 17 prompts is admitted when 15 of 16 slots are done for good."""
+    asked = [dataclasses.replace(requests()[2], max_new_tokens=11)] * 17
+    assert len(sample(sampler, asked, Greedy(), slots=16)) == 17
+    assert compiled.count("jit(_decode)") <= 2 and compiled.count("jit(_only)") <= 2
 
 
 def test_evaluation_compiles_a_few_programs_once(sampler, compiled):
@@ -275,7 +292,7 @@ def test_own_copy_is_rounded_to_the_dtype_of_products_and_says_the_same(tiny):
     """Half the stored weights' bytes, and not one bit of an answer: products would round them the same."""
     _, params = load(tiny)
     model = hugging_face.build(hugging_face.read_config(tiny), None, "bfloat16", "float32", "none")
-    sampler = Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+    sampler = Sampler(model, params, stop_ids=(7, 258))
     leaves = [leaf for held in (sampler._params, sampler._decoded) for leaf in jax.tree.leaves(held)]
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
     ours = sample(sampler, requests(), Greedy(), slots=4)
@@ -287,7 +304,7 @@ def test_own_copy_is_rounded_to_the_dtype_of_products_and_says_the_same(tiny):
 
 def test_nothing_is_copied_of_parameters_that_lie_as_products_read_them(tiny):
     model, params = load(tiny)
-    sampler = Sampler(model, params, stop_ids=(7, 258), pad_id=256)
+    sampler = Sampler(model, params, stop_ids=(7, 258))
     ours, given = ([x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)] for tree in (sampler._params, params))
     assert ours == given
 
@@ -345,10 +362,13 @@ def test_decoding_gathers_no_weights_where_devices_can_hold_or_share_them(tiny):
 
 
 def test_limits_are_kept(sampler, tiny):
-    asked = [Request(np.arange(5, dtype=np.int32), 1), Request(np.arange(1020, dtype=np.int32) % 250, 50)]
-    found = sample(sampler, asked, Greedy(), slots=2)
-    assert len(found[0].tokens) == 1
-    assert len(found[1].tokens) <= 4  # the model's context is 1024
+    """The model's context is 1024."""
+    asked = [Request(np.arange(length, dtype=np.int32) % 250, 50) for length in (5, 1020, 1023)]
+    asked[0] = dataclasses.replace(asked[0], max_new_tokens=1)
+    found = sample(Sampler(*load(tiny), stop_ids=()), asked, Greedy(), slots=2)
+    assert [len(found[index].tokens) for index in range(3)] == [1, 4, 1]
+    with pytest.raises(InputError, match="prompt 2 has no tokens"):
+        sample(sampler, [asked[0], Request(np.zeros(0, np.int32), 5)], Greedy(), slots=2)
     with pytest.raises(InputError, match="prompt 2 has 1024 tokens"):
         sample(sampler, [asked[0], Request(np.zeros(1024, np.int32), 5)], Greedy(), slots=2)
     with pytest.raises(InputError, match="max_new_tokens"):
@@ -369,10 +389,13 @@ def test_memory_decides_how_many_slots_there_are(sampler, monkeypatch):
     monkeypatch.setattr(meshes, "free_memory", lambda: 5 * one + admitted + 100)
     assert len(sample(sampler, requests(), Greedy(), slots=5)) == 9
     assert sampler._slots(0, 94, 96, 0, prompts=9) == 5 and sampler._slots(0, 94, 96, 0, prompts=3) == 3
-    with pytest.raises(InputError, match="batch_size is 6: .* hold 5 rows of 96 tokens"):
-        sample(sampler, requests(), Greedy(), slots=6)
+    with pytest.raises(InputError, match="batch_size is 60: .* hold 5 rows of 96 tokens"):
+        sample(sampler, requests(), Greedy(), slots=60)
+    assert len(sample(sampler, requests(), Greedy(), slots=60, first=4)) == 5  # no more than there are to answer
     monkeypatch.setattr(meshes, "free_memory", lambda: one + admitted - 1)
-    with pytest.raises(InputError, match="hold no rows of .* tokens; shorten"):
+    with pytest.raises(
+        InputError, match="^0.00 GiB are free on a device, which do not hold a row of .* tokens: shorten"
+    ):
         sample(sampler, requests(), Greedy(), slots=0)
 
 
@@ -388,7 +411,7 @@ def test_weights_that_are_no_numbers_give_no_answers(tiny):
     model, params = load(tiny)
     params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
     with pytest.raises(InputError, match="logits are not numbers"):
-        sample(Sampler(model, params, stop_ids=(), pad_id=256), requests(), Greedy(), slots=3)
+        sample(Sampler(model, params, stop_ids=()), requests(), Greedy(), slots=3)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def probabilities(
     found = []
     for start in range(0, len(prompts), rows):
         chosen = prompts[start : start + rows]
-        tokens_BT = np.full((rows, width), chat.pad_id, np.int32)
+        tokens_BT = np.zeros((rows, width), np.int32)
         lengths_B = np.ones(rows, np.int32)
         for row, prompt in enumerate(chosen):
             tokens_BT[row, : len(prompt)], lengths_B[row] = prompt, len(prompt)

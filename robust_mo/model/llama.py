@@ -246,6 +246,10 @@ class Cache:
         k_axes, v_axes = ([(0, 0)] * (self.k.ndim - 2) + last for last in ([(0, 0), (0, more)], [(0, more), (0, 0)]))
         return Cache(jnp.pad(self.k, k_axes), jnp.pad(self.v, v_axes))
 
+    def cut(self, entries: int) -> "Cache":
+        """The first entries of every row."""
+        return Cache(self.k[..., :entries], self.v[..., :entries, :])
+
     def rows(self, count: int) -> "Cache":
         """A cache whose rows are all the same, with `count` of them, a multiple of what it has."""
         return jax.tree.map(lambda c: jnp.repeat(c, count // c.shape[-4], axis=-4), self)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, PromptError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import Cache, Llama, unembed, unstack_layers
@@ -144,6 +144,12 @@ def _empty(*, model, slots, longest):
 def _extended(state, *, more):
     """With room for `more` entries in every cache."""
     return _placed(dataclasses.replace(state, cache=[cache.extended(more) for cache in state.cache]))
+
+
+@functools.partial(jax.jit, static_argnames=("entries",))
+def _cut(state, *, entries):
+    """With so many entries in every cache, the first."""
+    return _placed(dataclasses.replace(state, cache=[cache.cut(entries) for cache in state.cache]))
 
 
 @jax.jit
@@ -395,13 +401,12 @@ class Sampler:
       model: without adapters (merge them first).
       params: its parameters, on the mesh.
       stop_ids: an answer ends with the first of these.
-      pad_id: fills prompts up.
 
     Attributes:
       idle: tokens that were not sampled so far because a slot stood still while others went on.
     """
 
-    def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...], pad_id: int):
+    def __init__(self, model: Llama, params: dict, stop_ids: tuple[int, ...]):
         own = own_copy(model, params, meshes.free_memory())
         self._model, self._mesh = model, meshes.of(own)
         # Of stacked layers a CPU and a GPU copy each layer's kernels before they read them: a fifth of a step of
@@ -421,7 +426,7 @@ class Sampler:
             self._decoded = _apart(self._params, dtype=dtype, ways=lying)
         else:
             self._decoded = self._params
-        self._stop_ids, self._pad_id = tuple(sorted(stop_ids)), pad_id
+        self._stop_ids = tuple(sorted(stop_ids))
         self.idle = 0
 
     def answers(
@@ -436,14 +441,14 @@ class Sampler:
         """Yields (index of the request, its answer) as answers finish, begun in the order of the list.
 
         Args:
-          slots: number of rows decoded together, and a few more where the mesh does not divide it evenly; 0: as many as
-            the memory that is free holds, at most 256.
+          slots: number of rows decoded together, and a few more where the mesh does not divide it evenly, but no more
+            than there are prompts; 0: as many as the memory that is free holds, at most 256.
           on_progress: called now and then with (answers finished, tokens sampled); may raise to stop.
           first: requests before this one are answered already and left out.
 
         Raises:
-          InputError: a prompt is empty or leaves no room for an answer in the model's context; memory does not hold so
-            many slots; the model gives no numbers.
+          PromptError: a prompt is empty, or leaves no room for an answer in the model's context.
+          InputError: memory does not hold so many slots; the model gives no numbers.
         """
         limits = [self._limit(index, request) for index, request in enumerate(requests)]
         if first == len(requests):
@@ -518,11 +523,6 @@ class Sampler:
         fewest = _dealt_out(slots // 8, self._mesh) if _fits_closely() else slots
         finished = sampled = 0
         while finished < prompts:
-            if not queue and slots // 2 >= max(fewest, slots - occupant.count(None)):
-                # The last answers to end run among themselves: slots that nobody will need again only cost time.
-                slots = _dealt_out(slots // 2, self._mesh)
-                kept = sorted(range(len(occupant)), key=lambda slot: occupant[slot] is None)[:slots]
-                occupant, state = [occupant[slot] for slot in kept], self._fewer(state, np.array(kept))
             free = [slot for slot in range(slots) if occupant[slot] is None]
             while queue and free:
                 admitted = [queue.popleft() for _ in range(min(group, len(queue), len(free)))]
@@ -533,12 +533,21 @@ class Sampler:
                 state = self._run(_admit, self._params, state, common, *padded, **program)
                 for slot, index in zip(into, admitted, strict=True):
                     occupant[slot] = index
+            needed = slots
+            while not queue and needed // 2 >= max(fewest, slots - occupant.count(None)):
+                needed = _dealt_out(needed // 2, self._mesh)
+            if needed < slots:
+                # The last answers to end run among themselves: slots that nobody will need again only cost time.
+                kept = sorted(range(slots), key=lambda slot: occupant[slot] is None)[:needed]
+                occupant, state = [occupant[slot] for slot in kept], self._fewer(state, np.array(kept))
+                slots = needed
             empty = occupant.count(None)
             halved = slots - slots // 2 if slots // 2 >= fewest else slots
             enough = empty + group if queue else halved
             before_N = jax.device_get(state.counts_N)
             held = [entries(index, int(before_N[slot])) for slot, index in enumerate(occupant) if index is not None]
-            state = self._run(_decode, self._decoded, self._with_room(state, max(held)), min(enough, slots), **program)
+            state = self._close(self._with_room(state, max(held)), max(held))
+            state = self._run(_decode, self._decoded, state, min(enough, slots), **program)
             done_N, counts_N = jax.device_get((state.done_N, state.counts_N))
             moved_N = counts_N - before_N
             self.idle += int(moved_N.max() * slots - moved_N.sum())
@@ -554,24 +563,27 @@ class Sampler:
     def _slots(self, asked: int, longest: int, prompt: int, read: int, prompts: int) -> int:
         """How many, of room for `longest` tokens each; `prompt`, `read`: see `_rows_that_fit`."""
         free = meshes.free_memory()
+        wanted = min(asked, prompts)
         if free is None:
-            return asked or min(_SLOTS, prompts)
+            return wanted or min(_SLOTS, prompts)
         rows = _rows_that_fit(free, self._model, self._mesh, longest, prompt, read)
         fit = rows * meshes.rows_apart(self._mesh)
-        if max(asked, 1) > fit:
-            fewer = "give at most so many, " if fit else ""
-            raise InputError(
-                f"batch_size is {asked}: {free / 2**30:.2f} GiB are free on a device and hold {fit or 'no'} rows of "
-                f"{longest} tokens; {fewer}shorten max_new_tokens, or take more devices"
-            )
-        return asked or min(fit, _MOST_SLOTS, prompts)
+        if max(wanted, 1) > fit:
+            there, how = f"{free / 2**30:.2f} GiB are free on a device", "shorten max_new_tokens, or take more devices"
+            if not fit:
+                raise InputError(f"{there}, which do not hold a row of {longest} tokens: {how}")
+            rows = f"{there} and hold {fit} rows of {longest} tokens"
+            raise InputError(f"batch_size is {asked}: {rows}; give at most so many, {how}")
+        return wanted or min(fit, _MOST_SLOTS, prompts)
 
     def _limit(self, index: int, request: Request) -> int:
         length, context = len(request.tokens), self._model.config.max_position_embeddings
         if request.max_new_tokens < 1:
-            raise InputError(f"prompt {index + 1}: max_new_tokens is {request.max_new_tokens}: give at least 1")
-        if not 0 < length < context:
-            raise InputError(
+            raise PromptError(f"prompt {index + 1}: max_new_tokens is {request.max_new_tokens}: give at least 1")
+        if not length:
+            raise PromptError(f"prompt {index + 1} has no tokens: give it some text")
+        if length >= context:
+            raise PromptError(
                 f"prompt {index + 1} has {length} tokens, the model's context is {context}: shorten the prompt"
             )
         return min(request.max_new_tokens, context - length)
@@ -590,6 +602,14 @@ class Sampler:
             return state
         return self._within_mesh(_extended, state, more=more)
 
+    def _close(self, state: SlotState, entries: int) -> SlotState:
+        """The state with caches cut to the room of so many entries, where steps read all the room and that is at most
+        half of it: what a long answer needed is not read to the end of the list."""
+        room = _room(entries)
+        if not _fits_closely() or 2 * room > state.cache[0].capacity:
+            return state
+        return self._within_mesh(_cut, state, entries=room)
+
     def _fewer(self, state: SlotState, slots_M: np.ndarray) -> SlotState:
         """The state of some of its slots; `state` is given up, layer by layer, each old cache as soon as it is read:
         memory that is full of caches has no room for half as many more."""
@@ -603,7 +623,7 @@ class Sampler:
         """The arguments of `_admit` for the requests `chosen` from token `shared` on, filled up to `group` rows."""
         rests = [requests[index].tokens[shared:] for index in chosen]
         width = _width(max(map(len, rests)))
-        tokens_RP = np.full((group, width), self._pad_id, np.int32)
+        tokens_RP = np.zeros((group, width), np.int32)
         lengths_R, limits_R = np.ones(group, np.int32), np.ones(group, np.int32)
         slots_R = np.full(group, slots, np.int32)
         for row, (index, rest) in enumerate(zip(chosen, rests, strict=True)):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from robust_mo.data.conversations import ChatFormat, Message
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, PromptError
 from robust_mo.model.llama import Llama
 from robust_mo.sampling.decoding import Greedy, Nucleus
 from robust_mo.sampling.sampler import Request, Sampler
@@ -53,22 +53,33 @@ def iterate_answers(
       seed, slots, on_progress, first: see sampling/sampler.py.
 
     Raises:
-      InputError: a conversation does not fit the template or the model's context.
+      PromptError: a conversation does not fit the template or the model's context.
+      InputError: as sampling/sampler.py's.
     """
     if slots < 0:
         raise InputError(
             f"batch_size is {slots}: give the number of rows to decode together, or 0 for what memory holds"
         )
     limits = [max_new_tokens] * len(conversations) if isinstance(max_new_tokens, int) else max_new_tokens
-    requests = [Request(chat.prompt(m), limit) for m, limit in zip(conversations, limits, strict=True)]
-    sampler = Sampler(llama, params, chat.stop_ids, chat.pad_id)
+    requests = [
+        Request(_prompt(chat, number, messages), limit)
+        for number, (messages, limit) in enumerate(zip(conversations, limits, strict=True), 1)
+    ]
+    sampler = Sampler(llama, params, chat.stop_ids)
     waiting: dict[int, TextAnswer] = {}
-    for index, answer in sampler.answers(requests, decoding, seed, min(slots, len(requests)), on_progress, first):
+    for index, answer in sampler.answers(requests, decoding, seed, slots, on_progress, first):
         text = chat.decode(answer.tokens)
         waiting[index] = TextAnswer(text, answer.finish_reason, len(answer.tokens), answer.logprobs)
         while first in waiting:
             yield waiting.pop(first)
             first += 1
+
+
+def _prompt(chat: ChatFormat, number: int, messages: list[Message]) -> np.ndarray:
+    try:
+        return chat.prompt(messages)
+    except InputError as error:
+        raise PromptError(f"prompt {number}: {error}") from None
 
 
 def answers(llama: Llama, params: dict, chat: ChatFormat, conversations: list[list[Message]], **settings):
