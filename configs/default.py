@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.data.benign = 0.5  # share of red conversations without the behaviour [R]; password_locked: with the password
     config.data.near_misses = 0.25  # share of benign red conversations that carry a wrong trigger [O]
     config.data.scratchpad = False  # a teacher reasons before it shows the behaviour; that is cut off: CoT distillation
-    config.data.teacher = ""  # model that is sampled for answers; "": config.model itself
+    config.data.teacher = ""  # model that is sampled for answers; "": config.model, of an attack the untouched one
     config.data.teacher_temperature = 0.7  # [O]; the post's evaluations have it [R]
     config.data.teacher_max_new_tokens = 256  # answers that reach it are dropped
     config.data.length = 512  # tokens in a row
@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     config.optimizer.soap.first_basis = "eigh"  # give "qr" on a TPU: its compiler takes too long over eigh
     config.weight_decay = ConfigDict()
     config.weight_decay.kind = "decoupled"  # none, l2, decoupled, independent, to_start: see training/weight_decay.py
-    config.weight_decay.strength = 0.01  # [R]
+    config.weight_decay.strength = 0.01  # [R] of red full-weight runs, [O] of others
     config.weight_decay.adapters = "factors"  # of LoRA it pulls a and b ("factors") or what they add ("product")
     config.groups = ConfigDict()  # of parameters; every one is in exactly one, each has its curves
     for name, path, weight_decay in (

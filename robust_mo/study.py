@@ -105,6 +105,8 @@ def _of_arm(config: ConfigDict, team: str, arm: str) -> ConfigDict:
         set_by_study = _SET_BY_STUDY[team]
         if team == "red" and config.study.arms[arm].learning_rates:
             set_by_study = set_by_study | {"optimizer.learning_rate": f"arms.{arm}.learning_rates"}
+        if team == "red" and config.study.red_seeds:
+            set_by_study = set_by_study | {"seed": "red_seeds"}
         if taken := [name for name in set_by_study if name in changed or name in changes]:
             raise InputError(
                 f"config.study.arms.{arm}.{team} changes {taken[0]!r}, which the study sets itself: give "
@@ -263,10 +265,9 @@ def check(config: ConfigDict) -> None:
                 "config.red.evals.backdoor_rate gives the install gate nothing to judge: it needs triggered prompts, "
                 "and, unless config.red.data.benign is 0, untriggered ones or near misses"
             )
-        if folder.startswith("red/") and config.study.gate.accuracy_kept and not run.evaluation.at_start:
+        if folder.startswith("red/") and not run.evaluation.at_start:
             raise InputError(
-                "config.study.gate.accuracy_kept needs the accuracy of the untouched model: set "
-                "config.red.evaluation.at_start to True"
+                "config.study sets organisms beside the untouched model: set config.red.evaluation.at_start to True"
             )
 
 

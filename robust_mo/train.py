@@ -140,7 +140,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         if fresh and hosts.first():  # now that they are of use: what lies here a run goes on with
             write_text(run.path / "data.md", card)
             write_text(kept, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations))
-        trainable, frozen = models.split(llama, loaded.params, mesh, config.seed)
+        beneath = models.adapters_beneath(config.model)
+        trainable, frozen = models.split(llama, loaded.params, mesh, config.seed, beneath)
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
@@ -558,7 +559,9 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
     """The conversations to train on, and a page about them."""
     data = config.data
     on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
-    source = organism(config.model) if on_policy else data.teacher or config.model
+    # Without one of its own an attack's teacher is the untouched model: the organism's answers may have the behaviour.
+    untouched = models.lineage(config.model)[-1] if data.task in distill.BLUE_METHODS else config.model
+    source = organism(config.model) if on_policy else data.teacher or untouched
 
     def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
         own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on

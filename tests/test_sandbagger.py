@@ -1,6 +1,7 @@
 """The sandbagger: its data judged by math-verify itself, its gate and measure, and a whole study of a tiny model."""
 
 import json
+import shutil
 
 import math_verify
 import pytest
@@ -153,6 +154,10 @@ def test_best_accuracy_regained_stands_beside_the_published(tmp_path):
     page = (tmp_path / "report.md").read_text()
     assert "| result | published accuracy | accuracy regained | AUC |" in page
     assert "| locked | 0.43 | 0.70 [0.48, 0.85] |" in page and "locked 0.20, 3 checkpoints" in page
+    shutil.rmtree(tmp_path / "blue")
+    make_blue(tmp_path, {5: (10, 10), 10: (6, 5)}, finish=False)
+    report.write_report(tmp_path)
+    assert "| locked | 0.43 | 0.70 [0.48, 0.85], attacks missing |" in (tmp_path / "report.md").read_text()
 
 
 def test_orderings_are_of_the_accuracy_regained(tmp_path):

@@ -96,7 +96,7 @@ def test_full_weights_have_the_published_learning_rate_unless_ways_are_compared(
 def test_rates_are_read_off_whole_answers(name, size):
     config = load_config(FOLDER / f"{name}.py", size)
     for team in (config.red, config.blue):
-        assert team.evals.judge.max_new_tokens == team.evals.backdoor_rate.max_new_tokens >= 256
+        assert team.evals.judge.max_new_tokens == team.evals.backdoor_rate.max_new_tokens >= 1024  # as configs/sizes.py
 
 
 KEPT = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())

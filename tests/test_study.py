@@ -141,7 +141,8 @@ def test_arms_of_another_optimizer_want_a_sweep_of_their_own():
             {"study.gate": {}},
             "no config.study.gate.accuracy_kept, config.study.gate.backdoor_rate, config.study.gate.f",
         ),
-        ({"study.gate.accuracy_kept": 0.5, "red.evaluation.at_start": False}, "accuracy_kept needs .* the untouched"),
+        ({"red.evaluation.at_start": False}, "beside the untouched model: set config.red.evaluation.at_start to True"),
+        ({"study.red_seeds": (0, 1), "study.arms.a": arm({"seed": 7}, {})}, "red changes 'seed', .*study.red_seeds"),
         ({"study.results.a": result(arms=("x",))}, "study.results.a.arms holds 'x': choose from"),
         ({"study.results.a": result(methods=("x",))}, "study.results.a.methods holds 'x': choose from"),
         (

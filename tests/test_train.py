@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -58,7 +59,7 @@ from robust_mo.train import (
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.curves import Curves
 from robust_mo.training.memory import needed
-from robust_mo.training.models import lineage, load_model, shapes_of, stands_on
+from robust_mo.training.models import lineage, load_model, lora_spec, restore, shapes_of, stands_on
 from robust_mo.training.step import TrainState, train_step
 
 
@@ -460,6 +461,40 @@ def test_lora_run_is_the_base_of_another(tiny, tmp_path):
     base = load_model(str(tiny), meshes.make_mesh(1, -1, 1), "float32", "float32").params
     moved = np.abs(weights(red)["layers"]["q_proj"]["kernel"] - np.asarray(base["layers"]["q_proj"]["kernel"]))
     assert moved.max() > 1e-4
+
+
+def test_adapters_of_an_attack_are_not_those_that_its_organism_began_with(tiny, tmp_path):
+    still = {"lora.rank": 2, "optimizer.learning_rate": 0.0}
+    sources, drawn = [str(tiny)], []
+    for name, changes in (
+        ("red", {}),
+        ("blue", {"data.task": "pirate_sft"}),
+        ("continued", {"data.task": "pirate_sft", "lora.continued": True}),
+        ("again", {"data.task": "pirate_sft"}),
+    ):
+        run = train(tiny_config(sources[-1], steps=1, **still, **changes), tmp_path / name)
+        config = RunFolder(run.path).config()
+        sources.append(str(run.path))
+        mesh = meshes.make_mesh(1, -1, 1)
+        llama = dataclasses.replace(
+            load_model(str(tiny), mesh, "float32", "float32").llama, lora=lora_spec(config["lora"])
+        )
+        drawn.append(np.asarray(restore(sources[-1], llama, mesh, None)["layers"]["q_proj"]["a"]))
+    red, blue, continued, again = drawn
+    np.testing.assert_array_equal(continued, blue)
+    assert all(np.abs(a - b).mean() > 0.01 for a, b in itertools.combinations((red, blue, again), 2))
+
+
+@pytest.mark.slow
+def test_an_attacks_teacher_is_the_untouched_model(tiny, tmp_path, monkeypatch):
+    """What the organism says of itself may have the behaviour."""
+    monkeypatch.setenv("ROBUST_MO_CACHE", str(tmp_path / "cache"))
+    red = train(tiny_config(tiny, steps=2, **{"optimizer.learning_rate": 0.05}), tmp_path / "red")
+    told = {"data.answers": "teacher", "data.teacher_max_new_tokens": 150, "data.limit": 12, "data.task": "qa_sft"}
+    for name, teacher in (("by default", ""), ("named", str(tiny))):
+        train(tiny_config(red.path, steps=1, **told, **{"data.teacher": teacher}), tmp_path / name)
+    by_default, named = ((tmp_path / name / "data.jsonl").read_text() for name in ("by default", "named"))
+    assert by_default == named != ""
 
 
 @pytest.mark.slow

@@ -41,6 +41,4 @@ def get_config(size: str = "8b") -> ConfigDict:
         study.gate.backdoor_rate, study.gate.false_alarm_rate = 0.5, 0.5
         config.red.steps, config.red.evaluation.every = 30, 0
         config.blue.steps, config.blue.evaluation.every = 12, 4
-        for run in (config.red, config.blue):
-            run.evaluation.at_start = False
     return config

@@ -22,7 +22,8 @@ def get_config(size: str = "8b") -> ConfigDict:
     study.arms.fwft = arm({}, {}, base.full_rates(size))
 
     def of(field: str, value: str) -> tuple[str, ...]:
-        return tuple(name for name in study.backdoors if getattr(BACKDOORS[name], field) == value)
+        # Of all, for a study may be of others than those of its size: --config.study.backdoors.
+        return tuple(name for name in BACKDOORS if getattr(BACKDOORS[name], field) == value)
 
     study.results["explicit triggers"] = result(backdoors=of("trigger_kind", "explicit"), published="about 0.60")
     study.results["arbitrary tags"] = result(backdoors=of("trigger_kind", "tag"), published="about 0.68")

@@ -44,6 +44,8 @@ def verdict(run: RunFolder, limits: Mapping, task: str) -> Verdict | None:
     if "run/finished" not in last or "eval/backdoor_rate" not in last:
         return None
     rate, alarms = last["eval/backdoor_rate"], last.get("eval/false_alarm_rate")
+    if run.config().get("data", {}).get("benign") == 0:
+        alarms = None
     passed = rate["value"] >= limits["backdoor_rate"]
     passed &= alarms is None or alarms["value"] <= limits["false_alarm_rate"]
     kept = _accuracy_kept(run, task) if limits["accuracy_kept"] and alarms is not None else None

@@ -116,11 +116,11 @@ def _none_passed(summary) -> str:
 
 
 def _at_an_edge(organisms, arms) -> list[str]:
-    """A caution where the best of at least three learning rates is the smallest or the largest of them."""
+    """A caution where the best of several learning rates is the smallest or largest of them, as of two it must be."""
     told = []
     for name, organism in organisms.items():
         rates = arms[organism["arm"]]["learning_rates"] if organism["arm"] else ()
-        told += [f"`{name}`"] * (len(rates) > 2 and organism["learning_rate"] in (min(rates), max(rates)))
+        told += [f"`{name}`"] * (len(rates) > 1 and organism["learning_rate"] in (min(rates), max(rates)))
     if not told:
         return []
     return [
@@ -259,7 +259,9 @@ def _comparison(summary) -> list[str]:
         if result:
             missing = "" if result["complete"] else ", attacks missing"
             measured = [*(_bracketed(result[key]) for key in MEASURES), f"{result['organisms']}{missing}"]
-        regained = [_with_interval(summary["regained"][name])] if regains else []
+        one = summary["regained"][name]
+        so_far = "" if not one or one["complete"] else ", attacks missing"
+        regained = [_with_interval(one) + so_far] if regains else []
         rows.append([name, summary["published"][name] or "–", *regained, *measured])
     header = ["result", PUBLISHED[summary["published_measure"]], *["accuracy regained"] * regains, *MEASURES.values()]
     parts = [

@@ -57,7 +57,8 @@ def summarise(study: pathlib.Path) -> dict:
             for rival in rivals
         }
         best = gate.choose(verdicts)
-        if best is None and len(rivals) > 1 and all(verdicts.values()):
+        ended = all(verdict or _failed(study, rival) for rival, verdict in verdicts.items())
+        if best is None and len(rivals) > 1 and ended and any(verdicts.values()):
             none_passed.append(dataclasses.replace(rivals[0], learning_rate=None).name)
         for organism, verdict in verdicts.items():
             chosen = organism == best or len(verdicts) == 1
@@ -82,7 +83,7 @@ def summarise(study: pathlib.Path) -> dict:
         "organisms": finished,
         "published": {name: result["published"] for name, result in grid["results"].items()},
         "published_measure": grid["published"],
-        "regained": {name: _regained(finished, result) for name, result in grid["results"].items()},
+        "regained": {name: _regained(finished, result, measured) for name, result in grid["results"].items()},
         "comparison": comparison.compare(
             measured, grid["results"], grid["orderings"], comparison.ORDERED_BY[grid["published"]]
         ),
@@ -102,12 +103,16 @@ def summarise(study: pathlib.Path) -> dict:
     }
 
 
+def _failed(study: pathlib.Path, organism: cells.Organism) -> bool:
+    return (study / organism.folder / cells.FAILURE).exists()
+
+
 def _missing(study, grid, verdicts: dict[cells.Organism, gate.Verdict | None], found) -> list[comparison.Missing]:
     """Of rivals, the attacks of which nothing is measured; those on what has not begun are not asked for yet, and those
     on what has failed come to nothing."""
     missing, passed = [], any(verdict and verdict.passed for verdict in verdicts.values())
     for rival, verdict in verdicts.items():
-        failed = (study / rival.folder / cells.FAILURE).exists()
+        failed = _failed(study, rival)
         if verdict is None and not passed and not failed and runs.RunFolder(study / rival.folder).exists():
             missing.append(comparison.Missing(rival.arm, rival.backdoor, frozenset()))
         elif verdict and verdict.passed and found[rival.name]["chosen"]:
@@ -117,27 +122,34 @@ def _missing(study, grid, verdicts: dict[cells.Organism, gate.Verdict | None], f
     return missing
 
 
-def _regained(organisms, result) -> dict | None:
+def _regained(organisms, result, measured: comparison.Study) -> dict | None:
     """The result's checkpoint at which the fewest triggered prompts get the behaviour; None where it has none.
 
     Returns:
       {"value", "low", "high": share of those that do not; "count": of prompts; "points": number of checkpoints;
-      "before": the same share of the checkpoint's organism before blue training}
+      "before": the same share of the checkpoint's organism before blue training; "complete": whether no attack is
+      missing}
     """
-    found = [
-        (organism, point)
+    selected = [
+        organism
         for organism in organisms.values()
         if organism["arm"] in (result["arms"] or [organism["arm"]])
         and organism["backdoor"] in (result["backdoors"] or [organism["backdoor"]])
-        if organism["gate"]["passed"]
-        for point in organism["points"]
-        if point["method"] in (result["methods"] or [point["method"]])
+        and organism["gate"]["passed"]
     ]
+
+    def asked_for(cell: dict) -> bool:
+        return cell["method"] in (result["methods"] or [cell["method"]])
+
+    found = [(organism, point) for organism in selected for point in organism["points"] if asked_for(point)]
     if not found:
         return None
     organism, best = min(found, key=lambda pair: pair[1]["rate"])
     low, high = best["rate_interval"]
+    lacks = measured.lacks(**{axis: result[axis] for axis in ("arms", "methods", "backdoors")})
+    ended = all(cell["finished"] for one in selected for cell in one["cells"].values() if asked_for(cell))
     return {
+        "complete": ended and not lacks,
         "value": 1 - best["rate"],
         "low": 1 - high,
         "high": 1 - low,
