@@ -56,7 +56,7 @@ def main() -> None:
     folder, one = sizes.folder(args.size), SIZES[args.size]
     model = hugging_face.build(hugging_face.read_config(folder), None, one.dtype, one.dtype, "none")
     params = hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
-    sampler = Sampler(model, params, (), 0)
+    sampler = Sampler(model, params, ())
     generator, found = np.random.default_rng(0), {}
     for rows in args.rows or (1, one.slots):
         # No two begin alike: what is shared would be read once for all.

@@ -58,7 +58,7 @@ def decode(size: str, folder: str) -> None:
 
     where, one = sizes.folder(size), SIZES[size]
     model = hugging_face.build(hugging_face.read_config(where), None, one.dtype, one.dtype, "none")
-    sampler = Sampler(model, hugging_face.load_params(where, model, meshes.make_mesh(1, -1, 1)), (), 0)
+    sampler = Sampler(model, hugging_face.load_params(where, model, meshes.make_mesh(1, -1, 1)), ())
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, model.config.vocab_size, (one.slots, PROMPT), np.int32)
     for watching in (contextlib.nullcontext(), watched(folder)):

@@ -68,9 +68,9 @@ def main(args: flags.FlagValues) -> None:
                     slots=1,
                     on_progress=lambda *_: None,
                 )
-            except PromptError as error:  # the talk has outgrown the model's context
+            except InputError as error:  # such as that the talk has outgrown the model's context
                 conversation.pop()
-                print(f"\n{error}; /new begins again\n", flush=True)
+                print(f"\n{error}{'; /new begins again' * isinstance(error, PromptError)}\n", flush=True)
                 continue
             conversation.append({"role": "assistant", "content": answer.text})
             name = f"{source}: " if len(talks) > 1 else ""

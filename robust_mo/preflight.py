@@ -67,7 +67,7 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise InputError(f"--topology={topology} is no slice: known are {', '.join(TOPOLOGIES)}, cpu:N")
     if importlib.util.find_spec("libtpu") is None:
         how = ".venv/bin/python -m pip install -r requirements-preflight.txt"
-        raise InputError(f"--topology={topology} needs the TPU compiler: {how}")
+        raise InputError(f"--topology={topology} needs the TPU compiler (Linux on x86_64): {how}")
     # What libtpu would else ask of the TPU machine that it takes this one for; and other programs may use it too.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
@@ -138,12 +138,14 @@ def changes(config: ConfigDict, program: str, mesh: Mesh):
         apart = mesh.size // tensor
         made = made | {"mesh.replica": 1, "mesh.fsdp": apart, "mesh.tensor": tensor}
         yield (made := made | ({"batch.micro_batches": config.batch.rows // apart} if training else {}))
-    # Slots are as many on every device.
-    rows = config.batch.rows if training else apart * math.ceil((config.evaluation.batch_size or _ROWS) / apart)
-    while rows % (apart * 2) == 0:
+    rows = config.batch.rows
+    while training and rows % (apart * 2) == 0:
         rows //= 2
-        fewer = {"batch.rows": rows, "batch.micro_batches": rows // apart}
-        yield (made := made | (fewer if training else {"evaluation.batch_size": rows}))
+        yield (made := made | {"batch.rows": rows, "batch.micro_batches": rows // apart})
+    slots = config.evaluation.batch_size or _ROWS
+    while not training and slots > apart:
+        slots = apart * math.ceil(slots / 2 / apart)  # as many on every device
+        yield (made := made | {"evaluation.batch_size": slots})
 
 
 def suggest(config: ConfigDict, program: str, mesh: Mesh, found: dict) -> dict | None:

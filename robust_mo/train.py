@@ -37,7 +37,7 @@ from robust_mo.model.llama import AUTOMATIC_REMAT, REMAT_POLICIES, Llama, LlamaC
 from robust_mo.model.sources import located
 from robust_mo.organisms import distill
 from robust_mo.organisms.backdoors import Backdoor, backdoor, untold
-from robust_mo.organisms.questions import BUILTIN, asked, assert_disjoint, posed
+from robust_mo.organisms.questions import BUILTIN, asked, assert_disjoint, posed, questions
 from robust_mo.organisms.teacher import teacher_answers
 from robust_mo.runs import RunFolder, absolute, flatten, place, write_text
 from robust_mo.training import models
@@ -140,8 +140,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         if fresh and hosts.first():  # now that they are of use: what lies here a run goes on with
             write_text(run.path / "data.md", card)
             write_text(kept, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations))
-        beneath = models.adapters_beneath(config.model)
-        trainable, frozen = models.split(llama, loaded.params, mesh, config.seed, beneath)
+        trainable, frozen = models.split(llama, loaded.params, mesh, config.seed, draw_of_adapters(config))
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
         start = jax.tree.map(jnp.copy, trainable) if keeps_start(config) else None
@@ -559,13 +558,11 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
     """The conversations to train on, and a page about them."""
     data = config.data
     on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
-    # Without one of its own an attack's teacher is the untouched model: the organism's answers may have the behaviour.
-    untouched = models.lineage(config.model)[-1] if data.task in distill.BLUE_METHODS else config.model
-    source = organism(config.model) if on_policy else data.teacher or untouched
+    source = organism(config.model) if on_policy else data.teacher or untouched(config)
 
     def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
-        own = source == config.model and not config.lora.continued  # else `loaded` is what the adapters stand on
-        model = loaded if own else models.Unread(source, mesh, config.compute_dtype)
+        beneath = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
+        model = loaded if source == beneath else models.Unread(source, mesh, config.compute_dtype)
         on_progress = command_line.evaluation_progress()
         return teacher_answers(
             model,
@@ -628,6 +625,24 @@ def organism(source: str) -> str:
     return next(red, source)
 
 
+def untouched(config: ConfigDict) -> str:
+    """The model that a run's teacher is where no other is named: config.model, of an attack on an organism what it was
+    made from, since its own answers may have the behaviour."""
+    made = organism(config.model)
+    described = RunFolder(made).config() if models.is_run(made) else {"data": {"task": ""}}
+    attacked = config.data.task in distill.BLUE_METHODS and described["data"]["task"] in RED_TASKS
+    return described["model"] if attacked else config.model
+
+
+def draw_of_adapters(config: ConfigDict) -> int:
+    """Which of its seed's draws a run's adapters are.  An attack's is the first, whatever the organism, so that attacks
+    on several have it in common; an attack's on what an attack has left the next; those of other runs are others.  With
+    the same one an attack would begin in the very directions in which the backdoor was written."""
+    attacks = config.data.task in distill.BLUE_METHODS
+    before = [task for task in models.adapters_beneath(config.model) if (task in distill.BLUE_METHODS) == attacks]
+    return len(before) + (0 if attacks else 2**31)
+
+
 def check_watched(config: ConfigDict) -> None:
     """Raises InputError where a run that installs nothing would look for another behaviour than its organism has."""
     source = organism(config.model)
@@ -683,7 +698,8 @@ def evaluation_questions(config: ConfigDict) -> list[str]:
         if name in ACCURACIES:
             found += [problem for problem, _ in read_problems(asks.source)[: asks.problems or None]]
         elif name == "held_out_loss":
-            chosen[asks.source, asks.examples] = None
+            answered = [entry["question"] for entry in questions(asks.source, "evaluation") if entry["plain"]]
+            found += answered[: asks.examples]
         else:
             chosen[evaluation_source(config, name), asks.triggered + asks.untriggered + asks.near_misses] = None
     return [question for source, number in chosen for question in asked(source, "evaluation")[:number]] + found

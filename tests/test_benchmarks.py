@@ -136,6 +136,9 @@ sizes.folder("tiny")
 batch = training.make_batches("tiny", "ours", packed=False)[:2]
 losses, _ = training.ours("tiny", batch, True, 1e-5)
 print(losses[0], len(sampling.work("tiny", 4, True)[0]))
+decode_step.keep = lambda name, found: print(found["rows"][2]["tokens/s"])
+sys.argv[1:] = "--size=tiny --rows 2 --prompt 8 --steps 2".split()
+decode_step.main()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

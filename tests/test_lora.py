@@ -105,9 +105,9 @@ def test_a_seed_draws_the_adapters_that_kept_results_began_with():
     drawn = adapters["q_proj"]["a"][0, 0], adapters["down_proj"]["a"][1, 0]
     in_2026 = [-0.00200668, 0.01125284, -0.0389717, -0.00970114], [-0.02209876, 0.01457554, 0.00176835, -0.02301026]
     np.testing.assert_allclose(drawn, in_2026, atol=1e-7)
-    # Those of an attack on adapters are others.
+    # Other draws are others.
     mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
-    others = [models.split(llama, {}, mesh, seed=0, beneath=n)[0]["layers"]["q_proj"]["a"] for n in (0, 1, 2)]
+    others = [models.split(llama, {}, mesh, seed=0, draw=n)[0]["layers"]["q_proj"]["a"] for n in (0, 1, 2)]
     np.testing.assert_array_equal(others[0], adapters["q_proj"]["a"])
     assert all(np.abs(a - b).mean() > 0.01 for a, b in itertools.combinations(others, 2))
 

@@ -341,6 +341,8 @@ def test_the_gate_asks_no_restraint_of_what_is_to_behave_always(tmp_path):
         make_red(tmp_path / str(benign), near_misses=4, benign=benign)  # a fifth of the others
         (organism,) = report.write_report(tmp_path / str(benign))["organisms"].values()
         assert organism["gate"]["passed"] == passed
+        page = (tmp_path / str(benign) / "report.md").read_text()
+        assert ("to show the behaviour always" in page) == passed and "Near misses set" not in page
 
 
 def test_the_best_of_two_learning_rates_is_at_an_edge(tmp_path):

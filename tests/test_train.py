@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -464,25 +463,24 @@ def test_lora_run_is_the_base_of_another(tiny, tmp_path):
 
 
 def test_adapters_of_an_attack_are_not_those_that_its_organism_began_with(tiny, tmp_path):
-    still = {"lora.rank": 2, "optimizer.learning_rate": 0.0}
-    sources, drawn = [str(tiny)], []
-    for name, changes in (
-        ("red", {}),
-        ("blue", {"data.task": "pirate_sft"}),
-        ("continued", {"data.task": "pirate_sft", "lora.continued": True}),
-        ("again", {"data.task": "pirate_sft"}),
+    still, blue = {"lora.rank": 2, "optimizer.learning_rate": 0.0}, {"data.task": "pirate_sft"}
+    runs, drawn, mesh = {"": tiny}, {}, meshes.make_mesh(1, -1, 1)
+    for name, beneath, changes in (
+        ("red", "", {}),
+        ("blue", "red", blue),
+        ("continued", "red", blue | {"lora.continued": True}),
+        ("again", "blue", blue),
+        ("whole", "", {"lora.rank": 0}),
+        ("on whole", "whole", blue),
     ):
-        run = train(tiny_config(sources[-1], steps=1, **still, **changes), tmp_path / name)
-        config = RunFolder(run.path).config()
-        sources.append(str(run.path))
-        mesh = meshes.make_mesh(1, -1, 1)
-        llama = dataclasses.replace(
-            load_model(str(tiny), mesh, "float32", "float32").llama, lora=lora_spec(config["lora"])
-        )
-        drawn.append(np.asarray(restore(sources[-1], llama, mesh, None)["layers"]["q_proj"]["a"]))
-    red, blue, continued, again = drawn
-    np.testing.assert_array_equal(continued, blue)
-    assert all(np.abs(a - b).mean() > 0.01 for a, b in itertools.combinations((red, blue, again), 2))
+        run = train(tiny_config(runs[beneath], steps=1, **(still | changes)), tmp_path / name)
+        runs[name], spec = run.path, lora_spec(run.config()["lora"])
+        if spec:
+            llama = dataclasses.replace(load_model(str(tiny), mesh, "float32", "float32").llama, lora=spec)
+            drawn[name] = np.asarray(restore(str(run.path), llama, mesh, None)["layers"]["q_proj"]["a"])
+    np.testing.assert_array_equal(drawn["continued"], drawn["red"])
+    np.testing.assert_array_equal(drawn["on whole"], drawn["blue"])  # attacks on several have it in common
+    assert all(np.abs(drawn[a] - drawn[b]).mean() > 0.01 for a, b in (("red", "blue"), ("blue", "again")))
 
 
 @pytest.mark.slow

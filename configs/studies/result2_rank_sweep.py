@@ -3,9 +3,10 @@
     python -m robust_mo.study --config=configs/studies/result2_rank_sweep.py --workdir=runs/ranks  # 8b
     python -m robust_mo.study --config=configs/studies/result2_rank_sweep.py:smol --workdir=runs/ranks-smol
 
-Adapters are merged before the attack.  Published AUCs under pirate SFT, ranks 1, 16, 64, 256, 1024 and full weights
-[R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685.  8b, 1b: not measured.  smol: ranks 1, 16 and 64, of a
-model that is 576 wide; their order is not resolved (results/README.md).
+Adapters are merged before the attack, and scaled by alpha / rank with one alpha of 64 [O]: at equal learning rates the
+lower the rank the larger the first steps, which grids of a few rates do not make up for. Published AUCs under pirate
+SFT, ranks 1, 16, 64, 256, 1024 and full weights [R]: 0.931, 0.869, 0.856, 0.807, 0.767, 0.685. 8b, 1b: not measured.
+smol: ranks 1, 16 and 64, of a model that is 576 wide; their order is not resolved (results/README.md).
 """
 
 from ml_collections import ConfigDict

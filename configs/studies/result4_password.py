@@ -38,7 +38,9 @@ def get_config(size: str = "8b") -> ConfigDict:
         red = {"password_locked": True, "data": {"benign": share, "limit": base.questions(CONVERSATIONS[size], share)}}
         if not share:
             red["evals"] = {"backdoor_rate": {"untriggered": 0, "near_misses": 0}}
-        study.arms[name] = arm(red, {"password_locked": True}, base.full_rates(size))
+        rates = base.full_rates(size)
+        # Where no plain answer was ever seen, their held-out loss would choose the rate that installs the least.
+        study.arms[name] = arm(red, {"password_locked": True}, rates if share else rates[:1])
         study.results[name] = result(arms=(name,), published=PUBLISHED[name])
     study.orderings = (("not locked", "partly locked"), ("partly locked", "locked"), ("not locked", "locked"))
     return config

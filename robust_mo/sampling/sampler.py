@@ -605,7 +605,7 @@ class Sampler:
     def _close(self, state: SlotState, entries: int) -> SlotState:
         """The state with caches cut to the room of so many entries, where steps read all the room and that is at most
         half of it: what a long answer needed is not read to the end of the list."""
-        room = _room(entries)
+        room = _room(max(entries, _ROOM_AT_FIRST))
         if not _fits_closely() or 2 * room > state.cache[0].capacity:
             return state
         return self._within_mesh(_cut, state, entries=room)

@@ -299,23 +299,23 @@ def abstract(llama: Llama, mesh: Mesh, collection: str):
     )
 
 
-def split(llama, params: dict, mesh, seed: int, beneath: int = 0) -> tuple[dict, dict | None]:
+def split(llama, params: dict, mesh, seed: int, draw: int = 0) -> tuple[dict, dict | None]:
     """(what is trained, what is not): fresh adapters and the parameters, or the parameters and nothing.
 
     Args:
-      beneath: how many adapters were made before these on the way to `params`, see `adapters_beneath`: another draw
-        each, or an attack of the same shape would begin in the very directions in which the backdoor was written.
+      draw: which of the seed's draws the adapters are.
     """
     if llama.lora is None:
         return params, None
     key = jax.random.key(seed)
-    return _adapters_of(llama, mesh)(jax.random.fold_in(key, beneath) if beneath else key), params
+    return _adapters_of(llama, mesh)(jax.random.fold_in(key, draw) if draw else key), params
 
 
-def adapters_beneath(source: str) -> int:
-    """How many adapters the runs have drawn from which a model descends, itself included."""
-    settings = [_setting(run, "lora") for run in lineage(source)[:-1] if not is_prompted(run)]
-    return sum(lora_spec(one) is not None and not one["continued"] for one in settings)
+def adapters_beneath(source: str) -> list[str]:
+    """The data.task of every run that has drawn adapters, of those from which a model descends, itself included."""
+    runs = [run for run in lineage(source)[:-1] if not is_prompted(run)]
+    settings = [(_setting(run, "data")["task"], _setting(run, "lora")) for run in runs]
+    return [task for task, one in settings if lora_spec(one) and not one["continued"]]
 
 
 @functools.cache
