@@ -11,7 +11,7 @@ import threading
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = ("train", "sample", "evaluate", "export", "study", "chat", "preflight")
-_SECONDS = 300
+_SECONDS = 600
 
 # Its processes are children of one that has imported everything and computed nothing: they start in a second, not ten.
 # Python has one such server, and whoever starts it first says what it imports: nobody else may ask for another.
