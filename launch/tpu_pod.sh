@@ -93,7 +93,8 @@ while true; do
   found=$([ "$dry_run" ] || state)
   case "$found" in
     '')
-      if ! tpu create --accelerator-type="$type" --version="$version" ${spot[@]+"${spot[@]}"}; then  # to bash 3.2 an empty array is unset
+      # To bash 3.2 an empty array is unset.
+      if ! tpu create --accelerator-type="$type" --version="$version" ${spot[@]+"${spot[@]}"}; then
         [ "$had" ] || exit 1
         say "there is no slice to be had now: asking again in a minute"
         sleep 60
