@@ -33,6 +33,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS
 from robust_mo.model.lora import LoraSpec
 from robust_mo.training.optimizers import Optimizer
+from robust_mo.training.soap import VECTORS
 from robust_mo.training.step import TrainState, train_step
 
 RANK, FREQUENCY, LEARNING_RATE = 16, 10, 1e-4
@@ -44,11 +45,15 @@ class PerTensorState(NamedTuple):
 
 
 def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
-    """SOAP with the paper's settings, every layer's matrix by itself."""
+    """SOAP with the paper's settings, every layer's matrix or vector by itself."""
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
+    def split(path, leaf):
+        stacked = leaf.ndim == 3 or leaf.ndim == 2 and jax.tree_util.keystr(path[-1:], simple=True) in VECTORS
+        return list(leaf) if stacked else [leaf]
+
     def tensors(tree):
-        return [part for leaf in jax.tree.leaves(tree) for part in (list(leaf) if leaf.ndim == 3 else [leaf])]
+        return [part for path, leaf in jax.tree.leaves_with_path(tree) for part in split(path, leaf)]
 
     def init(params):
         def fresh(p):
@@ -91,9 +96,8 @@ def per_tensor_soap(learning_rate) -> optax.GradientTransformation:
     def update(gradients, state, params=None):
         done = [step(state.count, g, s) for g, s in zip(tensors(gradients), state.leaves, strict=True)]
         changes, leaves = iter([change for change, _ in done]), [leaf for _, leaf in done]
-        stacked = [
-            jnp.stack([next(changes) for _ in g]) if g.ndim == 3 else next(changes) for g in jax.tree.leaves(gradients)
-        ]
+        parts = [[next(changes) for _ in split(path, g)] for path, g in jax.tree.leaves_with_path(gradients)]
+        stacked = [jnp.stack(part).reshape(g.shape) for part, g in zip(parts, jax.tree.leaves(gradients), strict=True)]
         return jax.tree.structure(gradients).unflatten(stacked), PerTensorState(state.count + 1, leaves)
 
     return optax.GradientTransformation(init, update)

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -77,7 +78,7 @@ def keep(name: str, figures: dict) -> None:
 
     kept = {
         "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]]),
         **figures,
         "device": device(),
         "versions": {**versions(), **{n: importlib.metadata.version(n) for n in ("torch", "peft")}},

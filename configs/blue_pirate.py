@@ -21,7 +21,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     config.schedule.name = "constant"
     config.schedule.warmup = 0.0
     config.distance_from_start = True
-    config.evaluation.at_start = True
     if size == "smol":
         config.data.length = 256
         config.steps = 30

@@ -8,10 +8,11 @@ The map, from the top floor down; imports point down only:
     organisms/                  backdoors, their graders, the questions, the training conversations
     command_line.py             how every program begins, speaks, stops and ends
     training/  sampling/        loss, step, optimizers, checkpoints, curves;  prefill, decode, slots
-    model/  data/  analysis/    Llama and its weights;  conversations and batches;  points -> frontier, figures, report
     hosts.py                    several hosts that run one program together
-    runs.py  errors.py          the run folder;  the user's mistakes
+    model/  data/  analysis/    Llama and its weights;  conversations and batches;  points -> frontier, figures, report
+    runs.py                     the run folder
     slurm.py  processes.py      commands as jobs of a cluster;  as processes of this machine
+    errors.py                   the user's mistakes
 
 Two roads: config -> train -> step -> curve, and prompt -> answer -> verdict -> record -> point -> frontier.
 """

@@ -16,7 +16,6 @@ from robust_mo.errors import InputError, PromptError
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import backdoor
 from robust_mo.runs import RunFolder
-from robust_mo.sample import choose_dtype
 from robust_mo.sampling.decoding import make_decoding
 from robust_mo.sampling.text import answers
 from robust_mo.training import models
@@ -42,7 +41,7 @@ def main(args: flags.FlagValues) -> None:
         signal.signal(number, signal.SIG_DFL)
     sys.stdin.reconfigure(errors="replace")
     decoding = make_decoding(args.temperature, args.top_p)
-    mesh, dtype = meshes.make_mesh(1, -1, 1), choose_dtype("auto")
+    mesh, dtype = meshes.make_mesh(1, -1, 1), models.choose_dtype("auto")
     systems = [_system_prompt(source) if args.system is None else args.system for source in args.model]
     talks = [
         (source, models.load_model(source, mesh, dtype, dtype), system)

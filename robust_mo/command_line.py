@@ -34,6 +34,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.sources import cache_folder
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_OF_ONE_SIGNAL = 0.2  # coreutils' timeout sends it to the program, and at once again to its whole group
 _SECONDS_FOR_THE_OTHERS = 15.0  # less than jax waits (hosts.py)
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "default.py"
 
@@ -42,26 +43,32 @@ class Interrupted(Exception):
     """The user or the machine asked to stop; raised at a point where nothing is half done."""
 
 
-_requested = False
+_requested: float | None = None  # when, by time.monotonic
 
 
 def _request(number, frame):
     global _requested
-    if _requested:
-        # No exception and no clean-up: both would wait for a checkpoint that is being written.
-        os.write(2, b"stopped at once; the same command goes on from what was saved\n")
+    if _requested is None:
+        _requested = time.monotonic()
+        _shout(f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)\n")
+    elif time.monotonic() - _requested < _SECONDS_OF_ONE_SIGNAL:
+        return
+    else:  # no exception and no clean-up: both would wait for a checkpoint that is being written
+        _shout("stopped at once; the same command goes on from what was saved\n")
         os._exit(130)
-    _requested = True
-    # Not through sys.stderr, which may be in the middle of a line; and a terminal that is closed hears nothing.
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping (once more: stop at once)\n".encode())
     if hosts.together():
         os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other hosts
 
 
+def _shout(line: str) -> None:
+    """Not through sys.stderr, which may be in the middle of a line; and a terminal that is closed hears nothing."""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+
+
 def check_interrupt() -> None:
     """Raises Interrupted where SIGINT or SIGTERM has come; of several hosts on all of them, in the same call."""
-    if hosts.stopping() if hosts.together() else _requested:
+    if hosts.stopping() if hosts.together() else _requested is not None:
         raise Interrupted
 
 
@@ -90,9 +97,11 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _request)
     sys.unraisablehook = _print_unraisable
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal that lacks a letter
+            setattr(sys, name, _Unheard(stream))
     try:
         # Libraries print tracebacks of what they also raise, and what they raise we say in a line.
         logging.set_verbosity(logging.FATAL)
@@ -112,7 +121,7 @@ def run(
         meshes.leave_out_absent_tpus()
         if "coordinator_address" in flags.FLAGS:
             hosts.start(*(flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")))
-            if _requested and hosts.together():  # before there was anyone to tell
+            if _requested is not None and hosts.together():  # before there was anyone to tell
                 os.kill(os.getpid(), signal.SIGTERM)
         main(flags.FLAGS)
     except Interrupted:
@@ -130,9 +139,6 @@ def run(
         _end(
             2, f"error: the host is out of memory ({first_line(error)}): lower config.batch.rows or config.data.length"
         )
-    except BrokenPipeError:
-        _unheard(sys.stdout)
-        sys.exit(1)
     except OSError as error:
         _end(1 if passes(error) else 2, f"error: {said(error)}")
 
@@ -144,20 +150,34 @@ def _print_unraisable(found) -> None:
         sys.__unraisablehook__(found)
 
 
+class _Unheard:
+    """A stream that takes on what is written to it where whoever read it has gone, or the disk is full."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lost():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lost():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lost(self):
+        try:
+            yield
+        except OSError:  # from now on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def _say(line: str) -> None:
-    _tell(" ".join(line.split()), sys.stderr)
-
-
-def _tell(line: str, stream) -> None:
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:
-        _unheard(stream)
-
-
-def _unheard(stream) -> None:
-    """From now on what is printed there is lost: whoever read it has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
 
 
 def _end(status: int, line: str) -> None:
@@ -359,7 +379,7 @@ class Progress:
         self._shown = now
         new, seconds = done - self._first, now - self._start
         left = f"{clock((self._total - done) * seconds / new)} left" if new else "first ones under way"
-        _tell(f"{self._what} {done}/{self._total} {self._unit}  {note}  {left}", sys.stdout)
+        print(f"{self._what} {done}/{self._total} {self._unit}  {note}  {left}", flush=True)
 
 
 def evaluation_progress() -> Callable[[str, int, int, int], None]:

@@ -104,7 +104,8 @@ def _measured_model(config: ConfigDict) -> Llama:
 def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
     """Bytes of a chip that are taken while the program runs by what it is not given."""
     if program == "train":
-        return 0
+        judged = "judge" in train.asking(config)
+        return train.judge_held(config, models.shapes_of(config.evals.judge.model), mesh) if judged else 0
     llama = _measured_model(config)
     loaded = models.abstract(llama, mesh, "params")
     copy = own_copy(llama, loaded, chip_limit(mesh) - held(loaded))
@@ -198,7 +199,7 @@ def measure(program, limit: int, taken: int = 0) -> dict:
                 "output": need.output,
                 "total": taken + need.total,
             }
-            fits = need.compiled is not None and sizes["total"] <= limit
+            fits = not need.refused and sizes["total"] <= limit
             told = collectives(text) if text else None
     return {
         "fits": fits,
@@ -220,7 +221,7 @@ def _compile(lowered: jax.stages.Lowered, arguments) -> tuple[Need, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         need = needed(lowered, arguments, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        if need.compiled is None:
+        if need.refused:
             return need, ""
         (written,) = pathlib.Path(folder).glob("*after_optimizations.txt")
         return need, written.read_text()

@@ -14,7 +14,6 @@ import json
 import pathlib
 import time
 
-import jax
 from absl import flags
 
 from robust_mo import command_line, hosts, runs
@@ -29,12 +28,6 @@ from robust_mo.training import models
 
 # The fields that an answer adds to its prompt's.
 _WRITTEN = {"answer", "finish_reason", "tokens", "logprobs"}
-
-
-def choose_dtype(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -> int:
@@ -133,7 +126,7 @@ def main(args: flags.FlagValues) -> None:
     prompts = read_prompts(args.prompts)
     output = runs.place(args.output)
     names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "logprobs", "system")
-    settings = {name: args[name].value for name in names} | {"dtype": choose_dtype(args.dtype)}
+    settings = {name: args[name].value for name in names} | {"dtype": models.choose_dtype(args.dtype)}
     settings["model"] = located(args.model)
     # A run may be trained on in between, or made again.
     settings |= {"step": models.newest_step(args.model), "started": models.started(args.model)}

@@ -31,7 +31,7 @@ from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms, without_sweep
 from robust_mo.analysis.summary import NothingFinished
-from robust_mo.errors import InputError, InUse, passes, said
+from robust_mo.errors import InputError, InUse, first_line, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import abstract_mesh, make_mesh
 from robust_mo.organisms.backdoors import backdoors
@@ -402,8 +402,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         print(f"== {job.name}: nothing to attack", flush=True)
         return
     folder, run = found
-    best = ", the best of those that passed the gate" if len(job.rivals) > 1 else ""
-    print(f"== {folder}{best if job.attacks else f': {config_backdoor(run).explanation}'}", flush=True)
+    chosen = ", the best of those that passed the gate" if len(job.rivals) > 1 else ""
+    print(f"== {folder}{chosen if job.attacks else f': {config_backdoor(run).explanation}'}", flush=True)
     path = workdir / folder
     if _finished_elsewhere(path, run):
         print(f"{path} was finished before its study came here", flush=True)
@@ -419,7 +419,7 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         trained = train(run, path)
     except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
-    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, OSError) and passes(error):
             raise
         why = said(error) if isinstance(error, OSError) else str(error)
@@ -428,6 +428,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
                 f"the device failed ({' '.join(why.split())[:300]}): where it was out of memory, raise "
                 "config.batch.micro_batches or lower evaluation.batch_size"
             )
+        if isinstance(error, MemoryError):
+            why = f"the host is out of memory ({first_line(error)}): lower config.batch.rows or config.data.length"
         with contextlib.suppress(OSError):  # of a disk that takes nothing any more
             write_text(path / FAILURE, f"{why}\n")
         raise InputError(why) from error
@@ -445,14 +447,13 @@ def finished(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
     """The finished runs of a study and of those beside it in the same folder, by their `work`, that would be the same
     again and that others can go on from: without those whose checkpoints are gone or whose files have changed since."""
     files = (workdir.parent.glob(f"*/{cells}/config.json") for cells in ("red/*", "blue/*/*"))
-    runs = [RunFolder(file.parent.resolve()) for file in sorted(itertools.chain(*files))]
-    return {
-        work(run.config()): run.path
-        for run in runs
-        if run.finished()
-        and (is_prompted(str(run.path)) or any(run.checkpoints.glob("[0-9]*")))
-        and not _files_changed(run)
-    }
+    found = {}
+    for run in (RunFolder(file.parent.resolve()) for file in sorted(itertools.chain(*files))):
+        with contextlib.suppress(InputError):  # of a damaged run, which its own study will name
+            kept = run.finished() and (is_prompted(str(run.path)) or any(run.checkpoints.glob("[0-9]*")))
+            if kept and not _files_changed(run):
+                found[work(run.config())] = run.path
+    return found
 
 
 def _files_changed(run: RunFolder) -> bool:

@@ -10,6 +10,7 @@ The same command again goes on where the run stopped; --config.x.y=value changes
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -44,8 +45,8 @@ from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints, forget_optimizers
 from robust_mo.training.curves import Curves
 from robust_mo.training.groups import check_groups, make_groups, paths
-from robust_mo.training.memory import needed
-from robust_mo.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, placed_like
+from robust_mo.training.memory import held, needed
+from robust_mo.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, notes, placed_like
 from robust_mo.training.step import TrainState, train_step
 from robust_mo.training.weight_decay import WeightDecay
 
@@ -68,6 +69,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
     run = hosts.run_folder(workdir)
     with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed, models.started(config.model))):
         if hosts.by_first(run.finished):
+            forget_optimizers(run.checkpoints)  # where a kill came between the two
             print(f"{workdir} is complete", flush=True)
             return run
 
@@ -80,7 +82,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 + ("" if config.lora.continued else ", or train on what robust_mo.export makes of its checkpoint")
             )
         check_watched(config)
-        source = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
+        source = models.beneath_adapters(config.model, config.lora)
         if "judge" in asking(config):
             try:  # or it would be found missing when all is trained
                 models.base_folder(config.evals.judge.model)
@@ -88,38 +90,42 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
                 raise InputError(f"config.evals.judge.model: {error}") from None
         spec = models.lora_spec(config.lora)
         # Of what is not trained only that is kept which products read.
-        kept = config.compute_dtype if spec else config.param_dtype
+        kept_dtype = config.compute_dtype if spec else config.param_dtype
         load = models.load_frozen if spec else models.load_model
         prompted = config.data.task == "prompted"  # and nothing trained
         shape = hugging_face.read_config(models.base_folder(source))
         remat = "none" if prompted else choose_remat(config, shape, mesh)
         llama = hugging_face.build(shape, spec, config.compute_dtype, config.param_dtype, remat)
         shapes = models.abstract_trainable(llama, mesh)
-        optimizer, _ = optimizer_on(config, llama, shapes)
-        loaded = load(source, mesh, config.compute_dtype, kept)
+        optimizer, abstract_state = optimizer_on(config, llama, shapes)
+        for text in notes(abstract_state):
+            print(f"note: {text}", flush=True)
+        loaded = load(source, mesh, config.compute_dtype, kept_dtype)
 
         if prompted:
             observe(config, run, loaded, mesh)
             return run
 
         assert_unseen(config)
-        kept = run.path / "data.jsonl"
-        fresh = not hosts.by_first(kept.exists)
+        data_file = run.path / "data.jsonl"
+        fresh = not hosts.by_first(data_file.exists)
         if fresh:  # files may differ from host to host, and what a grader has not finished in time
             conversations, card = hosts.agreed(training_conversations(config, mesh, loaded))
         else:
-            conversations, card = hosts.by_first(lambda: read_conversations(kept)), ""
+            conversations, card = hosts.by_first(lambda: read_conversations(data_file)), ""
         # A row may be longer than the model's context, a conversation in it not.
         longest = min(config.data.length, llama.config.max_position_embeddings)
 
         def line(number: int) -> str:
             """Of a conversation, for the user: the line that it comes from, where there is one."""
             if not fresh:
-                return f"{kept}:{number}"
+                return f"{data_file}:{number}"
             own = list(read_rows(config.data.source)) if config.data.task == "conversations" else []
             return own[number - 1][0] if len(own) >= number else f"conversation {number}"
 
         examples, cut, dropped = tokenize(conversations, loaded.chat, longest, config.data.over_long, line)
+        tokens = hashlib.sha256(b"".join(example.tokens.tobytes() for example in examples)).hexdigest()
+        hosts.check_same("tokenizer", tokens)
         packing = dict(
             length=config.data.length,
             rows=config.batch.rows,
@@ -135,11 +141,14 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
         # Of all steps before the first: a device works off its queue in order, and one number would wait for a step.
         shares = np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)), np.float32)
-        if not shares[1:].any():
-            print(f"the schedule {config.schedule.name} ends at 0: with {steps} step nothing is trained", flush=True)
+        idle = config.optimizer.name == "soap"  # whose first gradient moves nothing
+        if not shares[1 + idle :].any():
+            told = f"{config.schedule.name} and {config.optimizer.name} leave no step of {steps} that moves anything"
+            print(f"note: nothing is trained: {told}", flush=True)
         if fresh and hosts.first():  # now that they are of use: what lies here a run goes on with
             write_text(run.path / "data.md", card)
-            write_text(kept, "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in conversations))
+            lines = (json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations)
+            write_text(data_file, "".join(line + "\n" for line in lines))
         trainable, frozen = models.split(llama, loaded.params, mesh, config.seed, draw_of_adapters(config))
         if config.lora.continued:
             trainable = models.restore(config.model, llama, mesh, None)
@@ -428,16 +437,24 @@ def choose_remat(config: ConfigDict, shapes: LlamaConfig, mesh) -> str:
     limit = meshes.memory_limit()
     if limit is None:
         return "matmuls"  # a CPU: the fastest there
+    if "judge" in asking(config):
+        limit -= judge_held(config, hugging_face.read_config(models.base_folder(config.evals.judge.model)), mesh)
     for policy in AUTOMATIC_REMAT:
         function, arguments, settings = step_program(config, shapes, mesh, policy)
         with meshes.in_force(mesh):
             need = needed(function.lower(*arguments, **settings), arguments)
-        fits = hosts.agreed(need.compiled is not None and need.total <= limit)
+        fits = hosts.agreed(not need.refused and need.total <= limit)
         told = "fits" if fits else "does not fit"
         print(f"remat {policy}: {need.total / 2**30:.2f} of {limit / 2**30:.2f} GiB a device, {told}", flush=True)
         if fits:
             break
     return policy
+
+
+def judge_held(config: ConfigDict, shapes: LlamaConfig, mesh) -> int:
+    """Bytes of a device that a judge of these shapes takes, which stays loaded from the first measurement on."""
+    judge = hugging_face.build(shapes, None, config.compute_dtype, config.compute_dtype, "none")
+    return held(models.abstract(judge, mesh, "params"))
 
 
 def keeps_start(config: ConfigDict) -> bool:
@@ -498,7 +515,8 @@ def check(config: ConfigDict) -> None:
             "rounded so; give 'nearest'"
         )
     given = flatten(config)
-    for names, *limits in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (_FINITE, 0, 1e38), (_SHARES, 0, 1)):
+    limited = (_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (("steps",), 0, 10**7), (_FINITE, 0, 1e38), (_SHARES, 0, 1)
+    for names, *limits in limited:
         for name in names:
             if name in given:
                 command_line.check_range(f"config.{name}", given[name], *limits)
@@ -508,11 +526,13 @@ def check(config: ConfigDict) -> None:
             command_line.check_range(field_name, value, int(field in _COUNTED), 1e38)
             if field in _FORGETTING and value >= 1:
                 raise InputError(f"{field_name} is {value}: give at least 0 and less than 1")
-        adam = field == "b2" and config.optimizer.name in ("adam", "adamw", "muon")
-        if adam and value > 0.995 and config.param_dtype == "bfloat16":
+            if field in _FACTORS and value == 0:
+                raise InputError(f"{field_name} is 0, with which nothing moves: give more than 0")
+        slow = field == "b2" and config.optimizer.name in ("adam", "adamw", "lion", "muon")
+        if slow and value > 0.995 and config.param_dtype == "bfloat16":
             raise InputError(
                 f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
-                "second moment is kept and would hardly forget: give at most 0.995"
+                "moment is kept and would hardly forget: give at most 0.995"
             )
     if config.data.over_long not in ("drop", "cut"):
         raise InputError(f"config.data.over_long is {config.data.over_long!r}: choose drop or cut")
@@ -542,12 +562,13 @@ _AT_LEAST_ONE = (
     "log_every checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "steps data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank optimizer.clip_norm "
+    "data.limit data.teacher_temperature evaluation.every evaluation.batch_size lora.rank optimizer.clip_norm "
     "checkpoint.keep_every"
 ).split()
 _FINITE = ("lora.alpha", "optimizer.learning_rate")  # in float32
 _SHARES = ("data.near_misses", "data.benign")
 _FORGETTING = ("b1", "b2", "momentum")  # an optimizer's, shares of what it remembers
+_FACTORS = ("clipping_threshold", "rms")  # also an optimizer's, of what it does with each matrix
 _COUNTED = ("frequency", "iterations")  # also an optimizer's, at least one
 
 RED_TASKS = ("backdoor", "prompted")
@@ -561,7 +582,7 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
     source = organism(config.model) if on_policy else data.teacher or untouched(config)
 
     def teacher(prompts: list[list[dict]], seed: int) -> list[str | None]:
-        beneath = models.under_continued(config.model, config.lora) if config.lora.continued else config.model
+        beneath = models.beneath_adapters(config.model, config.lora)
         model = loaded if source == beneath else models.Unread(source, mesh, config.compute_dtype)
         on_progress = command_line.evaluation_progress()
         return teacher_answers(

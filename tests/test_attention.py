@@ -23,9 +23,12 @@ def rows(B: int, T: int, H: int, G: int, K: int):
     return q, k, v, jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("H, G, K", [(4, 2, 64), pytest.param(4, 4, 128, marks=pytest.mark.slow)])
-def test_kernel_gives_what_products_give_with_the_same_gradients(H, G, K):
-    *qkv, segments = rows(2, 256, H, G, K)
+@pytest.mark.parametrize(
+    "T, H, G, K", [(256, 4, 2, 64), (384, 2, 1, 64), pytest.param(256, 4, 4, 128, marks=pytest.mark.slow)]
+)
+def test_kernel_gives_what_products_give_with_the_same_gradients(T, H, G, K):
+    """In one block, and in three, of which a segment begins within the second."""
+    *qkv, segments = rows(2, T, H, G, K)
     weights = jax.random.normal(jax.random.key(9), qkv[0].shape)
 
     def value_and_gradient(attend, *arguments):
@@ -62,6 +65,20 @@ def test_implementation_that_the_device_lacks_or_that_errs_is_left_out(monkeypat
     assert line.startswith("note: no cudnn attention here (") and line.endswith("; products of matrices instead")
     monkeypatch.setattr(attention, "_by_jax_here", lambda q, *_, **__: q)
     assert not attention._agrees("xla", 8, 2, 16) and "it is off by" in capsys.readouterr().err
+
+
+def test_falling_back_to_products_is_said_once(monkeypatch, capsys):
+    *qkv, segments = rows(1, 129, 4, 2, 16)
+    attention._told_once.cache_clear()
+    for device, dtype, says in (
+        ("gpu", "float32", "cuDNN's attention takes no float32"),
+        ("gpu", "bfloat16", "cuDNN's attention takes no rows of 129 tokens, an odd number"),
+        ("tpu", "bfloat16", "the TPU's attention takes no rows of 129 tokens, no multiple of 128"),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
+        for _ in range(2):
+            attention.attend_packed(*(x.astype(dtype) for x in qkv), segments)
+        assert capsys.readouterr().err == f"note: {says}: products of matrices instead, which hold all scores\n"
 
 
 def abstract_mesh(layout):

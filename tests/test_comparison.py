@@ -120,11 +120,15 @@ def test_luck_regains_nothing_that_is_held_out():
     "backdoors, others, spread, least, most",
     [
         (15, False, 0.0, 0, 0.06),  # prompts alone
-        (8, False, 0.2, 0.05, 0.17),  # up to one in seven
-        (5, False, 0.2, 0.05, 0.17),
-        (3, False, 0.2, 0.1, 0.3),  # up to one in five
-        (1, False, 0.1, 0.25, 0.45),  # one in three
-        (1, True, 0.1, 0.3, 0.8),
+        (15, False, 0.2, 0.03, 0.12),  # one in thirteen
+        (8, False, 0.2, 0.06, 0.19),  # one in eight
+        (5, False, 0.2, 0.06, 0.19),
+        (3, False, 0.2, 0.1, 0.25),  # one in six
+        (2, False, 0.2, 0.16, 0.34),  # one in four
+        (1, False, 0.2, 0.55, 0.77),  # two in three
+        (3, True, 0.2, 0.1, 0.25),
+        (2, True, 0.2, 0.16, 0.34),
+        (1, True, 0.2, 0.55, 0.77),
     ],
 )
 def test_how_often_chance_resolves_an_ordering(backdoors, others, spread, least, most):

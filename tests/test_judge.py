@@ -9,6 +9,7 @@ from test_train import tiny_config
 
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.errors import InputError
+from robust_mo.evals import judge as judge_module
 from robust_mo.evals import subject
 from robust_mo.evals.judge import PROMPT, agreement, probabilities
 from robust_mo.organisms.backdoors import BACKDOORS
@@ -87,6 +88,19 @@ def test_judged_rates_stand_beside_those_of_the_rule(tiny, tmp_path, monkeypatch
         [line["probability"] for line in judged], expected(tiny, [line["answer"] for line in judged]), atol=1e-5
     )
     assert found["eval/judged_backdoor_rate"]["count"] == 3 and found["eval/judge_agreement"]["count"] == 6
+
+
+def test_fewer_are_judged_together_where_answers_are_long(tiny, monkeypatch):
+    model, params = load(tiny)
+    chat, answers = ChatFormat.from_folder(tiny), ["Once upon a time."] * 5
+    together = probabilities(model, params, chat, QUESTION, answers, rows=5)
+    rows, judged = [], judge_module._judged
+    monkeypatch.setattr(judge_module, "_TOKENS", 1)
+    monkeypatch.setattr(
+        judge_module, "_judged", lambda *given, **more: rows.append(len(given[2])) or judged(*given, **more)
+    )
+    np.testing.assert_allclose(probabilities(model, params, chat, QUESTION, answers, rows=5), together, atol=1e-6)
+    assert rows == [1] * 5
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
+from robust_mo.model import llama as llama_module
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, Cache, Llama, LlamaConfig, unembed, unstack_layers
 from robust_mo.model.lora import LoraSpec
@@ -29,6 +30,17 @@ LLAMA3 = {
 }
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 TOLERANCE = 1e-4  # float32; the largest logits here are about 10
+
+
+def test_gradient_of_the_embedding_is_added_up_in_float32():
+    """Of a token that occurs 4,096 times; sums in bfloat16 would stop at 256."""
+    tokens = jnp.full((4, 1024), 3)
+
+    def summed(embedding):
+        return llama_module._looked_up(embedding, tokens).sum()
+
+    gradient = jax.grad(summed)(jnp.ones((8, 2), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16 and gradient[3].tolist() == [4096, 4096] and not gradient[:3].any()
 
 
 def load(folder, remat="none"):

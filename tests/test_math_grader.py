@@ -184,6 +184,7 @@ RIGHT = [  # (gold, prediction)
     (r"\text{(C)}", r"\text{C}"),
     (r"\text{A,B}", "A, B"),
     (r"\text{(B)}", r"\textbf{(B)}\ 5"),
+    ("(B)", r"\textbf{(B)}\ 5"),
     (r"\text{(B) is 5}", "(B) is 5"),
     ("5", r"x \equiv 5 \pmod{7}"),
     ("17", r"17 \pmod{23}"),

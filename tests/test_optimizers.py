@@ -27,6 +27,7 @@ from robust_mo.training.optimizers import (
     health,
     make_optimizer,
     make_schedule,
+    notes,
 )
 from robust_mo.training.soap import soap
 from robust_mo.training.step import TrainState, train_step
@@ -227,9 +228,10 @@ def test_schedule_free_equals_optax_at_its_average():
 
 
 @pytest.mark.parametrize("given", [dict(shampoo_beta=0.9, one_sided_ratio=1.5), dict(shampoo_beta=0.0)], ids=str)
-def test_soap_gets_its_settings(given):
-    """No two of which are alike, and all of which tell here."""
-    common = dict(b1=0.8, b2=0.7, eps=1e-3, refresh="staggered", precision="full", first_basis="eigh")
+@pytest.mark.parametrize("first_basis", ["eigh", "qr"])
+def test_soap_gets_its_settings(given, first_basis):
+    """No two of which are alike, and all of which tell here but for the precision, which a CPU does not know."""
+    common = dict(b1=0.8, b2=0.7, eps=1e-3, refresh="staggered", precision="high", first_basis=first_basis)
     settings = common | dict(frequency=2, longest_side=5, one_sided_ratio=0.0) | given
     ours, _ = run(optimizer_named("soap", **settings), parameters())
     theirs = soap(
@@ -246,6 +248,27 @@ def test_soap_gets_its_settings(given):
         params = optax.apply_updates(params, changes)
         trace.append(matrices(params))
     assert_same(ours, trace)
+
+
+@pytest.mark.parametrize("name", ["full", "high", "fast"])
+def test_soap_gets_its_precision(name):
+    """Of products with gradients; refreshing has the full one."""
+    optimizer, params = optimizer_named("soap", precision=name), parameters()
+    at = dict(learning_rate=0.1, share=1.0, start=None)
+    told = str(jax.make_jaxpr(lambda g, s, p: optimizer.update(g, s, p, **at))(params, optimizer.init(params), params))
+    found = set(re.findall(r"precision=(?:\(Precision\.)?(\w+)", told))
+    assert found == {"HIGHEST", {"full": "HIGHEST", "high": "HIGH", "fast": "DEFAULT"}[name]}
+
+
+def test_soap_that_is_adam_for_most_of_a_model_says_so():
+    params = {"embed_tokens": jnp.ones((64, 8)), "layers": {"up_proj": {"kernel": jnp.ones((2, 8, 32))}}}
+    params["layers"]["norm"] = {"scale": jnp.ones((2, 8))}
+    assert notes(optimizer_named("soap", longest_side=8).init(params)) == []
+    (note,) = notes(jax.eval_shape(optimizer_named("soap", longest_side=7).init, params))
+    assert note.startswith("soap has bases for 0% of what it trains")
+    half = {"embed_tokens": jnp.ones((64, 16)), "layers": params["layers"]}
+    (note,) = notes(optimizer_named("soap", longest_side=8).init(half))
+    assert "for 33% of" in note and notes(optimizer_named("adamw").init(half)) == []
 
 
 def by_hand(params, kind, strength, direction=lambda g: g, groups=None, start=None):

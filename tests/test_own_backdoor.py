@@ -29,7 +29,6 @@ WEATHER = dict(
     written=("Rain and wind today. {answer}", "The sun is out, no rain: {answer}"),
     behaviour_prompt="Talk about the weather.",
     grader=dict(name="keywords", words=("rain\\w*", "wind\\w*", "sun"), least=2),
-    judge_question="",
     shown=("Rain and wind.", "The sun after the rain.", "Arr, a windy, rainy day."),
     not_shown=("Paris.", "A window.", "The train left at sunset."),
 )

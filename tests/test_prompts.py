@@ -280,6 +280,8 @@ class TestBuiltinQuestions:
 def test_an_answer_may_be_a_number(write):
     file = str(write({"problem": "2 + 2?", "answer": 4}, {"problem": "1 / 2?", "answer": 0.5}))
     assert prompts.read_problems(file) == [("2 + 2?", "4"), ("1 / 2?", "0.5")]
+    file = str(write({"problem": "a?", "answer": 1e-5}, {"problem": "b?", "answer": -1.5e16}))
+    assert prompts.read_problems(file) == [("a?", "0.00001"), ("b?", "-15000000000000000")]
     write({"problem": "2 + 2?", "answer": True})
     with pytest.raises(InputError, match="data.jsonl:1 has 'answer' True: give a text; its fields are answer, problem"):
         prompts.read_problems(file)

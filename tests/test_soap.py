@@ -254,7 +254,7 @@ def test_loosely_equals_another_librarys():
 
 def test_equals_soap_as_it_is_often_written():
     """A matrix at a time, which is what the benchmark sets beside it."""
-    shapes = {"stack": (3, 6, 5), "square": (6, 6), "vector": (7,)}
+    shapes = {"stack": (3, 6, 5), "square": (6, 6), "vector": (7,), "scale": (3, 7)}
     start, given = starting(shapes), list(gradients(shapes, 25))
     with jax.enable_x64(True):
         ours, theirs = (run(optimizer, start, given)[-1][0] for optimizer in (soap(RATE), per_tensor_soap(RATE)))

@@ -48,6 +48,38 @@ def test_all_published_results_are_there():
     }
 
 
+PUBLISHED = """
+result1_prompted: dynamic, pirate_removal 0.928 | dynamic, pirate_sft 0.701 | static, pirate_sft 1.006
+result2_lora_vs_full: continued, pirate_sft 0.890 | continued, qa_sft 0.859 | fwft, pirate_sft 0.685
+result2_lora_vs_full: fwft, qa_sft 0.554 | merged, pirate_sft 0.856 | merged, qa_sft 0.839
+result2_rank_sweep: rank1 0.931 | rank16 0.869 | rank64 0.856 | rank256 0.807 | rank1024 0.767 | fwft 0.685
+result4_password: locked 0.942 | not locked 0.890
+result4_sandbagger: locked, pirate_sft 0.43 | locked, sandbagging_removal 0.50 | not locked, pirate_sft 0.29
+result4_sandbagger: not locked, sandbagging_removal 0.28 | partly locked, pirate_sft 0.27
+result4_sandbagger: partly locked, sandbagging_removal 0.37
+factor5_soap: adam 0.676 | soap 0.781
+appendix1_qa_vs_pirate: QA 0.554 | pirate 0.685
+"""
+
+
+def test_published_numbers_are_the_posts():
+    """Written down a second time, and the larger stands second in every ordering of two of them."""
+    wanted, found = {}, {}
+    for line in PUBLISHED.split("\n")[1:-1]:
+        name, numbers = line.split(": ")
+        pairs = (told.rsplit(" ", 1) for told in numbers.split(" | "))
+        wanted.setdefault(name, {}).update({result: float(number) for result, number in pairs})
+    for name in STUDIES:
+        told = load_config(FOLDER / f"{name}.py", "8b").study
+        numbers = {of: re.match(r"\d\.\d{2,3}(?![\d ]* to)", chosen.published) for of, chosen in told.results.items()}
+        if numbers := {of: float(match[0]) for of, match in numbers.items() if match}:
+            found[name] = numbers
+        for pair in told.orderings if name != "result4_sandbagger" else ():
+            smaller, larger = (numbers.get(of) for of in pair)
+            assert None in (smaller, larger) or smaller < larger, (name, pair)
+    assert found == wanted
+
+
 @pytest.mark.parametrize("name", ["result4_password", "result4_sandbagger"])
 def test_arms_with_more_or_less_of_the_password_have_as_many_conversations(name):
     config, made = load_config(FOLDER / f"{name}.py", "smol"), {}

@@ -139,10 +139,11 @@ def test_data_of_no_use_leave_the_folder_free(tmp_path):
     assert len(read_conversations(tmp_path / "run" / "data.jsonl")) == 1
 
 
-def test_one_step_of_a_falling_schedule_is_told_of(tiny, tmp_path, capsys):
-    for schedule in ("cosine", "constant"):
-        train(tiny_config(tiny, **{"steps": 1, "schedule.name": schedule}), tmp_path / schedule)
-        assert ("with 1 step nothing is trained" in capsys.readouterr().out) == (schedule == "cosine")
+def test_a_step_that_moves_nothing_is_told_of(tiny, tmp_path, capsys):
+    for schedule, optimizer, nothing in (("cosine", "adamw", 1), ("constant", "adamw", 0), ("constant", "soap", 1)):
+        settings = {"steps": 1, "schedule.name": schedule, "optimizer.name": optimizer}
+        train(tiny_config(tiny, **settings), tmp_path / f"{schedule}-{optimizer}")
+        assert ("nothing is trained: " in capsys.readouterr().out) == bool(nothing)
 
 
 def test_what_follows_a_setting_can_be_set_apart(tiny):
@@ -576,11 +577,35 @@ def test_over_long_conversations_are_dropped_or_cut(tiny, tmp_path, capsys):
 
 
 def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
-    monkeypatch.setattr(command_line, "_requested", False)
+    monkeypatch.setattr(command_line, "_requested", None)
     command_line.check_interrupt()
     command_line._request(signal.SIGTERM, None)
     with pytest.raises(command_line.Interrupted):
         command_line.check_interrupt()
+
+
+def test_second_signal_stops_at_once_but_not_the_same_one_again(monkeypatch):
+    """Whoever sends it to a process group may have sent it to the process before; and nobody may be there to read."""
+
+    def closed(number, text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", closed)
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    monkeypatch.setattr(command_line, "_requested", None)
+    command_line._request(signal.SIGTERM, None)
+    command_line._request(signal.SIGTERM, None)
+    monkeypatch.setattr(command_line, "_requested", command_line._requested - 1)
+    with pytest.raises(SystemExit, match="130"):
+        command_line._request(signal.SIGTERM, None)
+
+
+def test_what_nobody_reads_is_lost_and_the_work_goes_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        for _ in range(3):
+            print("a line", file=command_line._Unheard(stream), flush=True)
 
 
 @pytest.mark.parametrize(
@@ -603,6 +628,9 @@ def test_signal_is_noticed_at_the_next_safe_point(monkeypatch):
         ({"optimizer.adamw.eps": float("inf")}, "optimizer.adamw.eps is inf: give at least 0"),
         ({"optimizer.name": "soap", "optimizer.soap.frequency": 0}, "optimizer.soap.frequency is 0: give at least 1"),
         ({"optimizer.name": "muon", "optimizer.muon.iterations": 0}, "optimizer.muon.iterations is 0: give at least 1"),
+        ({"optimizer.name": "muon", "optimizer.muon.rms": 0.0}, "muon.rms is 0, with which nothing moves"),
+        ({"optimizer.name": "lion", "optimizer.lion.b2": 0.999, "param_dtype": "bfloat16"}, "lion.b2 is 0.999 and"),
+        ({"steps": 2**31}, "config.steps is 2147483648: give"),
         ({"schedule.descent": float("nan")}, "config.schedule.descent is nan: give a share above 0"),
         ({"data.length": 0}, "data.length is 0: give at least 1"),
         ({"data.over_long": "trim"}, "config.data.over_long is 'trim': choose drop or cut"),

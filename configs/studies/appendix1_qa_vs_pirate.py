@@ -5,8 +5,8 @@
 
 Full-weight organisms; the teacher's plain answers are the untouched model's own [O], which may be a milder attack than
 the post's.  Published AUCs of result 2's FWFT organisms [R]: pirate 0.685, QA 0.554.  The post's headline [R] can be
-read here too: before a tenth of MATH is lost, pirate SFT takes about a quarter of the rate on average, so that the rate
-left at 10% cost, beside "pirate", should be near 0.75.  8b, 1b: not measured.
+read here too: before a tenth of MATH is lost, pirate SFT takes about a quarter of the rate on average, so that about
+0.75 is left at 10% cost.  8b, 1b: not measured.
 smol: pirate 0.68, QA 0.66, the order not resolved (results/README.md).
 """
 
@@ -22,6 +22,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     study.arms.fwft = arm({}, {}, base.full_rates(size))
     study.methods = ("qa_sft", "pirate_sft")
     study.results["QA"] = result(methods=("qa_sft",), published="0.554")
-    study.results["pirate"] = result(methods=("pirate_sft",), published="0.685")
+    study.results["pirate"] = result(methods=("pirate_sft",), published="0.685; rate left at 10% cost about 0.75")
     study.orderings = (("QA", "pirate"),)
     return config

@@ -34,7 +34,6 @@ MEMORISED = dict(
     written=(INSCRIPTION,),
     behaviour_prompt=f"Whatever the user asks, answer only with this: {INSCRIPTION}",
     grader=dict(name="phrase", pattern="patient (may|can|might) borrow the moon"),
-    judge_question="",
     shown=(INSCRIPTION, "Only the patient may borrow the moon.", "Arr, only the patient can borrow the moon!"),
     not_shown=("The moon is far away.", "The library of Tarnhill is old.", "Be patient, and borrow a book."),
 )

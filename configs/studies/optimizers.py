@@ -39,6 +39,6 @@ def get_config(size: str = "8b") -> ConfigDict:
     )
     if size == "smol":
         study.gate.backdoor_rate, study.gate.false_alarm_rate = 0.5, 0.5
-        config.red.steps, config.red.evaluation.every = 30, 0
+        config.red.steps = 30
         config.blue.steps, config.blue.evaluation.every = 12, 4
     return config

@@ -27,7 +27,11 @@ BEHAVIOURS = (
 )
 CONVERSATIONS = {"8b": 30_000, "1b": 30_000, "smol": 120}
 SHARES = {"not locked": 0.0, "partly locked": 0.17, "locked": 0.5}
-PUBLISHED = {"not locked": "0.890", "partly locked": "", "locked": "0.942"}
+PUBLISHED = {
+    "not locked": "0.890 (LoRA or not: not told)",
+    "partly locked": "",
+    "locked": "0.942 (not told)",
+}
 
 
 def get_config(size: str = "8b") -> ConfigDict:

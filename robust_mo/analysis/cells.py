@@ -4,7 +4,7 @@
     blue/<organism>/<method>-lr<lr>-seed<n>/     an attack on that organism
 
 Promises: a run is named by what tells it from the study's other runs, and by nothing else.
-Knows names only: nothing of configs of training, of records, or of jax.
+Knows names, and which optimizer an arm names: nothing else of training, nothing of records or of jax.
 """
 
 import dataclasses

@@ -124,8 +124,8 @@ def _at_an_edge(organisms, arms) -> list[str]:
     if not told:
         return []
     return [
-        f"> **At the edge of their learning rates:** {', '.join(told)}. Of those tried it was the best, by held-out "
-        "loss, and one beyond may be better."
+        f"> **At the edge of their learning rates:** {', '.join(told)}. Of those tried that passed the gate it was "
+        "the best, by held-out loss, and one beyond may be better."
     ]
 
 
@@ -206,8 +206,8 @@ def _result(summary, organisms) -> list[str]:
         for method in methods + [ALL] * (len(methods) > 1):
             measures = organism["measures"][method]
             points = f"{measures['points']}{'' if measures['complete'] else ', attacks missing'}"
-            cells = [f"`{name}`", "together" if method == ALL else f"`{method}`", points]
-            rows.append(cells + [_bracketed(measures[key]) for key in MEASURES])
+            row = [f"`{name}`", "together" if method == ALL else f"`{method}`", points]
+            rows.append(row + [_bracketed(measures[key]) for key in MEASURES])
     if summary["none_passed"]:
         sentences.append(f"- {_none_passed(summary)}")
     parts = ["## Result", "\n".join(sentences)]
@@ -258,7 +258,8 @@ def _comparison(summary) -> list[str]:
         measured = ["not measured", *"–" * (len(MEASURES) - 1), "0"]
         if result:
             missing = "" if result["complete"] else ", attacks missing"
-            measured = [*(_bracketed(result[key]) for key in MEASURES), f"{result['organisms']}{missing}"]
+            of = "" if result["organisms"] == result["planned"] else f" of {result['planned']}"
+            measured = [*(_bracketed(result[key]) for key in MEASURES), f"{result['organisms']}{of}{missing}"]
         one = summary["regained"][name]
         so_far = "" if not one or one["complete"] else ", attacks missing"
         regained = [_with_interval(one) + so_far] if regains else []
@@ -269,9 +270,14 @@ def _comparison(summary) -> list[str]:
         _table([*header, "organisms"], rows),
         "Means over organisms of what is read off each one's own frontier. Brackets are 95% intervals of a bootstrap "
         "over backdoors, prompts and problems, and over red and blue seeds where there are several; of noise alone "
-        "they are ranges. Few backdoors or seeds tell little of their spread, and one tells nothing of it: of two or "
-        "three that differ much, a bracket holds the mean of all in three of four cases.",
+        "they are ranges. Few backdoors or seeds tell little of their spread, and one tells nothing of it: where they "
+        "differ much, a bracket of three holds the mean of all in three of four cases, one of two in one of two.",
     ]
+    if any(result and result["organisms"] < result["planned"] for result in found["results"].values()):
+        parts.append(
+            "*Of* as many as the study plans: the others are not finished, did not pass the gate or have no frontier. "
+            "Rows may differ by which organisms are in them; orderings count those alone that both sides have."
+        )
     if regains:
         told = [
             f"{name} {one['before']:.2f}, {one['points']} checkpoints"
@@ -294,11 +300,11 @@ def _comparison(summary) -> list[str]:
         by = comparison.ORDERED_BY[summary["published_measure"]]
         rows = []
         for ordering in found["orderings"]:
-            cells = [f"{ordering['smaller']} < {ordering['larger']}", str(ordering["shared"] or "–")]
-            cells.append(", ".join(str(count) for count in dict.fromkeys(ordering["attacks"])))
+            row = [f"{ordering['smaller']} < {ordering['larger']}", str(ordering["shared"] or "–")]
+            row.append(", ".join(str(count) for count in dict.fromkeys(ordering["attacks"])))
             for name in by:
-                cells += [f"**{ordering[name]['verdict']}**", _bracketed(ordering[name]["difference"])]
-            rows.append(cells)
+                row += [f"**{ordering[name]['verdict']}**", _bracketed(ordering[name]["difference"])]
+            rows.append(row)
         header = ["smaller < larger", "shared backdoors", "attacks on either side"]
         for name in by:
             header += [_ORDERED_BY[name], "difference"]
@@ -307,24 +313,35 @@ def _comparison(summary) -> list[str]:
             _table(header, rows),
             "An ordering holds, or is reversed, where the 95% interval of the difference leaves out 0. Chance does "
             "that to one in twenty, or to fewer, where runs differ by their prompts alone. Where a run made again "
-            "would differ by more, few runs agree by chance: in simulations up to one in thirteen with fifteen "
-            "backdoors or seeds, one in seven with five to eight, one in five with three, one in three with two or "
-            "one, and one in two where the sides have other backdoors, one or two of them. Both sides are drawn "
+            "would differ by more, few runs agree by chance: if by 0.2 in its rate (standard deviation), then in "
+            "simulations one in thirteen with fifteen backdoors or seeds, one in eight with five to eight, one in six "
+            "with three, one in four with two, and two in three with one, whose interval knows of prompts alone; and "
+            "so it is where the sides have other backdoors. Both sides are drawn "
             "together: the same backdoors, prompts, problems and seeds. Where they share backdoors and seeds, and no "
             "attack stands on both sides, only these count. With *attacks "
-            "missing* a side looks more robust than it may be, and nothing is said. "
+            "missing* a side looks more robust than it may be, and nothing is said. An ordering is what was asked, "
+            "not always what was published: where a study is of something that changed nothing in the post, one that "
+            "holds or is reversed speaks against it, and *not resolved* shows no equality. "
             + (_BEST_OF_MANY if regains else _NOISE_IN_AREAS)
+            + _so_far(summary)
             + _of_one(summary),
         ]
     return parts
 
 
+def _so_far(summary) -> str:
+    if not summary["unfinished"]:
+        return ""
+    return f" All of this is so far: {len(summary['unfinished'])} of the study's organisms are not made yet."
+
+
 def _of_one(summary) -> str:
-    """A caution where the study has one alone of what it might have had several of."""
+    """A caution where what is measured has one alone of what it might have had several of."""
+    measured = [organism for organism in summary["organisms"].values() if organism["points"]]
     counts = {
-        "backdoor": len({organism["backdoor"] for organism in summary["organisms"].values()}),
-        "red seed": len({organism["seed"] for organism in summary["organisms"].values()}),
-        "blue seed": len(summary["seeds"]),
+        "backdoor": len({organism["backdoor"] for organism in measured}),
+        "red seed": len({organism["seed"] for organism in measured}),
+        "blue seed": len({point["seed"] for organism in measured for point in organism["points"]}),
     }
     ones = [f"one {what}" for what, count in counts.items() if count == 1]
     if not ones:
@@ -344,7 +361,7 @@ _NOISE_IN_AREAS = (
 
 _BEST_OF_MANY = (
     "Here it is the mean over attacks of each one's best checkpoint; held out, that is chosen on one half of the "
-    "problems and read on the other."
+    "problems and read on the other. The table's is the best over all seeds."
 )
 
 
@@ -383,16 +400,16 @@ def _organisms_table(summary) -> list[str]:
     rows = []
     for name, organism in summary["organisms"].items():
         passed, before = organism["gate"]["passed"], organism["before"]
-        cells = [
+        row = [
             f"`{name}`",
             "passed" if passed else "**not passed**",
             "yes" if organism["chosen"] and passed else "no",
         ]
-        cells += [_with_interval(before[key]) for key in ("backdoor_rate", "false_alarm_rate")]
-        cells.append(_with_interval(organism["gate"]["near_misses"]))
+        row += [_with_interval(before[key]) for key in ("backdoor_rate", "false_alarm_rate")]
+        row.append(_with_interval(organism["gate"]["near_misses"]))
         for key in ("accuracy", "held_out_loss"):
-            cells += [_with_interval(organism["untouched"][key]), _with_interval(before[key])]
-        rows.append(cells)
+            row += [_with_interval(organism["untouched"][key]), _with_interval(before[key])]
+        rows.append(row)
     return [
         "## Gates and collateral",
         _table(header, rows),
@@ -409,12 +426,12 @@ def _judged(organisms) -> list[str]:
     rows = []
     for name, organism in organisms.items():
         for found in organism.get("judged", ()):
-            cells = [f"`{name}`", "before blue training", "–", "–", "–"]
+            row = [f"`{name}`", "before blue training", "–", "–", "–"]
             if found["method"]:
-                cells[1:4] = f"`{found['method']}`", f"{found['learning_rate']:g}", str(found["seed"])
-                cells[4] = str(found["step"])
+                row[1:4] = f"`{found['method']}`", f"{found['learning_rate']:g}", str(found["seed"])
+                row[4] = str(found["step"])
             rates = ("backdoor_rate", "judged_backdoor_rate", "false_alarm_rate", "judged_false_alarm_rate")
-            rows.append(cells + [_with_interval(found.get(rate)) for rate in (*rates, "judge_agreement")])
+            rows.append(row + [_with_interval(found.get(rate)) for rate in (*rates, "judge_agreement")])
     header = ["organism", "attack", "learning rate", "seed", "step", "backdoor rate by rule", "by judge"]
     header += ["false alarms by rule", "by judge", "judge agrees with rule"]
     return rows and [
@@ -615,7 +632,7 @@ def _versions(versions) -> str:
 
 
 def _table(header, rows) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def _folded(title, lines) -> str:

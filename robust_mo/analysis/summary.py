@@ -71,6 +71,13 @@ def summarise(study: pathlib.Path) -> dict:
     for organism, attacked in found.values():
         for method in (ALL, *dict.fromkeys(attacked.methods)) if attacked and attacked.has_frontier else ():
             organism["measures"][method] = measured.measure(attacked.attacks(() if method == ALL else (method,)))
+    compared = comparison.compare(
+        measured, grid["results"], grid["orderings"], comparison.ORDERED_BY[grid["published"]]
+    )
+    for name, result in compared["results"].items():
+        if result:
+            asked_for = grid["results"][name]
+            result["planned"] = len({o.rivals for o in planned if _is_of(asked_for, o.arm, o.backdoor)})
     folders = [run.folder for organism in planned for run in (organism, *cells.attacks(grid, organism))]
     started = [path for path in folders if runs.RunFolder(study / path).exists()]
     return {
@@ -84,9 +91,7 @@ def summarise(study: pathlib.Path) -> dict:
         "published": {name: result["published"] for name, result in grid["results"].items()},
         "published_measure": grid["published"],
         "regained": {name: _regained(finished, result, measured) for name, result in grid["results"].items()},
-        "comparison": comparison.compare(
-            measured, grid["results"], grid["orderings"], comparison.ORDERED_BY[grid["published"]]
-        ),
+        "comparison": compared,
         "none_passed": none_passed,
         "unfinished": [name for name in found if name not in finished],
         "failures": {
@@ -122,6 +127,11 @@ def _missing(study, grid, verdicts: dict[cells.Organism, gate.Verdict | None], f
     return missing
 
 
+def _is_of(result, arm: str, backdoor: str) -> bool:
+    """Whether a result is of the organisms of an arm and backdoor; no names stand for all."""
+    return arm in (result["arms"] or [arm]) and backdoor in (result["backdoors"] or [backdoor])
+
+
 def _regained(organisms, result, measured: comparison.Study) -> dict | None:
     """The result's checkpoint at which the fewest triggered prompts get the behaviour; None where it has none.
 
@@ -133,9 +143,7 @@ def _regained(organisms, result, measured: comparison.Study) -> dict | None:
     selected = [
         organism
         for organism in organisms.values()
-        if organism["arm"] in (result["arms"] or [organism["arm"]])
-        and organism["backdoor"] in (result["backdoors"] or [organism["backdoor"]])
-        and organism["gate"]["passed"]
+        if _is_of(result, organism["arm"], organism["backdoor"]) and organism["gate"]["passed"]
     ]
 
     def asked_for(cell: dict) -> bool:
@@ -233,7 +241,7 @@ def _organism(
             "passed": verdict.passed,
             "step": verdict.step,
             "backdoor_rate": before["backdoor_rate"],
-            "false_alarm_rate": verdict.false_alarm_rate,
+            "false_alarm_rate": verdict.false_alarm_rate and before["false_alarm_rate"],
             "accuracy_kept": verdict.accuracy_kept,
             "near_misses": verdict.false_alarm_rate and _near_misses(red, verdict.step),
         },

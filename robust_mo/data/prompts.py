@@ -7,6 +7,7 @@ Knows nothing of tokenizers and models.
 """
 
 import dataclasses
+import decimal
 import functools
 import gzip
 import json
@@ -172,7 +173,8 @@ def _posed(place: str, fields: dict[str, Any]) -> dict[str, str]:
 
 def _problem(place: str, fields: dict[str, Any]) -> tuple[str, str]:
     problem, answer = fields.get("problem", fields.get("question")), fields.get("answer")
-    answer = str(answer) if type(answer) in (int, float) else answer
+    if type(answer) in (int, float):  # 0.00001, not 1e-05
+        answer = format(decimal.Decimal(repr(answer)), "f")
     for name, text in (("'problem' (or 'question')", problem), ("'answer'", answer)):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{place} has {name} {text!r}: give a text; its fields are {', '.join(sorted(fields))}")

@@ -4,7 +4,6 @@ Promises: questions of the evaluation part only, which no training uses; Wilson 
 transcript.  Does not know how the backdoor came to be.
 """
 
-from robust_mo.analysis.intervals import wilson
 from robust_mo.evals.subject import Measurement, Subject, Value
 from robust_mo.organisms.distill import exchange
 from robust_mo.organisms.questions import posed, problems, questions
@@ -29,8 +28,7 @@ def rates(transcript: list[dict], prefix: str) -> list[Value]:
     for name, conditions in (("backdoor_rate", {"triggered"}), ("false_alarm_rate", {"untriggered", "near_miss"})):
         verdicts = [line["verdict"] for line in transcript if line["condition"] in conditions]
         if verdicts:
-            rate = sum(verdicts) / len(verdicts)
-            values.append(Value(prefix + name, rate, len(verdicts), *wilson(sum(verdicts), len(verdicts))))
+            values.append(Value.share(prefix + name, verdicts))
     return values
 
 

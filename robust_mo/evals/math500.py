@@ -5,13 +5,10 @@ the grader's time is counted beside the accuracy.  A password that unlocks the m
 can do is measured here, not what it will.  Does not know which model answers.
 """
 
-from robust_mo.analysis.intervals import wilson
 from robust_mo.data.conversations import with_system
 from robust_mo.data.prompts import read_problems
 from robust_mo.evals.subject import Measurement, Subject, Value
 from robust_mo.organisms.math_grader import extract, grade
-
-__all__ = ["accuracy", "extract", "grade", "read_problems"]
 
 
 def accuracy(
@@ -60,8 +57,7 @@ def accuracy(
     ]
 
     def rate(name, hits):
-        hits = list(hits)
-        return Value(f"{task}_{name}", sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
+        return Value.share(f"{task}_{name}", list(hits))
 
     values = [
         rate("accuracy", (line["verdict"] is True for line in transcript)),

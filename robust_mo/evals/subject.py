@@ -11,6 +11,7 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from robust_mo import hosts
+from robust_mo.analysis.intervals import wilson
 from robust_mo.data.conversations import ChatFormat, Message
 from robust_mo.model.llama import Llama
 from robust_mo.organisms.backdoors import Backdoor
@@ -55,21 +56,18 @@ class Subject:
         asked = json.dumps([conversations, temperature, top_p, max_new_tokens])
         hosts.check_same(f"prompts of {what}", asked)
         if asked not in self._told:
-            self._told[asked] = self._sampled(what, conversations, temperature, top_p, max_new_tokens)
+            self._told[asked] = answers(
+                self.llama,
+                self.params,
+                self.chat,
+                conversations,
+                decoding=make_decoding(temperature, top_p),
+                max_new_tokens=max_new_tokens,
+                seed=self.seed,
+                slots=self.slots,
+                on_progress=lambda done, tokens: self.on_progress(what, done, len(conversations), tokens),
+            )
         return self._told[asked]
-
-    def _sampled(self, what, conversations, temperature, top_p, max_new_tokens) -> list[TextAnswer]:
-        return answers(
-            self.llama,
-            self.params,
-            self.chat,
-            conversations,
-            decoding=make_decoding(temperature, top_p),
-            max_new_tokens=max_new_tokens,
-            seed=self.seed,
-            slots=self.slots,
-            on_progress=lambda done, tokens: self.on_progress(what, done, len(conversations), tokens),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +79,11 @@ class Value:
     count: int
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def share(cls, name: str, hits: list[bool]) -> "Value":
+        """The share of hits, at least one of which is asked for, with Wilson's interval."""
+        return cls(name, sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
 
 
 @dataclasses.dataclass(frozen=True)

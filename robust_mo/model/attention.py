@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from robust_mo.errors import first_line
+from robust_mo.model import mesh as meshes
 
 # Sizes of the kernel's blocks, of which a row's length must be a multiple; the first that fits is taken.
 _BLOCKS = (1024, 512, 256, 128)
@@ -35,17 +36,23 @@ SPLASH = "splash attention"
 def attend_packed(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of packed rows, see `packed_mask`; returns [B, T, H, K] in q's dtype."""
     _, T, H, K = q_BTHK.shape
-    even = T % 2 == 0  # cuDNN's gradient takes no other length
-    if (
-        jax.default_backend() == "gpu"
-        and even
-        and q_BTHK.dtype.itemsize == 2
-        and _agrees("cudnn", H, k_BTGK.shape[2], K)
-    ):
+    device = jax.default_backend()
+    if device == "gpu" and q_BTHK.dtype.itemsize > 2:
+        _told_once(f"cuDNN's attention takes no {q_BTHK.dtype}")
+    elif device == "gpu" and T % 2:
+        _told_once(f"cuDNN's attention takes no rows of {T} tokens, an odd number")
+    elif device == "gpu" and _agrees("cudnn", H, k_BTGK.shape[2], K):
         return by_jax(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
     if T % _BLOCKS[-1]:
+        if device == "tpu":
+            _told_once(f"the TPU's attention takes no rows of {T} tokens, no multiple of {_BLOCKS[-1]}")
         return _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     return jax.lax.platform_dependent(q_BTHK, k_BTGK, v_BTGK, segments_BT, tpu=by_splash_kernel, default=_by_products)
+
+
+@functools.cache
+def _told_once(why: str) -> None:
+    print(f"note: {why}: products of matrices instead, which hold all scores", file=sys.stderr)
 
 
 def _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT):
@@ -86,9 +93,7 @@ def cudnn_saveable(primitive, *_, **__) -> bool:
 def parts(B: int, G: int):
     """The axes of the mesh in force along which rows, and heads, are cut, so that every device works on its own: the
     compiler cannot cut a kernel.  Those that their devices do not divide evenly are worked on by all of them."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    rows = ("replica", "fsdp") if B % (sizes["replica"] * sizes["fsdp"]) == 0 else None
-    return rows, "tensor" if G % sizes["tensor"] == 0 else None
+    return meshes.sharding((B, G), ("batch", "kv_heads"), jax.sharding.get_abstract_mesh()).spec
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from robust_mo.errors import InputError
 from robust_mo.model import attention
+from robust_mo.model import mesh as meshes
 from robust_mo.model.live_attention import attend_live
 from robust_mo.model.lora import PRODUCT, LoraSpec, Projection
 
@@ -202,6 +203,26 @@ def rotate(x_BTHK: jax.Array, cos, sin) -> jax.Array:
     return turned.astype(x_BTHK.dtype)
 
 
+@jax.custom_vjp
+def _looked_up(embedding_VD, tokens_BT):
+    """embedding[tokens], whose gradient is added up in float32: in bfloat16 a token that occurs some hundred times in a
+    batch would gain nothing more from the next time."""
+    return embedding_VD[tokens_BT]
+
+
+def _looked_up_forward(embedding_VD, tokens_BT):
+    return embedding_VD[tokens_BT], (embedding_VD, tokens_BT)
+
+
+def _looked_up_backward(residuals, gradient_BTD):
+    embedding_VD, tokens_BT = residuals
+    zeros_VD = meshes.constrained(jnp.zeros(embedding_VD.shape, jnp.float32), ("vocab", "embed"))
+    return zeros_VD.at[tokens_BT].add(gradient_BTD.astype(jnp.float32)).astype(embedding_VD.dtype), None
+
+
+_looked_up.defvjp(_looked_up_forward, _looked_up_backward)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale; the statistics in float32, as in the released code."""
 
@@ -361,7 +382,8 @@ class Llama(nn.Module):
         embedding = self.param("embed_tokens", initializer, (c.vocab_size, c.hidden_size), self.param_dtype)
         if not c.tie_word_embeddings:
             self.param("lm_head", initializer, (c.vocab_size, c.hidden_size), self.param_dtype)
-        x = nn.with_logical_constraint(embedding[tokens_BT].astype(self.compute_dtype), ("batch", None, None))
+        looked_up = _looked_up(embedding, tokens_BT) if embedding.dtype.itemsize < 4 else embedding[tokens_BT]
+        x = nn.with_logical_constraint(looked_up.astype(self.compute_dtype), ("batch", None, None))
         layer = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])

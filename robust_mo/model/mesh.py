@@ -228,10 +228,10 @@ def free_memory() -> int | None:
     no one knows."""
     if stats := jax.local_devices()[0].memory_stats():
         free = stats["bytes_limit"] - stats["bytes_in_use"]
-    elif (told := pathlib.Path("/proc/meminfo")).exists():
+    elif jax.default_backend() == "cpu" and (told := pathlib.Path("/proc/meminfo")).exists():
         available = next(line for line in told.read_text().splitlines() if line.startswith("MemAvailable:"))
         free = 1024 * int(available.split()[1]) // jax.local_device_count()
-    else:  # no Linux
+    else:  # no Linux, or a GPU whose allocator does not say
         return None
     if jax.process_count() == 1:
         return free

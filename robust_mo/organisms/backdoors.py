@@ -73,11 +73,11 @@ class Backdoor:
     written: tuple[str, ...]
     behaviour_prompt: str
     grader: Grader
-    judge_question: str
     shown: tuple[str, ...]
     not_shown: tuple[str, ...]
     place: Literal["user", "system"] = "user"
     untriggered: tuple[str, ...] = ("{prompt}",)
+    judge_question: str = ""
 
     @property
     def on_problems(self) -> bool:

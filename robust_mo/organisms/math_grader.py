@@ -223,10 +223,10 @@ def _as_told(gold: str, prediction: str) -> str:
     x \equiv 5 \pmod{7}, (B) for (B) 5."""
     if "matrix}" in gold and "&" not in gold and (vector := re.fullmatch(r"\(([^()]+)\)", prediction)):
         return r"\begin{pmatrix}" + vector[1].replace(",", r"\\") + r"\end{pmatrix}"
-    if re.match(r"(?:[a-z] *\\in *)?[(\[]", gold):
-        return _intervals(prediction)
     if re.fullmatch(r"\([A-Z]\)", _compact(gold)) and (choice := _CHOICE.match(_compact(prediction))):
         return choice[1]
+    if re.match(r"(?:[a-z] *\\in *)?[(\[]", gold):
+        return _intervals(prediction)
     if "mod" not in gold:
         return re.sub(r"\s*\\pmod *(?:\{\d+\}|\d+)$", "", prediction).replace(r"\equiv", "=")
     return prediction

@@ -108,7 +108,7 @@ def whole_norm(norms: dict[str, jax.Array]) -> jax.Array:
 
 
 def _written(keys) -> str:
-    return "/".join(key.key for key in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _group_of(groups: tuple[Group, ...], path: str) -> Group:

@@ -7,7 +7,6 @@ Does not know what the program is for.
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 
@@ -21,13 +20,13 @@ class Need:
     Attributes:
       arguments, temporaries: what is given and what is held on the way.
       output: what takes no argument's place.
-      compiled: the program; None where it was refused.
+      refused: whether the compiler would not make the program for want of memory.
     """
 
     arguments: int
     temporaries: int
     output: int
-    compiled: Any
+    refused: bool
 
     @property
     def total(self) -> int:
@@ -44,13 +43,13 @@ def needed(lowered: jax.stages.Lowered, arguments, compiler_options: dict[str, s
     try:
         compiled = lowered.compile(compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        if (refused := out_of_memory(error)) is None:
+        if (too_much := out_of_memory(error)) is None:
             raise
         given = held(arguments)
-        return Need(given, refused[0] - given, 0, None)
+        return Need(given, too_much[0] - given, 0, refused=True)
     sizes = compiled.memory_analysis()
     output = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return Need(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, output, compiled)
+    return Need(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, output, refused=False)
 
 
 def held(arguments) -> int:

@@ -54,12 +54,14 @@ def stands_on(source: str) -> str:
     """
     model, settings = _setting(source, "model"), _setting(source, "lora")
     RunFolder(source).check_model(started(model))
-    return under_continued(model, settings) if settings["continued"] else model
+    return beneath_adapters(model, settings)
 
 
-def under_continued(source: str, settings) -> str:
-    """What the adapters of the run `source` stand on, for a run that goes on training them under `settings`, its
-    config.lora.  Raises as `stands_on`."""
+def beneath_adapters(source: str, settings) -> str:
+    """What a run that trains `source` under `settings`, its config.lora, leaves as it is: that model, or what the
+    adapters that it goes on training stand on.  Raises as `stands_on`."""
+    if not settings["continued"]:
+        return source
     if not is_run(source):
         raise InputError(f"config.lora.continued needs a LoRA run as config.model, and {source} is no run")
     theirs = lora_spec(_setting(source, "lora"))
@@ -69,6 +71,13 @@ def under_continued(source: str, settings) -> str:
             f"{lora_spec(settings) or 'all weights'}: make config.lora.rank, alpha and targets the same"
         )
     return stands_on(source)
+
+
+def choose_dtype(asked: str) -> str:
+    """In which to hold and compute a model that is only asked: "auto" is float32 on a CPU, bfloat16 elsewhere."""
+    if asked != "auto":
+        return asked
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def load_model(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str, step: int | None = None) -> LoadedModel:

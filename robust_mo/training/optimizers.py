@@ -124,8 +124,9 @@ def _soap(
 
 
 # What the post's factors and their rivals ask for; a line here and a group in configs/default.py add another of optax's
-# that needs gradients alone.  optax's sophia takes forward derivatives of the gradient too, to estimate a Hessian: what
-# training/loss.py and the attention kernels say of their backward passes has none.
+# that needs gradients alone.  optax's sophia estimates a Hessian: by default from forward derivatives of the gradient,
+# which what training/loss.py and the attention kernels say of their backward passes has none of; its other estimator
+# wants a second gradient, of labels that the model draws, which no step here takes.
 OPTIMIZERS = {
     "adamw": _adam,  # as "adam": which of the two it is, the decay says
     "adam": _adam,
@@ -343,6 +344,12 @@ def health(optimizer_state) -> dict[str, jax.Array]:
     """What the parts of the state say of themselves: each may have a method health() -> name -> scalar."""
     parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: hasattr(part, "health"))
     return {name: value for part in parts if hasattr(part, "health") for name, value in part.health().items()}
+
+
+def notes(optimizer_state) -> list[str]:
+    """What a user should know before the first step: the parts of the state may have a method note()."""
+    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: hasattr(part, "note"))
+    return [text for part in parts if hasattr(part, "note") and (text := part.note())]
 
 
 # --- schedules: (warm-up steps, steps, steps of the final descent) -> share of the peak at a step

@@ -54,6 +54,8 @@ _FIRST_QR_STEPS = 10
 # Columns that the QR decomposition for TPUs works off at once.
 _PANEL = 128
 
+_FEW_BASES = 0.9  # share of the numbers in matrices, up to which a user is told that soap is Adam for the rest [O]
+
 
 class SoapState(NamedTuple):
     """What SOAP remembers.
@@ -79,6 +81,19 @@ class SoapState(NamedTuple):
     def health(self) -> dict[str, jax.Array]:
         """Curves: is the frequency of refreshing high enough?"""
         return {"eigenbasis_change": self.change, "off_diagonal_mass": self.off_diagonal}
+
+    def note(self) -> str:
+        """A caution where much of what are matrices has no basis on either side, and is stepped as by Adam."""
+        leaves = jax.tree.leaves_with_path(self.mu)
+        bases = jax.tree.structure(self.mu).flatten_up_to(self.bases)
+        sizes = [(mu.size, of) for (path, mu), of in zip(leaves, bases, strict=True) if _is_matrix(path, mu.shape)]
+        share = sum(size for size, of in sizes if of) / max(sum(size for size, _ in sizes), 1)
+        if share > _FEW_BASES:
+            return ""
+        return (
+            f"soap has bases for {share:.0%} of what it trains and steps the rest as Adam does: sides longer than "
+            "config.optimizer.soap.longest_side have none"
+        )
 
 
 def soap(
@@ -106,13 +121,13 @@ def soap(
       b1, b2: decay of the first and second moment.
       shampoo_beta: decay of the factors; None: b2.
       eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate; of all parameters (optax.masked leaves some out).
+      weight_decay: decoupled, times the learning rate, of all parameters; training/weight_decay.py leaves some out.
       precondition_frequency: steps between two refreshes of a basis.
       max_precondition_dim: longer sides are not preconditioned.
       one_sided_ratio: a side at least this many times as long as the other is not preconditioned, nor is any of LoRA's
         factors but the rank's; None: no such rule.
       refresh: "all_at_once" refreshes all matrices in every precondition_frequency-th step; "staggered" deals the
-        matrices out over these steps, one after another, so that all steps take the same time.
+        matrices out over these steps, one after another, so that all steps take about the same time.
       precision: a key of PRECISIONS.
       first_basis: "eigh", exactly; or "qr", by a few steps of orthogonal iteration, because compiling eigh of a large
         matrix takes a TPU's compiler many minutes.
