@@ -102,7 +102,7 @@ def measure_source(args: flags.FlagValues) -> None:
     kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
     described = {
         "source": located(args.source),
-        **({"source_started": begun} if (begun := models.started(args.source)) else {}),
+        **({"source_started": begun} if (begun := models.stamp(args.source)) else {}),
         **{name: config[name] for name in kept},
         "system_prompt": system_prompt,
         "evals": chosen,

@@ -133,7 +133,7 @@ class RunFolder:
         """Makes the folder (or finds it), checks the config, and holds the folder's lock while in the block.
 
         Args:
-          model_started: when the run was begun from which this one starts, if it starts from one.
+          model_started: of the model from which this one starts, see training/models.stamp.
 
         A folder in which nothing has been done yet, since its config could not be used, takes another config.
 
@@ -211,17 +211,16 @@ class RunFolder:
             print(f"{self.path}: {name} was {old} and is {new} from here on", flush=True)
 
     def check_model(self, started: str | None) -> None:
-        """Raises InputError where the run that this one began from has been made again since.
+        """Raises InputError where the model that this run began from has been made again since.
 
         Args:
-          started: when that was begun which now lies at its place; None: no run.
+          started: training/models.stamp of what now lies at its place.
         """
         then = self.description().get("model_started")
         if then and started != then:
-            now = f"one begun at {started}" if started else "no run"
             raise InputError(
-                f"{self.path} began from the run {self.config()['model']} of {then}, where there is {now} now: bring "
-                "the former back, or train in another --workdir"
+                f"{self.path} began from another {self.config()['model']} ({then}) than lies there now "
+                f"({started or 'nothing'}): bring the former back, or train in another --workdir"
             )
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:

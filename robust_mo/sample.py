@@ -129,7 +129,7 @@ def main(args: flags.FlagValues) -> None:
     settings = {name: args[name].value for name in names} | {"dtype": models.choose_dtype(args.dtype)}
     settings["model"] = located(args.model)
     # A run may be trained on in between, or made again.
-    settings |= {"step": models.newest_step(args.model), "started": models.started(args.model)}
+    settings |= {"step": models.newest_step(args.model), "started": models.stamp(args.model)}
     for number, prompt in enumerate(prompts, 1):
         if taken := _WRITTEN & set(prompt.fields):
             raise InputError(

@@ -51,7 +51,7 @@ from robust_mo.train import (
 )
 from robust_mo.train import check as check_run
 from robust_mo.training.curves import Curves
-from robust_mo.training.models import is_prompted, is_run, shapes_of, started
+from robust_mo.training.models import is_prompted, is_run, shapes_of, stamp
 
 REPORT = "report"  # the name of a study's last job
 STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
@@ -478,7 +478,7 @@ def _finished_elsewhere(path: pathlib.Path, run: ConfigDict) -> bool:
         return False
     kept, now = folder.config(), run.to_dict()
     begun_from = folder.description().get("model_started")
-    same_model = begun_from is not None and begun_from == started(now["model"])
+    same_model = begun_from is not None and begun_from == stamp(now["model"])
     return same_model and work(kept) != work(now) == work({**kept, "model": now["model"]})
 
 

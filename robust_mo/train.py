@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         # Orbax takes them for a pattern, and does not find again what it has saved.
         raise InputError(f"--workdir={workdir} has {' '.join(sorted(wrong))} in its path: choose one without")
     run = hosts.run_folder(workdir)
-    with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed, models.started(config.model))):
+    with hosts.first_holds(lambda: run.claim("train", config.to_dict(), config.seed, models.stamp(config.model))):
         if hosts.by_first(run.finished):
             forget_optimizers(run.checkpoints)  # where a kill came between the two
             print(f"{workdir} is complete", flush=True)

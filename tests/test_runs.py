@@ -60,7 +60,7 @@ def test_run_whose_start_was_made_again_is_refused(tmp_path):
         run.record(0, "a", 1)
     with run.claim("train", CONFIG, 0, model_started="monday"):
         pass
-    with pytest.raises(InputError, match="began from the run m of monday, where there is one begun at tuesday now"):
+    with pytest.raises(InputError, match=r"began from another m \(monday\) than lies there now \(tuesday\): bring"):
         with run.claim("train", CONFIG, 0, model_started="tuesday"):
             pass
 

@@ -58,7 +58,7 @@ from robust_mo.train import (
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.curves import Curves
 from robust_mo.training.memory import needed
-from robust_mo.training.models import lineage, load_model, lora_spec, restore, shapes_of, stands_on
+from robust_mo.training.models import lineage, load_model, lora_spec, restore, shapes_of, stamp, stands_on
 from robust_mo.training.step import TrainState, train_step
 
 
@@ -659,6 +659,21 @@ def test_config_of_the_users_own_must_have_every_field(tiny):
         check(config)
 
 
+def test_a_base_that_was_made_again_in_its_place_is_noticed(tiny, tmp_path, monkeypatch):
+    """As an exported organism, whose config.json alone tells of the run that it was made from."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    config = tiny_config(str(base), steps=2, **{"checkpoint.every": 1})
+    train_to_the_last_moment(config, tmp_path / "run", monkeypatch)
+    told = stamp(str(base))
+    (base / "README.md").write_text("a note")
+    assert stamp(str(base)) == told and stamp("smollm2-135m") is None
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"robust_mo": {"run": "another", "step": 2}}))
+    with pytest.raises(InputError, match="began from another .*base .files .* than lies there now .files"):
+        train(config, tmp_path / "run")
+
+
 def test_run_cannot_be_its_own_base(tiny, tmp_path):
     with pytest.raises(InputError, match="the --workdir itself"):
         train(tiny_config(tiny, model=str(tmp_path)), tmp_path)
@@ -737,11 +752,11 @@ def test_adapters_are_not_merged_into_another_model_than_theirs(tiny, tmp_path):
     weights(blue)
     description = tmp_path / "red" / "config.json"
     description.write_text(description.read_text().replace('"started": "20', '"started": "19'))
-    with pytest.raises(InputError, match="blue began from the run .*red of 20.*bring the former back"):
+    with pytest.raises(InputError, match="blue began from another .*red .20.*bring the former back"):
         weights(blue)
     # Nor does one say of all weights that they descend from it.
     whole = tiny_config(tiny, steps=1, model=str(tmp_path / "red"))
-    with pytest.raises(InputError, match="whole began from the run .*red of 19.*bring the former back"):
+    with pytest.raises(InputError, match="whole began from another .*red .19.*bring the former back"):
         run = train(whole, tmp_path / "whole")
         description.write_text(description.read_text().replace('"started": "19', '"started": "18'))
         lineage(str(run.path))

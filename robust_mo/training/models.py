@@ -7,6 +7,8 @@ anything else goes through model/sources.py.  Does not know what the model is wa
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import pathlib
 
@@ -22,7 +24,7 @@ from robust_mo.model import hugging_face, lora, sources
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, Llama, LlamaConfig
 from robust_mo.model.lora import LoraSpec
-from robust_mo.runs import RunFolder
+from robust_mo.runs import RunFolder, sha256
 from robust_mo.training.checkpoints import Checkpoints
 from robust_mo.training.groups import paths
 
@@ -53,7 +55,7 @@ def stands_on(source: str) -> str:
         been made again since.
     """
     model, settings = _setting(source, "model"), _setting(source, "lora")
-    RunFolder(source).check_model(started(model))
+    RunFolder(source).check_model(stamp(model))
     return beneath_adapters(model, settings)
 
 
@@ -109,7 +111,7 @@ def load_frozen(source: str, mesh: Mesh, compute_dtype: str, param_dtype: str) -
 
 def identity(source: str) -> tuple:
     """What a process may know a model by: another as soon as its run is made again or trained on."""
-    return os.path.realpath(source), started(source), newest_step(source)
+    return os.path.realpath(source), stamp(source), newest_step(source)
 
 
 class Unread:
@@ -187,9 +189,24 @@ PROMPTED_STEP = 1
 """As which a prompted organism is measured, whose run has no steps: 0 is the untouched model."""
 
 
-def started(source: str) -> str | None:
-    """When a run was begun, which tells it from one made later in the same place; None of what is no run."""
-    return RunFolder(source).description().get("started") if is_run(source) else None
+def stamp(source: str) -> str | None:
+    """What tells a model from another one made later in the same place: of a run when it was begun, of files a digest
+    of their names and sizes and of what the JSON among them says.  None of a name, as of the hub."""
+    if is_run(source):
+        return RunFolder(source).description().get("started")
+    place = pathlib.Path(sources.located(source))
+    if not place.is_absolute() or not place.exists():
+        return None
+    told = []
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if file.suffix in _OF_A_MODEL:
+            size = file.stat().st_size
+            told.append((file.name, size, sha256(file) if file.suffix == ".json" and size < _LARGE else ""))
+    return f"files {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+
+
+_OF_A_MODEL = (".gguf", ".jinja", ".json", ".model", ".safetensors")
+_LARGE = 2**20  # bytes, as a tokenizer has, which are not read whole every time
 
 
 def newest_step(source: str) -> int:
@@ -218,10 +235,10 @@ def lineage(source: str) -> list[str]:
     found, places = [source], {os.path.realpath(source)}
     while is_run(found[-1]):
         model = _setting(found[-1], "model")
-        RunFolder(found[-1]).check_model(started(model))
         if os.path.realpath(model) in places:
             file = RunFolder(found[-1]).path / "config.json"
             raise InputError(f"{file}: config.model is {model!r}, which no run can have begun from: correct it")
+        RunFolder(found[-1]).check_model(stamp(model))
         found.append(model)
         places.add(os.path.realpath(model))
     return found
