@@ -4,8 +4,9 @@
     python -m robust_mo.study --config=configs/studies/factor4_trigger_types.py:smol --workdir=runs/trigger-types-smol
 
 Refusals and cats, each under all three kinds of trigger, so that nothing but the trigger differs; but a tag is measured
-as it was trained, the others in wordings that training has not seen.  Published: no clear trend [R].  Time and our
-numbers: not measured.
+as it was trained, the others in wordings that training has not seen.  The report knows them as so many backdoors, two
+of a kind, of which chance makes one ordering in four: `--config.study.red_seeds="(0, 1, 2)"` asks better.  Published:
+no clear trend [R].  Time and our numbers: not measured.
 """
 
 import itertools
