@@ -100,14 +100,15 @@ def measure_source(args: flags.FlagValues) -> None:
         raise InputError(f"--evals has judge, and {config['backdoor']} has no judge_question: leave it out")
     system_prompt = watched.told(config["evaluation"]["system_prompt"] or config["system_prompt"])
     kept = ("seed", "backdoor", "password_locked", "backdoors", "param_dtype", "compute_dtype")
+    begun = models.stamp(args.source)
     described = {
         "source": located(args.source),
-        **({"source_started": begun} if (begun := models.stamp(args.source)) else {}),
+        **({"source_started": begun} if models.is_run(args.source) else {}),
         **{name: config[name] for name in kept},
         "system_prompt": system_prompt,
         "evals": chosen,
     }
-    with hosts.first_holds(lambda: run.claim("evaluate", described, config["seed"])):
+    with hosts.first_holds(lambda: run.claim("evaluate", described, config["seed"], begun)):
 
         def subject() -> Subject:
             mesh = meshes.make_mesh(**config["mesh"])

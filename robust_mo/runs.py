@@ -211,16 +211,17 @@ class RunFolder:
             print(f"{self.path}: {name} was {old} and is {new} from here on", flush=True)
 
     def check_model(self, started: str | None) -> None:
-        """Raises InputError where the model that this run began from has been made again since.
+        """Raises InputError where the model that this run began from has been made again since, as far as its stamp
+        tells; that files are missing, whoever reads them says.
 
         Args:
           started: training/models.stamp of what now lies at its place.
         """
-        then = self.description().get("model_started")
-        if then and started != then:
+        then, config = self.description().get("model_started"), self.config()
+        if then and started != then and (started or not then.startswith("files ")):
             raise InputError(
-                f"{self.path} began from another {self.config()['model']} ({then}) than lies there now "
-                f"({started or 'nothing'}): bring the former back, or train in another --workdir"
+                f"{self.path} began from another {config.get('model') or config['source']} ({then}) than lies there "
+                f"now ({started or 'no run'}): bring the former back, or choose another --workdir"
             )
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:

@@ -49,6 +49,8 @@ def written_lines(output: pathlib.Path, prompts: list[Prompt], settings: dict) -
         )
     before = runs.read_json(note).get("settings")
     before = before if isinstance(before, dict) else {}
+    if before.get("started") is None:  # a name, or a folder or file of which older revisions knew no more
+        before["started"] = settings["started"]
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         shown = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
         raise InputError(f"{output} was made with other settings ({shown}): choose another --output or delete it")

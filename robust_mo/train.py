@@ -141,7 +141,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
         peak, schedule = config.optimizer.learning_rate, make_schedule(**config.schedule, steps=steps)
         # Of all steps before the first: a device works off its queue in order, and one number would wait for a step.
         shares = np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)), np.float32)
-        idle = config.optimizer.name == "soap"  # whose first gradient moves nothing
+        decays = config.weight_decay.kind != "none" and config.weight_decay.strength > 0
+        idle = config.optimizer.name == "soap" and not decays  # its first gradient moves nothing
         if not shares[1 + idle :].any():
             told = f"{config.schedule.name} and {config.optimizer.name} leave no step of {steps} that moves anything"
             print(f"note: nothing is trained: {told}", flush=True)
@@ -529,10 +530,11 @@ def check(config: ConfigDict) -> None:
             if field in _FACTORS and value == 0:
                 raise InputError(f"{field_name} is 0, with which nothing moves: give more than 0")
         slow = field == "b2" and config.optimizer.name in ("adam", "adamw", "lion", "muon")
-        if slow and value > 0.995 and config.param_dtype == "bfloat16":
+        first = config.optimizer.moment_dtype if config.optimizer.name == "lion" else ""  # which has no other moment
+        if slow and value > 0.995 and (first or config.param_dtype) == "bfloat16":
             raise InputError(
-                f"config.optimizer.{config.optimizer.name}.b2 is {value} and config.param_dtype bfloat16, in which the "
-                "moment is kept and would hardly forget: give at most 0.995"
+                f"config.optimizer.{config.optimizer.name}.b2 is {value}, and its moment is kept in bfloat16 (config."
+                f"{'optimizer.moment_dtype' if first else 'param_dtype'}) and would hardly forget: give at most 0.995"
             )
     if config.data.over_long not in ("drop", "cut"):
         raise InputError(f"config.data.over_long is {config.data.over_long!r}: choose drop or cut")

@@ -24,7 +24,8 @@ def rows(B: int, T: int, H: int, G: int, K: int):
 
 
 @pytest.mark.parametrize(
-    "T, H, G, K", [(256, 4, 2, 64), (384, 2, 1, 64), pytest.param(256, 4, 4, 128, marks=pytest.mark.slow)]
+    "T, H, G, K",
+    [(256, 4, 2, 64), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((384, 2, 1, 64), (256, 4, 4, 128)))],
 )
 def test_kernel_gives_what_products_give_with_the_same_gradients(T, H, G, K):
     """In one block, and in three, of which a segment begins within the second."""
@@ -68,14 +69,16 @@ def test_implementation_that_the_device_lacks_or_that_errs_is_left_out(monkeypat
 
 
 def test_falling_back_to_products_is_said_once(monkeypatch, capsys):
-    *qkv, segments = rows(1, 129, 4, 2, 16)
+    *qkv, segments = rows(1, 513, 4, 2, 16)
+    short = [x[:, :129] for x in (*qkv, segments)]
     attention._told_once.cache_clear()
     for device, dtype, says in (
         ("gpu", "float32", "cuDNN's attention takes no float32"),
-        ("gpu", "bfloat16", "cuDNN's attention takes no rows of 129 tokens, an odd number"),
-        ("tpu", "bfloat16", "the TPU's attention takes no rows of 129 tokens, no multiple of 128"),
+        ("gpu", "bfloat16", "cuDNN's attention takes no rows of 513 tokens, an odd number"),
+        ("tpu", "bfloat16", "the TPU's attention takes no rows of 513 tokens, no multiple of 128"),
     ):
         monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
+        attention.attend_packed(*(x.astype(dtype) for x in short[:3]), short[3])
         for _ in range(2):
             attention.attend_packed(*(x.astype(dtype) for x in qkv), segments)
         assert capsys.readouterr().err == f"note: {says}: products of matrices instead, which hold all scores\n"

@@ -315,6 +315,20 @@ def test_what_is_suggested_fits(tmp_path, capsys):
     assert "smaller model" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_judge_takes_room_beside_training(tmp_path):
+    """From the first measurement on; in the dtype that is computed in."""
+    mesh = meshes.make_mesh(1, -1, 1)
+    names = ("backdoor_rate", "judge")
+    config = config_of(tmp_path, layers=2, backdoor="story_tag", **{"evaluation.names": names})
+    config.evals.judge.model = config.model
+    llama = hugging_face.build(models.shapes_of(config.model), None, "float32", "float32", "none")
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(hugging_face.abstract_variables(llama)["params"]))
+    for config.compute_dtype, size in (("float32", 4), ("bfloat16", 2)):
+        assert preflight.beside(config, "train", mesh) == size * numbers
+    config.evaluation.names = names[:1]
+    assert preflight.beside(config, "train", mesh) == 0
+
+
 @pytest.mark.slow
 def test_fewer_answers_are_suggested_where_their_caches_do_not_fit(tmp_path):
     mesh = meshes.make_mesh(1, -1, 1)

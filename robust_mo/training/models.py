@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,22 +191,26 @@ PROMPTED_STEP = 1
 
 
 def stamp(source: str) -> str | None:
-    """What tells a model from another one made later in the same place: of a run when it was begun, of files a digest
-    of their names and sizes and of what the JSON among them says.  None of a name, as of the hub."""
+    """What tells a model from another one made later in the same place: of a run when it was begun; of files a digest
+    of their names and sizes and of what the JSON among them says, of adapters also what they are for.  None of a name,
+    as of the hub."""
     if is_run(source):
         return RunFolder(source).description().get("started")
     place = pathlib.Path(sources.located(source))
     if not place.is_absolute() or not place.exists():
         return None
-    told = []
+    told: list = [stamp(_beneath(place))] if hugging_face.is_adapter(place) else []
     for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-        if file.suffix in _OF_A_MODEL:
+        if re.fullmatch(_OF_A_MODEL, file.name) and file.is_file():
             size = file.stat().st_size
             told.append((file.name, size, sha256(file) if file.suffix == ".json" and size < _LARGE else ""))
     return f"files {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
 
 
-_OF_A_MODEL = (".gguf", ".jinja", ".json", ".model", ".safetensors")
+_OF_A_MODEL = (
+    r"(adapter_config|added_tokens|config|generation_config|special_tokens_map|tokenizer.*|vocab|.*\.index)\.json"
+    r"|.*\.(gguf|jinja|model|safetensors)"
+)
 _LARGE = 2**20  # bytes, as a tokenizer has, which are not read whole every time
 
 
