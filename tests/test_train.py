@@ -505,8 +505,9 @@ def test_a_second_attack_reads_neither_organism_nor_teacher_again(tiny, tmp_path
     changes = {"lora.rank": 2, "data.task": "qa_sft", "data.limit": 12, **told}
     first, second = (tmp_path / name for name in ("first", "second"))
     train(tiny_config(organism, steps=1, **changes), first)
-    for folder in (organism, teacher):
-        (folder / "model.safetensors").write_bytes(b"")
+    for folder in (organism, teacher):  # of the same size, by which a model made anew is known
+        file = folder / "model.safetensors"
+        file.write_bytes(bytes(file.stat().st_size))
     train(tiny_config(organism, steps=1, **changes, **{"optimizer.learning_rate": 2e-3}), second)
     assert (second / "data.jsonl").read_text() == (first / "data.jsonl").read_text() != ""
 
