@@ -28,9 +28,9 @@ BEHAVIOURS = (
 CONVERSATIONS = {"8b": 30_000, "1b": 30_000, "smol": 120}
 SHARES = {"not locked": 0.0, "partly locked": 0.17, "locked": 0.5}
 PUBLISHED = {
-    "not locked": "0.890 (LoRA or not: not told)",
+    "not locked": "0.890 (of organisms not told)",
     "partly locked": "",
-    "locked": "0.942 (not told)",
+    "locked": "0.942 (of organisms not told)",
 }
 
 
