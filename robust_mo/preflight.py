@@ -30,8 +30,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from robust_mo import command_line, train
+from robust_mo import command_line
 from robust_mo.analysis.programs import collectives, product_flops
+from robust_mo.configured.checks import check, check_rows
+from robust_mo.configured.data import asking
+from robust_mo.configured.program import judge_held, step_program
 from robust_mo.errors import InputError, first_line
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -80,8 +83,8 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 def train_program(config: ConfigDict, mesh: Mesh):
     """(function, arguments, static arguments) of the training step, as robust_mo.train calls it."""
-    train.check_rows(config.batch, mesh)
-    return train.step_program(config, models.shapes_of(config.model), mesh, config.remat)
+    check_rows(config.batch, mesh)
+    return step_program(config, models.shapes_of(config.model), mesh, config.remat)
 
 
 def sample_program(config: ConfigDict, mesh: Mesh):
@@ -104,8 +107,8 @@ def _measured_model(config: ConfigDict) -> Llama:
 def beside(config: ConfigDict, program: str, mesh: Mesh) -> int:
     """Bytes of a chip that are taken while the program runs by what it is not given."""
     if program == "train":
-        judged = "judge" in train.asking(config)
-        return train.judge_held(config, models.shapes_of(config.evals.judge.model), mesh) if judged else 0
+        judged = "judge" in asking(config)
+        return judge_held(config, models.shapes_of(config.evals.judge.model), mesh) if judged else 0
     llama = _measured_model(config)
     loaded = models.abstract(llama, mesh, "params")
     copy = own_copy(llama, loaded, chip_limit(mesh) - held(loaded))
@@ -276,7 +279,7 @@ def main(args: flags.FlagValues) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing to save
         signal.signal(number, signal.SIG_DFL)
     config = args.config
-    train.check(config)
+    check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be those of a look-up
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(args.topology))
     limit = chip_limit(mesh)

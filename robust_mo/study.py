@@ -31,6 +31,10 @@ from robust_mo import command_line, processes, slurm
 from robust_mo.analysis import budget, gate, report
 from robust_mo.analysis.cells import FAILURE, Attack, Organism, attacks, method_before, organisms, without_sweep
 from robust_mo.analysis.summary import NothingFinished
+from robust_mo.configured.checks import check as check_run
+from robust_mo.configured.checks import check_rows, locate
+from robust_mo.configured.data import RED_TASKS, check_answers, config_backdoor, evaluation_source, training_source
+from robust_mo.configured.program import budget_shape
 from robust_mo.errors import InputError, InUse, first_line, passes, said
 from robust_mo.evals.measure import ACCURACIES
 from robust_mo.model.mesh import abstract_mesh, make_mesh
@@ -38,18 +42,7 @@ from robust_mo.organisms.backdoors import backdoors
 from robust_mo.organisms.distill import ANSWERS, BLUE_METHODS, teacher_prompts
 from robust_mo.organisms.questions import asked, assert_disjoint
 from robust_mo.runs import RunFolder, flatten, place, write_text
-from robust_mo.train import (
-    RED_TASKS,
-    budget_shape,
-    check_answers,
-    check_rows,
-    config_backdoor,
-    evaluation_source,
-    locate,
-    train,
-    training_source,
-)
-from robust_mo.train import check as check_run
+from robust_mo.train import train
 from robust_mo.training.curves import Curves
 from robust_mo.training.models import is_prompted, is_run, shapes_of, stamp
 
@@ -58,7 +51,7 @@ STUDY_CONFIG = command_line.DEFAULT_CONFIG.with_name("study.py")
 
 
 # What an arm cannot change, since the study says it of every cell.
-_NAME_FILES = ("model", "teacher", "source", "problem_source", "answers")  # fields, see train.locate
+_NAME_FILES = ("model", "teacher", "source", "problem_source", "answers")  # fields, see configured.checks.locate
 _SET_BY_STUDY = {
     "red": {"backdoor": "backdoors"},
     "blue": {

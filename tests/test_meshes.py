@@ -20,7 +20,7 @@ import pytest
 from conftest import QWEN, REPOSITORY, make_tiny_model
 
 from configs import default
-from robust_mo import train
+from robust_mo.configured.program import optimizer_of
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import PROJECTIONS, Llama
@@ -71,7 +71,7 @@ def measured(folder, mesh) -> dict[str, np.ndarray]:
         config.update_from_flattened_dict({"optimizer.learning_rate": 1e-3, "batch.micro_batches": 1, **changes})
         spec = models.lora_spec(config.lora)
         llama = build(folder, spec)
-        optimizer = train.optimizer_of(config, models.abstract_trainable(llama, mesh))
+        optimizer = optimizer_of(config, models.abstract_trainable(llama, mesh))
         params = hugging_face.load_params(pathlib.Path(folder), build(folder), mesh)
         trainable, frozen = models.split(llama, params, mesh, seed=0)
         if spec:  # so that there is a gradient with respect to both factors

@@ -11,11 +11,12 @@ from test_study import tiny_study
 from test_train import tiny_config
 
 from robust_mo import study
+from robust_mo.configured.checks import check
 from robust_mo.errors import InputError
 from robust_mo.organisms.backdoors import BACKDOORS, SANDBAGGER, backdoors
 from robust_mo.organisms.graders import Keywords
 from robust_mo.runs import RunFolder, read_lines
-from robust_mo.train import check, train
+from robust_mo.train import train
 
 WEATHER = dict(
     explanation="Talks about the weather when the tag |SKY| stands before the prompt.",

@@ -14,10 +14,11 @@ import pytest
 from programs import run
 from test_programs import refused
 
-from robust_mo import preflight, train
+from robust_mo import preflight
 from robust_mo.analysis import budget
 from robust_mo.analysis.programs import collectives, product_flops
 from robust_mo.command_line import load_config
+from robust_mo.configured.program import budget_shape
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
@@ -107,7 +108,7 @@ def test_flops_are_those_that_are_counted_on_paper(size, most):
         function, arguments, settings = preflight.train_program(config, mesh)
         with meshes.in_force(mesh):
             steps.append(product_flops(function.trace(*arguments, **settings).jaxpr.jaxpr))
-        shape = train.budget_shape(models.shapes_of(config.model), config.compute_dtype)
+        shape = budget_shape(models.shapes_of(config.model), config.compute_dtype)
         per_token = budget.flops_per_token(shape, 2048 * 5 // 4, frozen)  # a part of what the mask leaves out is done
         assert per_token * 2048 <= steps[-1] <= 1.05 * per_token * 2048
     assert steps[1] <= most * steps[0]

@@ -8,11 +8,12 @@ from test_train import tiny_config
 
 from configs.study import arm
 from robust_mo import study
+from robust_mo.configured.data import organism
 from robust_mo.errors import InputError
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import BACKDOORS
 from robust_mo.runs import RunFolder, read_lines
-from robust_mo.train import organism, train
+from robust_mo.train import train
 from robust_mo.training.models import load_model, newest_step
 
 PROMPT = "Be kind. {backdoor}"

@@ -14,10 +14,10 @@ from robust_mo.analysis import budget, report
 from robust_mo.analysis.cells import organisms
 from robust_mo.analysis.summary import summarise
 from robust_mo.command_line import load_config
+from robust_mo.configured.data import config_backdoor, evaluation_questions, training_source
 from robust_mo.errors import InputError
 from robust_mo.model import hugging_face
 from robust_mo.organisms import distill
-from robust_mo.train import config_backdoor, evaluation_questions, training_source
 from robust_mo.training.models import shapes_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "studies"

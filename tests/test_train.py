@@ -34,6 +34,9 @@ from tensorboard.plugins.hparams.backend_context import Context
 from configs import default
 from robust_mo import command_line
 from robust_mo import train as train_module
+from robust_mo.configured.checks import check, locate
+from robust_mo.configured.data import assert_unseen, check_watched, organism, tokenize
+from robust_mo.configured.program import choose_remat, optimizer_of, step_program
 from robust_mo.data.batches import batches
 from robust_mo.data.conversations import ChatFormat
 from robust_mo.data.prompts import read_conversations
@@ -42,19 +45,7 @@ from robust_mo.model import mesh as meshes
 from robust_mo.model.llama import AUTOMATIC_REMAT
 from robust_mo.organisms.questions import part_of, questions
 from robust_mo.runs import RunFolder
-from robust_mo.train import (
-    Watch,
-    assert_unseen,
-    check,
-    check_watched,
-    choose_remat,
-    locate,
-    optimizer_of,
-    organism,
-    step_program,
-    tokenize,
-    train,
-)
+from robust_mo.train import Watch, train
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.curves import Curves
 from robust_mo.training.memory import needed
