@@ -15,11 +15,9 @@ import jax
 import numpy as np
 
 from benchmarks import sizes
-from benchmarks.peers import keep, result_name
+from benchmarks.peers import keep, result_name, settle
 from benchmarks.sizes import SIZES
 from robust_mo.analysis import budget
-from robust_mo.model import hugging_face
-from robust_mo.model import mesh as meshes
 from robust_mo.sampling.decoding import Greedy
 from robust_mo.sampling.sampler import Request, Sampler
 
@@ -53,12 +51,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     args = parser.parse_args()
 
-    folder, one = sizes.folder(args.size), SIZES[args.size]
-    model = hugging_face.build(hugging_face.read_config(folder), None, one.dtype, one.dtype, "none")
-    params = hugging_face.load_params(folder, model, meshes.make_mesh(1, -1, 1))
+    settle()
+    model, params = sizes.loaded(args.size)
     sampler = Sampler(model, params, ())
     generator, found = np.random.default_rng(0), {}
-    for rows in args.rows or (1, one.slots):
+    for rows in args.rows or (1, SIZES[args.size].slots):
         # No two begin alike: what is shared would be read once for all.
         prompts = list(generator.integers(0, model.config.vocab_size, (rows, args.prompt), np.int32))
         whole, first = (seconds(sampler, prompts, n) for n in (1 + args.steps, 1))
@@ -67,7 +64,8 @@ def main() -> None:
         found[rows] = {"milliseconds": step, "floor": least, "tokens/s": 1e3 * rows / step}
         told = f", at least {least:.2f}" if least else ""
         print(f"{rows:4} rows: {step:.2f} ms a step{told}, {1e3 * rows / step:.0f} tokens/s", flush=True)
-    keep(result_name("decode_step", args.size), {"rows": found, "prompt": args.prompt, "steps": args.steps})
+    told = {"rows": found, "prompt": args.prompt, "steps": args.steps}
+    keep(result_name("decode_step", args.size), told, jax.default_backend())
 
 
 if __name__ == "__main__":

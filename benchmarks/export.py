@@ -3,8 +3,8 @@
     python -m benchmarks.export [--size=8b] [--rounds=1]
 
 The model is that of benchmarks/sizes.py, read from the page cache and written in its own dtype; the adapters have rank
-16 and invented values.  Either side is a whole process on a CPU, with its imports.  Host memory is the process's
-anonymous memory at its highest; PEFT holds the model, of which it maps the files until it changes them.
+16 and invented values.  Either side is a process on a CPU, timed with the imports of its libraries.  Host memory is the
+process's anonymous memory at its highest; PEFT holds the model, of which it maps the files until it changes them.
 Writes benchmarks/results/export[-SIZE].json.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import sizes
 from benchmarks.load_weights import Anonymous
-from benchmarks.peers import SIDES, compare, result_name
+from benchmarks.peers import SIDES, compare, result_name, tell
 from benchmarks.sizes import SIZES
 
 RANK = 16
@@ -122,12 +122,13 @@ def main() -> None:
         gigabytes = sum(file.stat().st_size for file in output.glob("*.safetensors")) / 1e9
         shutil.rmtree(output)
         told = {"seconds": seconds, "GB of host memory": memory.highest / 1e9, "GB written": gigabytes}
-        print(json.dumps({"speed": gigabytes / seconds, "figures": told, "matrices": found}))
+        tell(args.side, {"speed": gigabytes / seconds, "figures": told, "matrices": found})
         return
     shutil.rmtree(TEMPORARY, ignore_errors=True)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
         prepare(args.size)
+        sizes.read_once(TEMPORARY / "base")
         compare(result_name("export", args.size), "GB/s", args.rounds, agree)
     finally:
         shutil.rmtree(TEMPORARY, ignore_errors=True)

@@ -31,7 +31,7 @@ PARTS = {
     "load": "load_weights --size={size} --dtype=bfloat16 --rounds=1",
     "own": "training --size={size} --own --rounds=1",
     "compiled": "training --size={size} --lora --compiled --rounds=1",
-    "soap": "optimizer_step --size=1b --rows=8 --length=2048 --only soap",
+    "soap": "optimizer_step --size=1b --rows=8 --length=2048 --compilations=1 --rounds=2 --only soap",
     "continuous": "sampling --size={size} --forced --peer=continuous --rounds=1",
     "kernels-lora": "kernels lora --size={size}",
     "kernels-full": "kernels full --size={size}",

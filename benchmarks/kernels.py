@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks import sizes, training
-from benchmarks.peers import RESULTS, device, result_name
+from benchmarks.peers import RESULTS, device, result_name, settle
 from benchmarks.sizes import SIZES
 
 WORK = ("lora", "full", "decode")
@@ -51,19 +51,17 @@ def train(size: str, lora: bool, folder: str) -> None:
 
 
 def decode(size: str, folder: str) -> None:
-    from robust_mo.model import hugging_face
-    from robust_mo.model import mesh as meshes
     from robust_mo.sampling.decoding import Greedy
     from robust_mo.sampling.sampler import Request, Sampler
 
-    where, one = sizes.folder(size), SIZES[size]
-    model = hugging_face.build(hugging_face.read_config(where), None, one.dtype, one.dtype, "none")
-    sampler = Sampler(model, hugging_face.load_params(where, model, meshes.make_mesh(1, -1, 1)), ())
+    slots, (model, params) = SIZES[size].slots, sizes.loaded(size)
+    sampler = Sampler(model, params, ())
+    del params
     generator = np.random.default_rng(0)
-    prompts = generator.integers(0, model.config.vocab_size, (one.slots, PROMPT), np.int32)
+    prompts = generator.integers(0, model.config.vocab_size, (slots, PROMPT), np.int32)
     for watching in (contextlib.nullcontext(), watched(folder)):
         with watching:
-            for _ in sampler.answers([Request(p, STEPS + 1) for p in prompts], Greedy(), 0, one.slots, lambda *_: None):
+            for _ in sampler.answers([Request(p, STEPS + 1) for p in prompts], Greedy(), 0, slots, lambda *_: None):
                 pass
 
 
@@ -93,6 +91,7 @@ def main() -> None:
     parser.add_argument("work", choices=WORK)
     parser.add_argument("--size", choices=SIZES, default="smol")
     args = parser.parse_args()
+    settle()
     with tempfile.TemporaryDirectory() as folder:
         if args.work == "decode":
             decode(args.size, folder)
@@ -100,7 +99,7 @@ def main() -> None:
             train(args.size, args.work == "lora", folder)
         span, taken = kernels(folder)
     busy = sum(milliseconds for milliseconds, _ in taken.values())
-    lines = [f"{device()}, jax {jax.__version__}: span {span:.2f} ms, kernels {busy:.2f} ms"]
+    lines = [f"{device(jax.default_backend())}, jax {jax.__version__}: span {span:.2f} ms, kernels {busy:.2f} ms"]
     for name, (milliseconds, calls) in sorted(taken.items(), key=lambda item: -item[1][0])[:40]:
         lines.append(f"{milliseconds:10.3f} ms {calls:7} x {name[:100]}")
     print("\n".join(lines))

@@ -28,7 +28,7 @@ import time
 import numpy as np
 
 from benchmarks import sizes
-from benchmarks.peers import SIDES, compare
+from benchmarks.peers import SIDES, compare, tell, torch_device
 from benchmarks.sizes import SIZES
 
 # The same for the sides, which are processes of their own.
@@ -111,14 +111,13 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
     from transformers.models.llama import modeling_llama  # noqa: F401, or loading would pay for the import
 
     config = json.loads((folder / "config.json").read_text())
-    mapped = not torch.cuda.is_available() and dtype == (config.get("dtype") or config.get("torch_dtype"))
-    if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")  # the device is ready before, as ours is
+    device = torch_device()
+    mapped = device == "cpu" and dtype == (config.get("dtype") or config.get("torch_dtype"))
+    torch.zeros(1, device=device)  # which is ready before, as ours is
 
     @torch.no_grad()
     def load():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        return model.cuda() if torch.cuda.is_available() else model
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 
     @torch.no_grad()
     def read_once():
@@ -132,19 +131,20 @@ def theirs(folder: pathlib.Path, dtype: str) -> dict:
             tensor.data = tensor.clone()
         return model
 
-    figures = {}
-    if mapped:
-        _, _, seconds = _measured(read_once)
-        figures["GB/s where the files stay mapped"] = _stored(folder) / 1e9 / seconds
     model, memory, seconds = _measured(copy if mapped else load)
     # On a device they are no anonymous memory.
-    on_the_host = 0 if torch.cuda.is_available() else sum(tensor.nbytes for tensor in model.parameters())
+    on_the_host = 0 if device == "cuda" else sum(tensor.nbytes for tensor in model.parameters())
     read = [model.lm_head.weight[:64], model.model.layers[-1].mlp.down_proj.weight[:8]]
-    return {
+    told = {
         "speed": _stored(folder) / 1e9 / seconds,
-        "figures": figures | _gigabytes(memory.highest - on_the_host),
+        "figures": _gigabytes(memory.highest - on_the_host),
         "sums": [float(part.detach().double().square().sum()) for part in read],
     }
+    del model, read
+    if mapped:  # after the first call, which this one may not help
+        _, _, seconds = _measured(read_once)
+        told["figures"]["GB/s where the files stay mapped"] = _stored(folder) / 1e9 / seconds
+    return told
 
 
 def agree(a: dict, b: dict) -> None:
@@ -166,11 +166,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = sizes.folder(arguments.size) if arguments.size else arguments.folder
     if arguments.side:
-        print(json.dumps({"ours": ours, "theirs": theirs}[arguments.side](folder, arguments.dtype)))
+        tell(arguments.side, {"ours": ours, "theirs": theirs}[arguments.side](folder, arguments.dtype))
         return
     try:
         if not arguments.size:
             sizes.invent(folder, "Llama-3.1-8B-Instruct", arguments.layers, "bfloat16")
+        sizes.read_once(folder)
         layers, own = parser.get_default("layers"), folder != TEMPORARY and not arguments.size
         suffixes = (
             arguments.size,

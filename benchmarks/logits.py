@@ -10,11 +10,12 @@ has steps of 4e-6.  Writes benchmarks/results/logits.json.
 
 import argparse
 import json
+import os
 
 import numpy as np
 
 from benchmarks import sizes
-from benchmarks.peers import keep
+from benchmarks.peers import keep, settle
 
 LIMIT = 1e-4
 MULTIPLE = 64  # ours are padded to a multiple of it: few shapes to compile
@@ -84,6 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=40)
     args = parser.parse_args()
+    settle()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # where the peer's are taken
     texts = conversations(args.conversations)
     if not texts:
         parser.error("--conversations: give at least 1")
@@ -100,7 +103,7 @@ def main() -> None:
     print(json.dumps(size | {"largest logit": float(max(np.abs(x).max() for x in logits["ours"]))}))
     for name, figures in found.items():
         print(f"{name:42}", ", ".join(f"{what} {value:.3g}" for what, value in figures.items()), flush=True)
-    keep("logits", {**size, "distance": found})
+    keep("logits", {**size, "distance": found}, "cpu")
 
 
 if __name__ == "__main__":

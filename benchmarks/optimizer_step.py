@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from benchmarks import sizes
-from benchmarks.peers import keep, result_name
+from benchmarks import sizes, table
+from benchmarks.peers import keep, result_name, settle
 from benchmarks.sizes import SIZES
 from benchmarks.training import CLIP_NORM, make
 from robust_mo.model import hugging_face
@@ -177,6 +177,7 @@ def main() -> None:
         parser.error("--steps: give at least 3, since the first two are left out: they compile")
     if args.rounds < 1 or args.compilations < 1:
         parser.error("--rounds, --compilations: give at least 1")
+    settle()
     meshes.leave_out_absent_tpus()
     jax.config.update("jax_enable_compilation_cache", False)  # or compiling would be a look-up
 
@@ -228,14 +229,13 @@ def main() -> None:
         for what, times in (("compiling", compiling[name]), ("whole", whole[name])):
             found[name][what] = {"median": statistics.median(times), "rounds": times}
         row, adamw = found[name], found["adamw"]
-        added = (row["alone"]["mean"] - adamw["alone"]["mean"]) / adamw["whole"]["median"]
         told = (
             f"{what} {row[what]['median']:6.2f} ({row[what]['median'] / adamw[what]['median']:.2f} of adamw's)"
             for what in ("whole", "compiling")
         )
-        print(f"{name:18}", *told, f"alone adds {added:+.1%}", sep="  ", flush=True)
+        print(f"{name:18}", *told, f"alone adds {table.added(found, name):+.1%}", sep="  ", flush=True)
     name = result_name("optimizer_step", args.size) + "-lora" * args.lora
-    keep(name, {"seconds": found, "tokens": args.rows * args.length})
+    keep(name, {"seconds": found, "tokens": args.rows * args.length}, jax.default_backend())
 
 
 if __name__ == "__main__":

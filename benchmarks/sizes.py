@@ -101,7 +101,8 @@ def invent(where: pathlib.Path, shapes: str, layers: int, dtype: str) -> None:
     values |= {"num_hidden_layers": layers, "architectures": ["LlamaForCausalLM"], "dtype": dtype}
     (where / "config.json").write_text(json.dumps(values))
     model = hugging_face.build(hugging_face.read_config(where), None, dtype, dtype, "none")
-    block = (np.random.default_rng(0).standard_normal(2**25) / 50).astype(dtype)
+    # No hidden size divides its length, or rows would be equal, and tokens with them.
+    block = (np.random.default_rng(0).standard_normal(2**25 - 1) / 50).astype(dtype)
     weight_map, shard, number = {}, {}, 0
 
     def flush():
@@ -125,6 +126,25 @@ def invent(where: pathlib.Path, shapes: str, layers: int, dtype: str) -> None:
     (where / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     size = sum(file.stat().st_size for file in where.glob("*.safetensors"))
     print(f"wrote {size / 1e9:.1f} GB of invented weights: {where}", file=sys.stderr)
+
+
+def read_once(where: pathlib.Path) -> None:
+    """Fills the page cache with a folder's weights, for whoever comes first."""
+    for file in where.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as data:
+            buffer = bytearray(2**24)
+            while data.readinto(buffer):
+                pass
+
+
+def loaded(size: str):
+    """(Llama, its parameters) of a size, in its dtype, for what does not train."""
+    from robust_mo.model import hugging_face
+    from robust_mo.model import mesh as meshes
+
+    where, dtype = folder(size), SIZES[size].dtype
+    model = hugging_face.build(hugging_face.read_config(where), None, dtype, dtype, "none")
+    return model, hugging_face.load_params(where, model, meshes.make_mesh(1, -1, 1))
 
 
 def shapes(size: str):

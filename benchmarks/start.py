@@ -9,7 +9,6 @@ benchmarks/results/start[-SIZE][-lora].json.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ import time
 import numpy as np
 
 from benchmarks import sizes, training
-from benchmarks.peers import keep, result_name, run_side
+from benchmarks.peers import keep, on_one_platform, result_name, run_side, tell
 from benchmarks.sizes import SIZES
 
 KINDS = ("cold", "warm", "theirs")
@@ -36,31 +35,32 @@ def main() -> None:
     if args.side is not None:
         side = training.theirs if args.side == "theirs" else training.ours
         batch = dict(np.load(os.environ[BATCH]))
-        losses, _ = side(args.size, [batch], args.lora, training.LEARNING_RATE)
-        print(json.dumps({"loss": losses[0]}))
+        losses, *_ = side(args.size, [batch], args.lora, training.LEARNING_RATE)
+        tell(args.side, {"loss": losses[0]})
         return
 
     if args.rounds < 1:
         parser.error("--rounds: give at least 1")
     name, found = result_name("start", args.size) + "-lora" * args.lora, {kind: [] for kind in KINDS}
-    sizes.folder(args.size)  # fetched or invented before the clock runs
+    sizes.read_once(sizes.folder(args.size))  # and fetched or invented before the clock runs
     for number in range(args.rounds):
-        losses = []
+        told = {}
         with tempfile.TemporaryDirectory() as cache:
             # Made here, so that the peer need not import what makes it.
             file = f"{cache}/batch.npz"
             np.savez(file, **training.make_batches(args.size, "ours", packed=False)[0])
             for kind in KINDS:
                 begun = time.perf_counter()
-                losses.append(run_side(name, kind, JAX_COMPILATION_CACHE_DIR=cache, **{BATCH: file})["loss"])
+                told[kind] = run_side(name, kind, JAX_COMPILATION_CACHE_DIR=cache, **{BATCH: file})
                 found[kind].append(time.perf_counter() - begun)
-        if not np.allclose(losses, losses[0], atol=training.TOLERANCES[SIZES[args.size].dtype]):
-            sys.exit(f"the losses differ: {dict(zip(KINDS, losses, strict=True))}")
-        told = ", ".join(f"{kind} {taken[-1]:.1f} s" for kind, taken in found.items())
-        print(f"round {number + 1}/{args.rounds}: {told}", flush=True)
+        platform, losses = on_one_platform(told), {kind: told[kind]["loss"] for kind in KINDS}
+        if not np.allclose(list(losses.values()), losses["cold"], atol=training.TOLERANCES[SIZES[args.size].dtype]):
+            sys.exit(f"the losses differ: {losses}")
+        taken = ", ".join(f"{kind} {seconds[-1]:.1f} s" for kind, seconds in found.items())
+        print(f"round {number + 1}/{args.rounds}: {taken}", flush=True)
     medians = {kind: statistics.median(taken) for kind, taken in found.items()}
     print("\n".join(f"{kind:8} {value:6.1f} s" for kind, value in medians.items()))
-    keep(name, {"unit": "s", "median": medians, "rounds": found})
+    keep(name, {"unit": "s", "median": medians, "rounds": found}, platform)
 
 
 if __name__ == "__main__":

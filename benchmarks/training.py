@@ -5,9 +5,10 @@
     python -m benchmarks.training --size=8b --lora --checkpointing [--compiled]     # how the peer does it
 
 A step is forward, backward, clipping and AdamW; a side's speed is that of four steps after two of warming up.  Both
-must begin at the same loss and descend alike.  At `smol` the batch is eight conversations of the red team's data,
-padded; at the other sizes (benchmarks/sizes.py) rows are full, of random tokens that all carry a loss, but for four a
-row while warming up, so that losses tell whether both computed the same.
+must have the same losses and, but for --packed, gradients of the same norms, step by step; in bfloat16 that is to say
+forward and backward, since steps of so small a rate are mostly rounded away.  At `smol` the batch is eight
+conversations of the red team's data, padded; at the other sizes (benchmarks/sizes.py) rows are full, of random tokens
+that all carry a loss, but for four a row while warming up, so that losses tell whether both computed the same.
 
 With --packed (`smol`) it is 128 conversations whose lengths are spread as those of Alpaca's answers (lognormal, median
 158 tokens, a deviation of 0.72 in the logarithm, at most 512).  We pack them, the peer pads eight at a time to the
@@ -20,20 +21,21 @@ training-8b-lora-checkpointing.json.
 """
 
 import argparse
-import json
 import os
 import time
 
 import numpy as np
 
 from benchmarks import sizes
-from benchmarks.peers import SIDES, compare, result_name
+from benchmarks.peers import SIDES, compare, result_name, tell, torch_device
 from benchmarks.sizes import SIZES
 
 LEARNING_RATE, RANK, CLIP_NORM = 1e-5, 16, 1.0
 WARM_UP, STEPS = 2, 4
 # Of losses: each side adds up rounded numbers in an order of its own; six updates of bfloat16 weights part further.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+NORM_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}  # of gradients' norms, relative
+ADAPTERS_NORM_TOLERANCE = 0.2  # each side draws its adapters itself: of two layers 0.13 was seen
 OWN = ("lora", "full")
 CONVERSATIONS, MEDIAN, SPREAD, LONGEST = 128, 158, 0.72, 512
 
@@ -124,8 +126,8 @@ def make(name: str, **settings):
 
 def ours(
     size: str, batches: list[dict], lora: bool, learning_rate: float, remat: str = ""
-) -> tuple[list[float], list[float]]:
-    """(loss, seconds) of every step."""
+) -> tuple[list[float], list[float], list[float]]:
+    """(loss, the gradient's norm before clipping, seconds) of every step."""
     import jax
     import jax.numpy as jnp
 
@@ -143,7 +145,7 @@ def ours(
     optimizer = make("adamw", b1=0.9, b2=0.95, eps=1e-8)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     del trainable  # the step takes its memory over
-    losses, seconds = [], []
+    losses, norms, seconds = [], [], []
     for batch in batches:
         start = time.perf_counter()
         state, metrics = train_step(
@@ -160,17 +162,18 @@ def ours(
         )
         losses.append(float(jax.device_get(metrics["loss"])))
         seconds.append(time.perf_counter() - start)
-    return losses, seconds
+        norms.append(float(metrics["gradient_norm"]))
+    return losses, norms, seconds
 
 
 def theirs(
     size: str, batches: list[dict], lora: bool, learning_rate: float, checkpointing: bool = False, compiled=False
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[float], list[float]]:
     """As `ours`, with torch: rows are worked off in parts where the whole batch's logits take too much memory."""
     import torch
     import transformers
 
-    device, one = "cuda" if torch.cuda.is_available() else "cpu", SIZES[size]
+    device, one = torch_device(), SIZES[size]
     dtype = getattr(torch, one.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(sizes.folder(size), dtype=dtype).to(device).train()
     if lora:
@@ -189,7 +192,7 @@ def theirs(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     forward = torch.compile(model) if compiled else model
-    losses, seconds = [], []
+    losses, norms, seconds = [], [], []
     for batch in batches:
         start = time.perf_counter()
         placed = {name: torch.tensor(batch[name], device=device) for name in ("tokens", "targets", "loss_mask")}
@@ -211,18 +214,20 @@ def theirs(
             loss.backward()
             total += loss.item()
             del logits, summed
-        torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         losses.append(total)
         seconds.append(time.perf_counter() - start)
-    return losses, seconds
+        norms.append(float(norm))
+    return losses, norms, seconds
 
 
-def utilization(size: str, speed: float, lora: bool) -> dict[str, float]:
-    """Of a speed on rows without padding: TFLOP/s, counted as analysis/budget.py does, and their share of the peak."""
+def utilization(size: str, speed: float, lora: bool, lengths: np.ndarray) -> dict[str, float]:
+    """Of a speed on conversations of these lengths: TFLOP/s, counted as analysis/budget.py does without padding, and
+    their share of the peak."""
     import jax
 
     from robust_mo.analysis import budget
@@ -230,7 +235,7 @@ def utilization(size: str, speed: float, lora: bool) -> dict[str, float]:
     config = sizes.shapes(size)
     width = config.num_attention_heads * config.head_dim
     shape = budget.Shape(config.product_parameters, config.num_hidden_layers, width, 0)
-    flops = speed * budget.flops_per_token(shape, SIZES[size].length, lora)
+    flops = speed * budget.flops_per_token(shape, (lengths**2).sum() / lengths.sum(), lora)
     peak = budget.peak_flops(jax.devices()[0].device_kind, len(jax.devices()), os.cpu_count())
     return {"TFLOP/s": flops / 1e12} | ({"of the peak": flops / peak} if peak else {})
 
@@ -241,6 +246,8 @@ def agree(ours: dict, theirs: dict) -> None:
         raise SystemExit(f"ours are {ours['tokens']} tokens, theirs {theirs['tokens']}")
     if not np.allclose(ours["losses"], theirs["losses"], atol=ours["tolerance"]):
         raise SystemExit(f"the losses differ: ours {ours['losses']}, theirs {theirs['losses']}")
+    if not np.allclose(ours["norms"], theirs["norms"], rtol=ours["norm_tolerance"]):
+        raise SystemExit(f"the gradients' norms differ: ours {ours['norms']}, theirs {theirs['norms']}")
 
 
 def begin_alike(lora: dict, full: dict) -> None:
@@ -266,6 +273,8 @@ def main() -> None:
     beside = args.lora or args.packed or args.checkpointing or args.compiled or args.remat
     if args.own and beside and args.side is None:
         parser.error("--own goes with --size and --rounds alone: it is our LoRA step beside our full-weight step")
+    if args.packed and args.compiled:
+        parser.error("--packed goes without --compiled, which would compile anew for each batch's width while timed")
     unit = "tokens/s without padding"
     if args.side is None and args.own:
         return compare(result_name("training", args.size) + "-own", unit, args.rounds, begin_alike, OWN)
@@ -277,19 +286,24 @@ def main() -> None:
     made = make_batches(args.size, "theirs" if args.side == "theirs" else "ours", args.packed)
     work = (args.size, made, args.lora or args.side == "lora", 0 if args.packed else LEARNING_RATE)
     if args.side == "theirs":
-        losses, seconds = theirs(*work, args.checkpointing, args.compiled)
+        losses, norms, seconds = theirs(*work, args.checkpointing, args.compiled)
     else:
-        losses, seconds = ours(*work, args.remat)
+        losses, norms, seconds = ours(*work, args.remat)
     tokens = sum(int((batch["segments"] > 0).sum()) for batch in made[WARM_UP:])
     if args.packed:
         learnt = [int(batch["loss_mask"].sum()) for batch in made[WARM_UP:]]
-        losses = [float(np.average(losses[WARM_UP:], weights=learnt))]
-    tolerance = TOLERANCES[SIZES[args.size].dtype]
-    speed = tokens / sum(seconds[WARM_UP:])
-    told = {"speed": speed, "losses": losses, "tokens": tokens, "tolerance": tolerance}
+        # Other conversations lie together in a step of ours than in one of theirs.
+        losses, norms = [float(np.average(losses[WARM_UP:], weights=learnt))], []
+    dtype, speed = SIZES[args.size].dtype, tokens / sum(seconds[WARM_UP:])
+    allowed = {
+        "tolerance": TOLERANCES[dtype],
+        "norm_tolerance": ADAPTERS_NORM_TOLERANCE if args.lora else NORM_TOLERANCES[dtype],
+    }
+    told = {"speed": speed, "losses": losses, "norms": norms, "tokens": tokens, **allowed}
     if args.side != "theirs" and not args.packed:
-        told["figures"] = utilization(args.size, speed, args.lora or args.side == "lora")
-    print(json.dumps(told))
+        lengths = (made[-1]["segments"] > 0).sum(1)
+        told["figures"] = utilization(args.size, speed, args.lora or args.side == "lora", lengths)
+    tell(args.side, told)
     return None
 
 
