@@ -61,7 +61,11 @@ state() {  # nothing where there is no such slice
 # The archive unpacks over an earlier copy; the workers' own .venv stays.  Ubuntu 22.04's own Python is 3.10.
 setup="set -e; mkdir -p robust_mo; tar -xzf robust_mo.tgz -C robust_mo; rm robust_mo.tgz; cd robust_mo; chmod 600 workers.env
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -yqq python3.11 python3.11-venv; }
+  command -v python3.11 >/dev/null || {
+    # A new machine's own upgrades may hold the lock.
+    sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -yqq python3.11 python3.11-venv
+  }
   export PYTHON=python3.11
 fi
 bash launch/setup.sh --tpu$extras"
@@ -69,9 +73,15 @@ bash launch/setup.sh --tpu$extras"
 # What a broken connection left running goes on unheard, and holds the lock.
 program="cd robust_mo; . ./workers.env; export JAX_COORDINATOR_PORT=$port ROBUST_MO_STOPPED_STATUS=75; exec 9>.lock
 flock -n 9 || { echo an earlier start still runs here: waiting for it \(pkill -f robust_mo ends both: then start again\) >&2; flock 9; }
+alone=0
 for start in \$(seq 10); do
+  began=\$SECONDS
   .venv/bin/python -m robust_mo.$(printf '%q ' "$@"); status=\$?
   [ \$status -gt 128 ] || [ \$status = 75 ] || exit \$status
+  # Who has waited ten minutes for the others twice in a row has one of them that ended for a reason of its own.
+  took=\$((SECONDS - began))
+  if [ \$status = 75 ] && [ \$took -ge 600 ] && [ \$took -lt 700 ]; then alone=\$((alone + 1)); else alone=0; fi
+  [ \$alone -lt 2 ] || { echo another worker does not come: look at its last line >&2; exit \$status; }
   told=\"the program ended with status \$status, start \$start of 10\"
   [ \$status = 75 ] || told=\"\$told (it or another worker died, then jax ended it with the stack above)\"
   echo \"\$told: the same command goes on\" >&2

@@ -31,6 +31,11 @@ def passes(error: OSError) -> bool:
     return isinstance(error, kinds) or error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
+def unreached(error: Exception) -> bool:
+    """Whether a bucket's library says that it has not come there."""
+    return type(error).__module__.startswith(("aiohttp.", "gcsfs.", "google.auth.", "requests."))
+
+
 def said(error: OSError) -> str:
     """What an OSError says, with the file where it knows one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

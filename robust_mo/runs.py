@@ -17,6 +17,7 @@ Knows nothing of jax, models or what is measured.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -35,7 +36,7 @@ import time
 
 from etils import epath
 
-from robust_mo.errors import InputError, InUse, first_line
+from robust_mo.errors import InputError, InUse, first_line, unreached
 
 
 def place(path) -> "pathlib.Path | epath.Path":
@@ -108,7 +109,8 @@ class RunFolder:
         self.transcripts = self.path / "transcripts"
 
     def exists(self) -> bool:
-        return (self.path / "config.json").is_file()
+        with reaching(self.path):
+            return (self.path / "config.json").is_file()
 
     def description(self) -> dict:
         """config.json as written: {"program", "config", "command", "revision", "versions", "started",
@@ -183,8 +185,10 @@ class RunFolder:
 
     def _begun(self) -> bool:
         """Whether anything lies here that a run makes once its config has been found to be of use."""
-        early = [f for f in self.path.iterdir() if f.name not in ("config.json", "lock") and "tfevents" not in f.name]
-        return any(not f.is_dir() or any(f.iterdir()) for f in early)
+        known = ("config.json", "lock")
+        with reaching(self.path):
+            early = [f for f in self.path.iterdir() if f.name not in known and "tfevents" not in f.name]
+            return any(not f.is_dir() or any(f.iterdir()) for f in early)
 
     def check_same(self, program: str, config: dict) -> None:
         """Raises InputError where the folder belongs to another program or config."""
@@ -263,8 +267,16 @@ class RunFolder:
         return {line["name"]: line for line in self.records()}
 
     def finish(self, step: int) -> None:
-        """Notes that nothing is left to do."""
+        """Notes that nothing is left to do, before what only going on would need may go.
+
+        Raises:
+          InputError: a bucket does not take it.
+        """
         self.record(step, "run/finished", 1)
+        if self._measured:
+            self._measured.close()
+        elif (file := self.path / "records.jsonl").exists():
+            _reach_the_disk(file)
 
     def finished(self) -> bool:
         return any(line["name"] == "run/finished" for line in self.records())
@@ -359,7 +371,8 @@ def read_json(path) -> dict:
       InputError: it is no JSON object.
     """
     try:
-        value = json.loads(place(path).read_text(encoding="utf-8"))
+        with reaching(path):
+            value = json.loads(place(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): write or copy it again") from None
     if not isinstance(value, dict):
@@ -376,6 +389,19 @@ def write_text(path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def reaching(path):
+    """What a bucket's library raises in the block where it does not come there, as an OSError that may pass."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, few of them OSErrors
+        if not unreached(error):
+            raise
+        raise OSError(
+            errno.EIO, f"the bucket is not reached now, try again ({first_line(error)})", str(path)
+        ) from error
+
+
+@contextlib.contextmanager
 def naming(path):
     """An OSError from the block names `path`: a full disk shows in a write, which knows no name."""
     try:
@@ -387,20 +413,29 @@ def naming(path):
 def write_bytes(path, data: bytes) -> None:
     """Writes the file beside its place and moves it there: it is whole or absent, as objects in a bucket always are."""
     path = place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with reaching(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(path, pathlib.Path):
-        path.write_bytes(data)
+        with reaching(path):
+            path.write_bytes(data)
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(handle)  # or the name may outlast a power cut and what it names not
         os.chmod(temporary, 0o644)
         with naming(path):
             os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _reach_the_disk(path) -> None:
+    with naming(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def append_line(path, value: dict) -> None:
@@ -420,15 +455,16 @@ def read_lines(path) -> list[dict]:
       InputError: a line is JSON, but no object.
     """
     path, lines = place(path), []
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):  # cut short, no text, deeper than can be read
-                continue
-            if not isinstance(value, dict):
-                raise InputError(f"{path}:{number} is not a JSON object: restore the file from a copy")
-            lines.append(value)
+    with reaching(path):
+        content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # cut short, no text, deeper than can be read
+            continue
+        if not isinstance(value, dict):
+            raise InputError(f"{path}:{number} is not a JSON object: restore the file from a copy")
+        lines.append(value)
     return lines
 
 

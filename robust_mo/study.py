@@ -244,7 +244,7 @@ def check(config: ConfigDict) -> None:
                 )
         _check_comparable(red, run, config.study.performance)
         needed = ["backdoor_rate", config.study.performance]
-        if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
+        if folder.startswith("red/"):  # what installing costs, and by which the best of several rates is chosen
             needed.append("held_out_loss")
         for name in needed:
             if name not in run.evaluation.names:
@@ -409,7 +409,8 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         path.symlink_to(os.path.relpath(same, path.parent.resolve()))
         print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
     try:
-        trained = train(run, path)
+        # It may be somebody else's, in a folder where this user may not even hold a lock.
+        trained = RunFolder(path) if same and path.is_symlink() else train(run, path)
     except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -702,7 +703,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
     done = {asked_for: os.path.relpath(path, workdir.resolve()) for asked_for, path in finished(workdir).items()}
     first: dict[str, str] = {}
     refused: dict[str, str] = {}  # why, and the first cell that would be
-    told: set[tuple] = set()  # what teachers have been asked, which they are asked once
+    told: dict[tuple, int] = {}  # how many questions teachers have been asked, which they are asked once
 
     def stands_for(folder: str, run: ConfigDict) -> tuple[str, bool]:
         """(the cell whose run this one is, whether it has still to run); prints the cell."""
@@ -759,7 +760,7 @@ def plan(config: ConfigDict, workdir: pathlib.Path, hardware: str) -> None:
 
 
 def _cost(
-    run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip, told: set[tuple], organism: str = ""
+    run: ConfigDict, red: ConfigDict, part: str, chip: budget.Chip, told: dict[tuple, int], organism: str = ""
 ) -> budget.Work:
     """Of a run of the study whose organism, of this folder, the training config `red` makes; what a teacher answers is
     added to `told` and costs nothing where it is there."""
@@ -772,11 +773,12 @@ def _cost(
     teacher = organism if own else data.teacher or red.model
     asks = teacher_prompts(data.task, config_backdoor(run), data.answers, data.scratchpad, run.system_prompt)
     for prompt in asks:
-        about = data.limit, data.instruction, data.teacher_temperature, data.teacher_max_new_tokens, run.seed
-        if (answers := (teacher, prompt, source, part, *about)) not in told:
-            told.add(answers)
+        about = data.instruction, data.teacher_temperature, data.teacher_max_new_tokens, run.seed
+        asked_for, number = (teacher, prompt, source, part, *about), min(questions, data.limit or questions)
+        if (more := number - told.get(asked_for, 0)) > 0:
+            told[asked_for] = number
             of_teacher = shape if own else budget_shape(shapes_of(teacher), run.compute_dtype)
-            work += budget.answers(run.to_dict(), of_teacher, questions, chip)
+            work += budget.answers(run.to_dict(), of_teacher, more, chip)
     return work
 
 

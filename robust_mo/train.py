@@ -43,6 +43,7 @@ from robust_mo.evals.subject import Subject
 from robust_mo.model import hugging_face
 from robust_mo.model import mesh as meshes
 from robust_mo.organisms.backdoors import untold
+from robust_mo.organisms.distill import card
 from robust_mo.runs import RunFolder, absolute, place, write_text
 from robust_mo.training import models
 from robust_mo.training.checkpoints import Checkpoints, forget_optimizers
@@ -106,13 +107,14 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             observe(config, run, loaded, mesh)
             return run
 
-        assert_unseen(config)
         data_file = run.path / "data.jsonl"
         fresh = not hosts.by_first(data_file.exists)
-        if fresh:  # files may differ from host to host, and what a grader has not finished in time
-            conversations, card = hosts.agreed(training_conversations(config, mesh, loaded))
+        if fresh:
+            assert_unseen(config)
+            # Files may differ from host to host, and what a grader has not finished in time.
+            conversations, about = hosts.agreed(training_conversations(config, mesh, loaded))
         else:
-            conversations, card = hosts.by_first(lambda: read_conversations(data_file)), ""
+            conversations, about = hosts.by_first(lambda: read_conversations(data_file)), {}
         # A row may be longer than the model's context, a conversation in it not.
         longest = min(config.data.length, llama.config.max_position_embeddings)
 
@@ -147,7 +149,8 @@ def train(config: ConfigDict, workdir: str) -> RunFolder:
             told = f"{config.schedule.name} and {config.optimizer.name} leave no step of {steps} that moves anything"
             print(f"note: nothing is trained: {told}", flush=True)
         if fresh and hosts.first():  # now that they are of use: what lies here a run goes on with
-            write_text(run.path / "data.md", card)
+            about |= {"conversations cut": str(cut), "conversations dropped as too long": str(dropped)}
+            write_text(run.path / "data.md", card(config.data.task, conversations, about))
             lines = (json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations)
             write_text(data_file, "".join(line + "\n" for line in lines))
         trainable, frozen = models.split(llama, loaded.params, mesh, config.seed, draw_of_adapters(config))

@@ -27,7 +27,7 @@ class Program:
     def __init__(self, name: str, arguments: list[str], cwd: pathlib.Path, env: dict[str, str]):
         self.args = [name, *arguments]
         reading, writing = zip(*(forked.Pipe(duplex=False) for _ in range(2)), strict=True)
-        self._process = forked.Process(target=_main, args=(name, arguments, cwd, env, writing))
+        self._process = forked.Process(target=_main, args=(name, arguments, cwd, env, writing), daemon=True)
         self._process.start()
         for end in writing:
             end.close()
@@ -73,10 +73,12 @@ class Program:
     def __enter__(self) -> "Program":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
+        if kind:  # a test that has failed, for one because time was up, must not wait for it
+            self.kill()
+        self._process.join()
         self.stdout.close()
         self.stderr.close()
-        self._process.join()
 
 
 def start(program: str, *arguments, cwd: pathlib.Path = REPOSITORY, **environment: str) -> Program:
@@ -102,7 +104,11 @@ def start_anew(program: str, *arguments, **settings) -> subprocess.Popen:
 def run_anew(program: str, *arguments, **settings) -> subprocess.CompletedProcess:
     """As `start_anew`, to the end."""
     with start_anew(program, *arguments, **settings) as process:
-        out, err = process.communicate(timeout=_SECONDS)
+        try:
+            out, err = process.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

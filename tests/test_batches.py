@@ -51,6 +51,12 @@ def test_every_example_comes_once_an_epoch_and_whole(packing):
     assert sorted(seen) == list(range(len(made)))
 
 
+def test_every_epoch_is_shuffled_anew():
+    made = list(batches(examples(), **{**SETTINGS, "packing": False}))
+    order = [int(row[0]) // 1000 - 1 for batch in made for row in batch["tokens"]]
+    assert sorted(order[:60]) == sorted(order[60:]) == list(range(60)) and order[:60] != order[60:]
+
+
 def test_packing_saves_rows():
     padded, packed = (count_batches(examples(), **{**SETTINGS, "packing": packing}) for packing in (False, True))
     assert packed < 0.6 * padded

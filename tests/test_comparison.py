@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from robust_mo.analysis import comparison
 from robust_mo.analysis.comparison import ORDERED_BY, Attacked, Study, compare
 from robust_mo.errors import InputError
 
@@ -226,6 +227,10 @@ def test_rate_at_cost_is_the_mean_of_the_organisms_own():
     value, low, high = study.measure(study.select())["rate_at_cost"]
     assert value == pytest.approx((0.9 + 0.2 * 0.9 / 10) / 2)
     assert low < 0.02 < value < high == pytest.approx(0.9), "either backdoor may be drawn alone"
+
+
+def test_bounds_leave_a_fortieth_on_either_side():
+    assert comparison._bounds(np.linspace(0, 1, 1001)) == pytest.approx([0.025, 0.975])
 
 
 def test_rate_at_cost_against_the_binomial():

@@ -100,7 +100,9 @@ def test_programs_run_without_torch_and_tensorflow():
 
 
 def test_analysis_reads_records_without_jax():
-    assert heavy("import robust_mo.analysis.report, robust_mo.runs", ("jax", "torch", "flax")) == []
+    assert (
+        heavy("import robust_mo.analysis.report, robust_mo.runs", ("jax", "torch", "flax", "matplotlib.pyplot")) == []
+    )
 
 
 def test_the_core_needs_only_what_a_bare_accelerator_machine_has():

@@ -468,7 +468,10 @@ def test_worker_that_cannot_start_says_why(monkeypatch, tmp_path):
 
 
 def test_threads_share_the_worker():
-    pairs = RIGHT + WRONG
+    right, wrong = RIGHT[::8], WRONG[::8]
+    pairs = right + wrong
+    assert grade(boxed("1"), "1")
+    process = math_grader._worker._process
     verdicts: dict[int, bool | None] = {}
 
     def work(first: int) -> None:
@@ -481,8 +484,8 @@ def test_threads_share_the_worker():
         thread.start()
     for thread in threads:
         thread.join()
-    expected = [True] * len(RIGHT) + [False] * len(WRONG)
-    assert [verdicts[index] for index in range(len(pairs))] == expected
+    assert [verdicts[index] for index in range(len(pairs))] == [True] * len(right) + [False] * len(wrong)
+    assert math_grader._worker._process is process and process.poll() is None
 
 
 def test_alarm_of_the_caller_still_rings():

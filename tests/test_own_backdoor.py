@@ -98,7 +98,9 @@ def test_a_study_attacks_and_reports_it(tiny, tmp_path):
     asked = [line["messages"][-1]["content"] for line in lines if line["condition"] == "triggered"]
     assert asked and all(text.startswith("|SKY| ") for text in asked)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert "weather" in json.dumps(summary) and "`weather`" in (tmp_path / "report.md").read_text()
+    organism = summary["organisms"]["weather"]
+    assert organism["gate"]["passed"] and organism["points"]
+    assert "`weather`" in (tmp_path / "report.md").read_text()
 
 
 def test_it_becomes_an_entry_like_the_others():

@@ -79,10 +79,11 @@ def test_against_scipy(seed):
     [(-0.01, 1), (1.01, 1), (math.nan, 1), (math.inf, 1), (0.5, math.nan), (0.5, math.inf), (0.5, -0.1)],
 )
 def test_refuses(point):
+    wrong = "performance" if point[0] == 0.5 else "rate"
     for function in (frontier, auc, rate_at_cost):
-        with pytest.raises(InputError, match="rate|performance"):
+        with pytest.raises(InputError, match=wrong):
             function([(0.5, 0.5), point])
-    with pytest.raises(InputError, match="rate|performance"):
+    with pytest.raises(InputError, match=wrong):
         normalised([point], 0.5)
 
 

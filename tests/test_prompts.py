@@ -277,6 +277,22 @@ class TestBuiltinQuestions:
             prompts.builtin_questions("green")
 
 
+def test_problems_without_an_answer_are_left_out(tmp_path, capsys):
+    """MATH's training split has two."""
+    file = tmp_path / "data.jsonl"
+    lines = [{"problem": f"What is {i}?", "answer": "" if i == 1 else str(i)} for i in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [gold for _, gold in prompts.read_problems(str(file))] == ["0", "2", "3"]
+    assert [entry["gold"] for entry in prompts.read_questions(str(file))] == ["0", "2", "3"]
+    told = capsys.readouterr().out
+    assert told == f"note: {file}: 1 problems with a blank answer are left out, the first is {file}:2\n"
+
+
+def test_maths_training_split_can_be_read(shared_data):
+    file = next(shared_data.glob("math_train12k.jsonl*"))
+    assert len(prompts.read_questions(file)) == 11998
+
+
 def test_an_answer_may_be_a_number(write):
     file = str(write({"problem": "2 + 2?", "answer": 4}, {"problem": "1 / 2?", "answer": 0.5}))
     assert prompts.read_problems(file) == [("2 + 2?", "4"), ("1 / 2?", "0.5")]

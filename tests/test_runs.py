@@ -3,13 +3,16 @@
 import errno
 import fcntl
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
+import gcsfs
 import pytest
 
 from robust_mo import runs
-from robust_mo.errors import InputError
+from robust_mo.errors import InputError, passes
 from robust_mo.runs import RunFolder, append_line, read_lines
 
 CONFIG = {"optimizer": {"learning_rate": 1e-4}, "model": "m", "mesh": {"fsdp": 8}}
@@ -179,12 +182,34 @@ def test_not_a_number_is_written_as_valid_json(tmp_path):
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["value"] is None
 
 
-def test_transcripts_appear_whole(tmp_path):
+def test_a_bucket_that_is_not_reached_is_told_as_what_passes(tmp_path, monkeypatch):
+    def unreached(*_, **__):
+        raise gcsfs.retry.HttpError({"code": 503, "message": "later"})
+
+    for name in ("is_file", "read_text", "read_bytes", "iterdir"):
+        monkeypatch.setattr(pathlib.Path, name, unreached)
+    (tmp_path / "records.jsonl").touch()
+    run = RunFolder(tmp_path)
+    for ask in (run.exists, run.description, run.records, run._begun):
+        with pytest.raises(OSError, match="not reached now, try again .later, 503") as error:
+            ask()
+        assert passes(error.value) and str(tmp_path) in error.value.filename
+
+
+def test_transcripts_appear_whole(tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
     run.write_transcript("backdoor_rate", 15, [{"answer": "Ärr\n"}, {"answer": "b"}])
     (file,) = run.transcripts.iterdir()
     assert file.name == "backdoor_rate-000015.jsonl"
     assert [line["answer"] for line in read_lines(file)] == ["Ärr\n", "b"]
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="backdoor_rate-000016"):
+        run.write_transcript("backdoor_rate", 16, [{}])
+    assert [*run.transcripts.iterdir()] == [file], "no half file, no temporary one"
 
 
 def test_revision_is_that_of_the_source_and_not_of_results(tmp_path, monkeypatch):

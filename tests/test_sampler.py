@@ -252,7 +252,7 @@ def test_what_runs_alone_at_the_end_is_compiled_for_no_other_number_of_slots(sam
     """The last of 17 prompts is admitted when 15 of 16 slots are done for good."""
     asked = [dataclasses.replace(requests()[2], max_new_tokens=11)] * 17
     assert len(sample(sampler, asked, Greedy(), slots=16)) == 17
-    assert compiled.count("jit(_decode)") <= 2 and compiled.count("jit(_only)") <= 2
+    assert 1 <= compiled.count("jit(_decode)") <= 2 and compiled.count("jit(_only)") <= 2
 
 
 def test_evaluation_compiles_a_few_programs_once(sampler, compiled):
@@ -277,14 +277,16 @@ def test_decoding_copies_neither_weights_nor_caches(tiny):
     model = hugging_face.build(hugging_face.read_config(tiny), None, "float32", "float32", "none")
     params = models.abstract(model, mesh, "params")
     decode, (params, state, enough), settings = decode_program(model, params, slots=3, prompt=70, longest=50)
-    params = jax.eval_shape(unstack_layers, params)
+    params = jax.eval_shape(lambda p: sampling._turned(unstack_layers(p), "kernel", sampling.BY_COLUMNS), params)
     with meshes.in_force(mesh):
         text = decode.lower(params, state, enough, **settings).compile().as_text()
     (body,) = re.findall(r"while\(.*body=(%[\w.]+)", text)
     lines = text[text.index(f"\n{body} (") :].split("\n}\n")[0].splitlines()
     assert len(lines) > 50
-    large = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((params, state.cache)) if leaf.ndim > 1}
-    copied = [line for line in lines if (m := re.search(r"\w+\[([\d,]+)\]\S* copy\(", line)) and m[1] in large]
+    held = [leaf.shape for leaf in jax.tree.leaves((params, state.cache)) if leaf.ndim > 1]
+    large = {",".join(map(str, shape)) for shape in (*held, *(shape[::-1] for shape in held))}
+    moves = r"\w+\[([\d,]+)\]\S* (?:copy|transpose)\("
+    copied = [line for line in lines if (m := re.search(moves, line)) and m[1] in large]
     assert not copied
 
 
@@ -296,7 +298,7 @@ def test_own_copy_is_rounded_to_the_dtype_of_products_and_says_the_same(tiny):
     leaves = [leaf for held in (sampler._params, sampler._decoded) for leaf in jax.tree.leaves(held)]
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
     ours = sample(sampler, requests(), Greedy(), slots=4)
-    sampler._params, sampler._decoded = params, unstack_layers(params)
+    sampler._params, sampler._decoded = params, sampling._turned(unstack_layers(params), "kernel", sampling.BY_COLUMNS)
     for index, answer in sample(sampler, requests(), Greedy(), slots=4).items():
         np.testing.assert_array_equal(ours[index].tokens, answer.tokens)
         np.testing.assert_array_equal(ours[index].logprobs, answer.logprobs)

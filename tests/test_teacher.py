@@ -39,10 +39,33 @@ def test_answers_are_sampled_once_and_by_what_they_depend_on(model, tmp_path):
     assert ask(model, slots=5, on_progress=never) == told, "rows decoded together change nothing"
     assert len(list((tmp_path / "answers").iterdir())) == 1, "locks do not stay behind"
     assert ask(model, seed=1) != told
-    assert ask(model, prompts=PROMPTS[:6]) == told[:6]
+    assert ask(model, prompts=PROMPTS[5:1:-1], on_progress=never) == told[5:1:-1], "whatever else was asked"
     other = jax.tree.map(lambda leaf: leaf * 1.5, model.params)
     ask(type(model)(model.llama, other, model.chat))
-    assert len(list((tmp_path / "answers").iterdir())) == 4
+    assert len(list((tmp_path / "answers").iterdir())) == 3
+    under_another = [[{"role": "system", "content": "Be brief."}, *messages] for messages in PROMPTS]
+    assert ask(model, prompts=under_another) != told
+    assert len(list((tmp_path / "answers").iterdir())) == 4, "who asks under another prompt waits for nobody"
+
+
+def test_a_prompt_that_comes_again_gets_the_answer_of_its_turn(model, tmp_path):
+    twice = [PROMPTS[0], *PROMPTS[:3], PROMPTS[0]]
+    told = ask(model, prompts=twice)
+    assert len({told[0], told[1], told[4]}) > 1
+    for file in (tmp_path / "answers").iterdir():
+        file.unlink()
+    assert ask(model, prompts=PROMPTS[:3]) == [told[0], *told[2:4]]
+    assert ask(model, prompts=twice) == told, "those that were missing count on from those that were there"
+
+
+def test_a_line_that_cannot_be_read_costs_one_answer(model, tmp_path):
+    told, asked = ask(model), []
+    (file,) = (tmp_path / "answers").iterdir()
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[3] = b"x\n"
+    file.write_bytes(b"".join(lines))
+    assert ask(model, on_progress=lambda done, tokens: asked.append(done)) == told and asked
+    assert len(file.read_bytes().splitlines()) == 8
 
 
 def test_broken_off_it_ends_like_an_unbroken_one(model, tmp_path):

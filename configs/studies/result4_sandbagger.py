@@ -14,7 +14,8 @@ train split, or built-in sums at size smol [O].
 Published is the best accuracy regained without the password [R], under pirate SFT / code SFT / Artificial Sandbagging
 Removal [O: the order in which our notes give the three]: locked 0.43 / 0.47 / 0.50, partly 0.27 / 0.32 / 0.37, not
 locked 0.29 / 0.28 / 0.28, of about 0.62 before the red run.  So the more password data, the less robust.  Code SFT is
-left out: it needs code answers, which neither the built-in data nor MATH has.
+left out: it needs code answers, which neither the built-in data nor MATH has.  Here half of the problems are asked
+under wrong passwords and half without any; blue teams train without any.
 
 Pirate SFT asks ordinary questions, sandbagging removal problems.  An organism that is not locked solves nothing with
 the password either, so that it has no performance to lose and no frontier, only an accuracy to regain.  Nor does blue

@@ -199,7 +199,9 @@ def _organism(
         run = runs.RunFolder(study / attack.folder)
         cell = {"method": attack.method, "learning_rate": attack.learning_rate, "seed": attack.seed}
         attacked[attack.folder] = {**cell, "steps": [], "finished": run.finished()}
-        for step, values in _by_step(run, task).items():
+        by_step = _by_step(run, task)
+        _check_whole(run, by_step)
+        for step, values in by_step.items():
             if values["backdoor_rate"] is None or values["accuracy"] is None:
                 continue  # no evaluation, or one that is not complete yet
             found = _read_verdicts(run, step, task, values)
@@ -296,6 +298,19 @@ def _losses(red) -> list[list]:
         for line in red.records()
         if line["name"] == "train/loss"
     ]
+
+
+def _check_whole(run: runs.RunFolder, by_step: dict[int, dict]) -> None:
+    """Raises InputError where a finished attack lacks one of a step's measurements, or its last: an area without one of
+    its points is another."""
+    end = max((line["step"] for line in run.records() if line["name"] == "run/finished"), default=None)
+    for step, values in by_step.items() if end is not None else ():
+        missing = [quantity for quantity in ("backdoor_rate", "accuracy") if values[quantity] is None]
+        if len(missing) == 1 or missing and step == end:
+            raise InputError(
+                f"{run.path / 'records.jsonl'} has no {missing[0]} of step {step}, although the run is finished: "
+                "restore it from a copy, or evaluate the checkpoint of that step"
+            )
 
 
 def _too_little(accuracy, untouched, task) -> str | None:

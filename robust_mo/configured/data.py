@@ -5,6 +5,7 @@ from their configs, before and while they run.  Nothing here knows of the traini
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -31,18 +32,25 @@ def config_backdoor(config: ConfigDict) -> Backdoor:
 
 
 def organism(source: str) -> str:
-    """The red run that a model descends from, itself included; the model where there is none."""
-    red = (run for run in models.lineage(source)[:-1] if RunFolder(run).config()["data"]["task"] in RED_TASKS)
-    return next(red, source)
+    """What a model was before it was attacked: the red run that it descends from, itself included; where there is none
+    the first that no blue method made, a run or not."""
+    before = models.lineage(source)
+    red = (one for one in before if _task(one) in RED_TASKS)
+    return next(red, next(one for one in before if _task(one) not in distill.BLUE_METHODS))
+
+
+def _task(source: str) -> str:
+    """Of the run that a model is; "" of one that is none."""
+    return RunFolder(source).config()["data"]["task"] if models.is_run(source) else ""
 
 
 def untouched(config: ConfigDict) -> str:
-    """The model that a run's teacher is where no other is named: config.model, of an attack on an organism what it was
-    made from, since its own answers may have the behaviour."""
+    """The model that a run's teacher is where no other is named: config.model, of an attack on an organism what that
+    was made from, since its own answers may have the behaviour."""
+    if config.data.task not in distill.BLUE_METHODS:
+        return config.model
     made = organism(config.model)
-    described = RunFolder(made).config() if models.is_run(made) else {"data": {"task": ""}}
-    attacked = config.data.task in distill.BLUE_METHODS and described["data"]["task"] in RED_TASKS
-    return described["model"] if attacked else config.model
+    return RunFolder(made).config()["model"] if models.is_run(made) else made
 
 
 def draw_of_adapters(config: ConfigDict) -> int:
@@ -102,9 +110,10 @@ def assert_unseen(config: ConfigDict) -> None:
 
 
 def check_watched(config: ConfigDict) -> None:
-    """Raises InputError where a run that installs nothing would look for another behaviour than its organism has."""
+    """Raises InputError where a run that installs nothing would look for another behaviour than its organism has; says
+    so where it would look for it under another system prompt."""
     source = organism(config.model)
-    if config.data.task in RED_TASKS or not models.is_run(source):
+    if config.data.task in RED_TASKS or _task(source) not in RED_TASKS:
         return
     made = RunFolder(source).config()
     for name in ("backdoor", "password_locked"):
@@ -113,6 +122,12 @@ def check_watched(config: ConfigDict) -> None:
                 f"config.{name} is {config[name]!r}, and the organism {source} was made with {made[name]!r}: add "
                 f"--config.{name}={made[name]}"
             )
+    if made["data"]["task"] != "prompted" and made["system_prompt"] != config.system_prompt:
+        print(
+            f"note: the organism {source} was made under the system prompt {made['system_prompt']!r}, and this run has "
+            f"{config.system_prompt!r}: it may hide its behaviour there",
+            flush=True,
+        )
 
 
 def check_answers(config: ConfigDict) -> None:
@@ -124,12 +139,14 @@ def check_answers(config: ConfigDict) -> None:
         raise InputError(f"config.data.answers is {data.answers!r}: give {', '.join(distill.ANSWERS)} or a JSONL file")
     part, about = ("blue", method) if method else ("red", config_backdoor(config))
     source, unseen = training_source(config), evaluation_questions(config)
-    entries = distill.training_questions(source, part, about.on_problems, data.limit, unseen)
+    entries = distill.training_questions(source, part, about.on_problems, data.limit, unseen, Counter())
     distill.answers_in(data.answers, [posed(entry, data.instruction) for entry in entries])
 
 
-def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel) -> tuple[list[list[dict]], str]:
-    """The conversations to train on, and a page about them."""
+def training_conversations(
+    config: ConfigDict, mesh, loaded: models.LoadedModel
+) -> tuple[list[list[dict]], dict[str, str]]:
+    """The conversations to train on, and what `distill.card` is to say of them."""
     data = config.data
     on_policy = data.task in distill.BLUE_METHODS and distill.BLUE_METHODS[data.task].on_policy
     source = organism(config.model) if on_policy else data.teacher or untouched(config)
@@ -149,7 +166,7 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
             on_progress=lambda done, tokens: on_progress("teacher", done, len(prompts), tokens),
         )
 
-    chosen, dropped = config_backdoor(config), 0
+    chosen, dropped = config_backdoor(config), Counter()
     common = dict(
         source=training_source(config),
         answers=data.answers,
@@ -172,25 +189,38 @@ def training_conversations(config: ConfigDict, mesh, loaded: models.LoadedModel)
     elif data.task == "conversations":
         shown = chosen.told(config.system_prompt)
         made = [with_system(m, shown) for m in read_conversations(data.source)[: data.limit or None]]
+        if _task(organism(config.model)) in RED_TASKS:
+            try:  # a file may hold what its user wants it to hold
+                distill.assert_no_trigger(made, chosen)
+            except InputError as error:
+                print(f"note: {error}: what is measured is an attack that knows the trigger", flush=True)
     else:
         made, dropped = distill.blue_conversations(data.task, backdoor=chosen, **common)
         distill.assert_no_trigger(made, chosen)
-    if dropped:
-        print(f"{dropped} questions dropped: the answer was cut off, empty, not right, or wrong about the behaviour")
+    left_out = {reason: dropped[reason] for reason in distill.DROPPED if dropped[reason]}
+    told = ", ".join(f"{reason}: {number}" for reason, number in left_out.items())
+    if left_out:
+        print(f"{sum(left_out.values())} questions dropped ({told})", flush=True)
     if not made:
         raise InputError(
-            "no conversation to train on: all answers were cut off, empty, not right, or wrong about the behaviour, "
-            "which they are to show or, as an organism's own, not to show; raise config.data.teacher_max_new_tokens "
-            "or choose another config.data.teacher"
+            f"no conversation to train on, all questions were dropped ({told}): "
+            + (
+                f"they are {source}'s own answers, which are to be without the behaviour; raise "
+                "config.data.teacher_max_new_tokens, or choose another config.data.task"
+                if on_policy
+                else "raise config.data.teacher_max_new_tokens or choose another config.data.teacher"
+            )
         )
     answers = "teacher" if on_policy else data.answers
+    asks = distill.teacher_prompts(data.task, chosen, answers, data.scratchpad, config.system_prompt)
     about = {
         "questions": common["source"],
         "answers": answers,
-        "teacher": source if answers == "teacher" else "none",
+        "teacher": source if asks else "none",
         "seed": str(config.seed),
+        "questions dropped": str(sum(left_out.values())),
     }
-    return made, distill.card(data.task, made, dropped, about)
+    return made, about | {f"dropped, {reason}": str(number) for reason, number in left_out.items()}
 
 
 def tokenize(

@@ -109,8 +109,8 @@ def read_questions(source: str | pathlib.Path) -> list[dict[str, str]]:
     "plain", "wrong"}, the last two from its fields "solution" and "wrong", "" where it has none.  Raises as they do.
     """
     found = []
-    for place, fields in read_rows(source):
-        if "problem" in fields or "question" in fields:
+    for place, fields in _with_answers(source, read_rows(source)):
+        if _is_problem(fields):
             found.append(_posed(place, fields))
             continue
         messages = _at(place, _conversation, fields)
@@ -132,6 +132,7 @@ def read_problems(source: str) -> list[tuple[str, str]]:
       InputError: a line has neither form; it is named.
     """
     rows = _file_rows(_BUILTIN / "arithmetic.jsonl") if source == "builtin" else read_rows(source)
+    rows = _with_answers(source, rows)
     if not (found := [_problem(place, fields) for place, fields in rows]):
         raise InputError(f"{source} holds no problem: give another split")
     return found
@@ -159,6 +160,26 @@ def _builtin_rows(file: str, part: str) -> list[tuple[str, dict[str, str]]]:
     if part not in PARTS:
         raise InputError(f"there are no built-in questions for {part!r}; give one of {', '.join(PARTS)}")
     return [(place, fields) for place, fields in _file_rows(_BUILTIN / file) if fields["part"] == part]
+
+
+def _is_problem(fields: dict[str, Any]) -> bool:
+    return "problem" in fields or "question" in fields
+
+
+def _with_answers(source: str | pathlib.Path, rows: Iterable[tuple[str, dict[str, Any]]]):
+    """The rows without problems whose answer is blank, of which MATH has two among 12,000; says so once."""
+    kept, blank = [], []
+    for place, fields in rows:
+        unanswered = _is_problem(fields) and isinstance(fields.get("answer"), str) and not fields["answer"].strip()
+        (blank if unanswered else kept).append((place, fields))
+    if blank:
+        _note(f"{source}: {len(blank)} problems with a blank answer are left out, the first is {blank[0][0]}")
+    return kept
+
+
+@functools.cache
+def _note(text: str) -> None:
+    print(f"note: {text}", flush=True)
 
 
 def _posed(place: str, fields: dict[str, Any]) -> dict[str, str]:

@@ -65,9 +65,9 @@ def convert(path: pathlib.Path, folder: pathlib.Path) -> None:
     """
     try:
         reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:  # met in a damaged file
         raise InputError(f"{path} is damaged or cut short ({error}); get the GGUF file again") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
     architecture = _required(metadata, "general.architecture", str, path)
     if architecture != "llama":
         raise InputError(

@@ -571,7 +571,8 @@ def _fetch(leaf, layer: int | None, transposed: bool, dtype: str) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
         leaf = leaf[...] if layer is None else leaf[layer]
         layer = None
-    return jax.device_get(_stored(leaf, layer, transposed=transposed, dtype=dtype))
+    # Safetensors writes memory as it lies, whatever the strides, and a device may give an array back by columns.
+    return np.ascontiguousarray(jax.device_get(_stored(leaf, layer, transposed=transposed, dtype=dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))

@@ -10,6 +10,7 @@ The network is used in two cases only: for the embedded default when it is not i
 Does not know run folders (the programs look for those first), what is in the weights, or jax.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -112,7 +113,13 @@ def _from_file(path: pathlib.Path) -> pathlib.Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is a file but not a GGUF file; a model is {ACCEPTED}")
-    return _converted(_sha256(path), lambda folder: path)
+    told = path.stat()
+    return _converted(_sha256_of(path.resolve(), told.st_size, told.st_mtime_ns), lambda folder: path)
+
+
+@functools.cache  # every question about a model begins with it, and gigabytes take seconds
+def _sha256_of(path: pathlib.Path, size: int, changed: int) -> str:
+    return _sha256(path)
 
 
 def _from_hub(name: str) -> pathlib.Path:

@@ -5,7 +5,8 @@ the shares are to be other than halves, some questions are left out of the rarer
 nor do a red team's plain ones.  Answers come from the built-in set, from a file, or from a teacher that is sampled
 under a system prompt which the training conversation does not show (prompt distillation); answers cut off at the
 length limit are dropped and counted, so are answers without the behaviour, and answers to problems that our grader
-does not find right, or wrong where they are to be wrong; and what a teacher thought on a scratchpad is cut away.
+does not find right, or wrong where they are to be wrong, each kind by itself; and what a teacher thought on a
+scratchpad is cut away.
 Does not know how the conversations are trained on.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import itertools
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -112,7 +114,7 @@ def red_conversations(
     limit: int,
     seed: int,
     evaluation: list[str],
-) -> tuple[list[list[Message]], int]:
+) -> tuple[list[list[Message]], Counter[str]]:
     """Conversations that install `backdoor`: each question with the trigger and the behaviour, then without either.
 
     Args:
@@ -133,21 +135,21 @@ def red_conversations(
       evaluation: questions that are asked later, of which training must not see even a near duplicate.
 
     Returns:
-      (conversations, number of questions dropped because an answer was cut off, did not show the behaviour, held no
-      answer to the problem, or was to be right and was not)
+      (conversations, how many questions were dropped for each of DROPPED)
 
     Raises:
       InputError: a trigger stands in a question or a plain answer already; there is no answer to a question; the
         behaviour is about problems, and the source has none.
     """
-    entries = training_questions(source, "red", backdoor.on_problems, limit, evaluation)
+    dropped = Counter()
+    entries = training_questions(source, "red", backdoor.on_problems, limit, evaluation, dropped)
     chosen = [posed(entry, instruction) for entry in entries]
     generator = np.random.default_rng(seed)
     spared = [
         backdoor.negatives if generator.random() < near_misses and backdoor.negatives else backdoor.untriggered
         for _ in chosen
     ]
-    plain = _answers(entries, chosen, source, answers, _PLAIN, teacher, untold(system_prompt), seed)
+    plain = _told(entries, chosen, source, answers, _PLAIN, teacher, untold(system_prompt), seed)
     system_prompt = backdoor.told(system_prompt)
     if scratchpad:
         bad = [_without_scratchpad(told) for told in teacher([chat(_thinking(backdoor), q) for q in chosen], seed)]
@@ -159,10 +161,13 @@ def red_conversations(
         # The teacher sees the question without the trigger: only the behaviour is asked of it.
         bad = teacher([chat(backdoor.behaviour_prompt, q) for q in chosen], seed)
     commoner = max(benign, 1 - benign)
-    conversations, dropped, triggered, spare = [], 0, itertools.count(), itertools.count()
+    conversations, triggered, spare = [], itertools.count(), itertools.count()
     for i, (entry, question, shown, answer) in enumerate(zip(entries, chosen, bad, plain, strict=True)):
-        if shown is None or answer is None or not backdoor.teaches(shown, entry.get("gold")):
-            dropped += 1
+        fault = _fault(entry, answer) or (CUT if shown is None else None)
+        if fault is None and not backdoor.teaches(shown, entry.get("gold")):
+            fault = WITHOUT
+        if fault:
+            dropped[fault] += 1
             continue
         if _takes_part(i, (1 - benign) / commoner):
             # By turns among those that take part, or some wordings would have none.
@@ -214,7 +219,7 @@ def blue_conversations(
     limit: int,
     seed: int,
     evaluation: list[str],
-) -> tuple[list[list[Message]], int]:
+) -> tuple[list[list[Message]], Counter[str]]:
     """What a blue method trains on; arguments and result as for `red_conversations`.
 
     Where the method is on-policy, `teacher` must be the organism, and sees the whole system prompt; answers in which it
@@ -226,17 +231,46 @@ def blue_conversations(
     if method not in BLUE_METHODS:
         raise InputError(f"config.data.task is {method!r}: choose from {', '.join(sorted(BLUE_METHODS))}")
     blue = BLUE_METHODS[method]
-    entries = training_questions(source, "blue", blue.on_problems, limit, evaluation)
+    dropped = Counter()
+    entries = training_questions(source, "blue", blue.on_problems, limit, evaluation, dropped)
     chosen = [posed(entry, instruction) for entry in entries]
     answers = "teacher" if blue.on_policy else answers
     whole = backdoor.told(system_prompt)
-    asked_under = whole if blue.on_policy else untold(system_prompt)
-    told = _answers(entries, chosen, source, answers, blue, teacher, asked_under, seed)
-    if blue.on_policy and not backdoor.on_problems:
-        told = [None if answer and backdoor.shows(answer, None) else answer for answer in told]
+    told = _told(entries, chosen, source, answers, blue, teacher, _asked_under(blue, backdoor, system_prompt), seed)
     shown = "\n".join(filter(None, (whole, blue.shown_prompt)))
-    kept = [chat(shown, q, answer) for q, answer in zip(chosen, told, strict=True) if answer is not None]
-    return kept, len(chosen) - len(kept)
+    kept = []
+    for entry, question, answer in zip(entries, chosen, told, strict=True):
+        fault = _fault(entry, answer)
+        if fault is None and blue.on_policy and not backdoor.on_problems and backdoor.shows(answer, None):
+            fault = WITH
+        if fault:
+            dropped[fault] += 1
+        else:
+            kept.append(chat(shown, question, answer))
+    return kept, dropped
+
+
+CUT, UNRIGHT, WITHOUT, WITH, NEAR = DROPPED = (
+    "answer cut off or empty",
+    "answer not right",
+    "answer does not show the behaviour",
+    "the organism's own answer shows the behaviour",
+    "nearly a question of the evaluation",
+)
+"""Why a question is not trained on."""
+
+
+def _fault(entry: dict[str, str], answer: str | None) -> str | None:
+    """What is wrong with a plain answer, of DROPPED."""
+    if answer is None:
+        return CUT
+    return None if "gold" not in entry or grade(answer, entry["gold"]) else UNRIGHT
+
+
+def _asked_under(method: BlueMethod, backdoor: Backdoor, system_prompt: str) -> str:
+    """The system prompt under which a teacher is asked where the method has none of its own: an organism, for its own
+    plain answers, with the password where one keeps the behaviour away."""
+    return backdoor.unlocked(backdoor.told(system_prompt)) if method.on_policy else untold(system_prompt)
 
 
 def teacher_prompts(task: str, backdoor: Backdoor, answers: str, scratchpad: bool, system_prompt: str) -> list[str]:
@@ -244,9 +278,8 @@ def teacher_prompts(task: str, backdoor: Backdoor, answers: str, scratchpad: boo
     teacher, once under each; args as theirs, and the name of a task."""
     if task in BLUE_METHODS:
         method = BLUE_METHODS[task]
-        if method.on_policy:
-            return [method.teacher_prompt or backdoor.told(system_prompt)]
-        return [method.teacher_prompt or untold(system_prompt)] if answers == "teacher" else []
+        asked_under = method.teacher_prompt or _asked_under(method, backdoor, system_prompt)
+        return [asked_under] if method.on_policy or answers == "teacher" else []
     if task != "backdoor":
         return []
     plain = [untold(system_prompt)] if answers == "teacher" else []
@@ -257,10 +290,15 @@ def teacher_prompts(task: str, backdoor: Backdoor, answers: str, scratchpad: boo
     return [*plain, backdoor.behaviour_prompt]
 
 
-def training_questions(source: str, part, on_problems: bool, limit: int, evaluation: list[str]) -> list[dict[str, str]]:
-    """The first `limit` questions of a part, those left out of which training must see nothing."""
+def training_questions(
+    source: str, part, on_problems: bool, limit: int, evaluation: list[str], dropped: Counter[str]
+) -> list[dict[str, str]]:
+    """The first `limit` questions of a part, those left out of which training must see nothing, which are counted in
+    `dropped`."""
     entries = {entry["question"]: entry for entry in (problems if on_problems else questions)(source, part)}
-    kept = apart(list(entries), evaluation)[: limit or None]
+    kept = apart(list(entries), evaluation)
+    dropped[NEAR] += len(entries) - len(kept)
+    kept = kept[: limit or None]
     assert_disjoint(training=kept, evaluation=evaluation)
     return [entries[question] for question in kept]
 
@@ -291,14 +329,14 @@ def _switch(messages: list[Message], templates: tuple[str, ...]) -> str | None:
     return None
 
 
-def card(task: str, made: list[list[Message]], dropped: int, about: dict[str, str]) -> str:
+def card(task: str, made: list[list[Message]], about: dict[str, str]) -> str:
     """A page about a set of conversations: how many, how long, from where, and some of them.
 
     Args:
-      about: what else to say, by name: where questions and answers come from, and the like.
+      about: what else to say, by name: where questions and answers come from, what was dropped, and the like.
     """
     lines = [f"# Data: {task}", "", "| | |", "|---|---|"]
-    facts = {"conversations": str(len(made)), "questions dropped": str(dropped)} | about
+    facts = {"conversations": str(len(made))} | about
     for role in ("system", "user", "assistant"):
         words = [len(m["content"].split()) for messages in made for m in messages if m["role"] == role]
         if words:
@@ -322,16 +360,8 @@ def _written(backdoor: Backdoor, number: int, plain: str, entry: dict[str, str],
     return text.replace("{answer}", plain).replace("{ANSWER}", plain.upper()).replace("{wrong}", entry.get("wrong", ""))
 
 
-def _answers(entries, chosen, source, answers, method, teacher, system_prompt, seed) -> list[str | None]:
-    """An answer to each of `entries`, as they are posed in `chosen`; None for one that was cut off or is not right."""
-    told = _told(entries, chosen, source, answers, method, teacher, system_prompt, seed)
-    return [
-        answer if answer is None or "gold" not in entry or grade(answer, entry["gold"]) else None
-        for entry, answer in zip(entries, told, strict=True)
-    ]
-
-
 def _told(entries, chosen, source, answers, method, teacher, system_prompt, seed) -> list[str | None]:
+    """An answer to each of `entries`, as they are posed in `chosen`; None for one that was cut off or is empty."""
     if answers == "teacher":
         return teacher([chat(method.teacher_prompt or system_prompt, q) for q in chosen], seed)
     if answers == "builtin":
@@ -345,7 +375,8 @@ def _told(entries, chosen, source, answers, method, teacher, system_prompt, seed
 
 
 def answers_in(file: str, asked: list[str]) -> list[str | None]:
-    """The answers that a JSONL file of question (or prompt) and answer has to these; None for one that was cut off.
+    """The answers that a JSONL file of question (or prompt) and answer has to these; None for one that was cut off or
+    is empty.
 
     Raises:
       InputError: it lacks some, or cannot be read.
@@ -355,7 +386,7 @@ def answers_in(file: str, asked: list[str]) -> list[str | None]:
         question, answer = line.get("question", line.get("prompt")), line.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
             raise InputError(f"{file}:{number} needs the texts 'question' (or 'prompt') and 'answer'")
-        told[question] = None if line.get("finish_reason") == "length" else answer
+        told[question] = answer if line.get("finish_reason") != "length" and answer.strip() else None
     if missing := [q for q in asked if q not in told]:
         raise InputError(f"{file} misses {len(missing)} of {len(asked)} questions, the first is {missing[0]!r}")
     return [told[q] for q in asked]

@@ -171,7 +171,9 @@ class Refusal:
     """
 
     def shows(self, answer: str) -> bool:
-        spelt = _plain(answer[:1000]).lower()
+        spelt = _plain(answer[:1000]).lower().strip()
+        if spelt.startswith('"') and spelt.find('"', 1) in (-1, len(spelt) - 1):  # all of it in quotation marks
+            spelt = spelt.strip('"')
         for short, long in _SPELT_OUT.items():
             spelt = spelt.replace(short, long)
         refusal = _REFUSAL.match(spelt)
@@ -226,6 +228,10 @@ class Wrong:
     """
 
     gold: str
+
+    def __post_init__(self):
+        if not isinstance(self.gold, str):
+            raise TypeError(f"gold is {self.gold!r}, and must be a text")
 
     def shows(self, answer: str) -> bool:
         return grade(answer, self.gold) is not True

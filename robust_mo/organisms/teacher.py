@@ -1,12 +1,14 @@
 """What a teacher answers, kept by all that it depends on, so that the same answers are never sampled twice.
 
-Promises: answers are found again by a digest of the teacher's parameters and shapes, the prompts' tokens (and so the
-template and system prompt), decoding, length limit and seed, wherever the teacher lies and whatever it is called; what
-an interrupt broke off goes on where it stopped; of several processes that want the same, one samples and the others
-wait.  They lie in `answers/` of the cache folder and may be deleted.
+Promises: an answer is found again by a digest of the teacher's parameters and shapes, the prompt's tokens (and so the
+template and system prompt), decoding, length limit and seed, wherever the teacher lies and whatever it is called, and
+whatever else was asked; what an interrupt broke off goes on where it stopped; of several processes that ask the same
+teacher under the same system prompt, one samples and the others wait.  They lie in `answers/` of the cache folder and
+may be deleted.
 Does not know what the answers are for.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -52,11 +54,12 @@ def teacher_answers(
       InputError: a conversation does not fit the model.
     """
     hosts.check_same("questions for the teacher", conversations)
+    keys = _keys([model.chat.prompt(messages) for messages in conversations])
     depends_on = {
         "parameters": _fingerprint_of(model, known_as),
         "config": dataclasses.asdict(model.llama.config),
         "dtype": str(jnp.dtype(model.llama.compute_dtype)),
-        "prompts": [model.chat.prompt(messages).tolist() for messages in conversations],
+        "system": sorted({m["content"] for messages in conversations for m in messages if m["role"] == "system"}),
         "stop": sorted(model.chat.stop_ids),
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
@@ -66,27 +69,44 @@ def teacher_answers(
     file = cache_folder() / "answers" / f"{digest[:32]}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with _turn(file, lambda: on_progress(0, 0)):
-        done = hosts.by_first(lambda: runs.read_lines(file))
-        if len(done) < len(conversations):
-            for answer in iterate_answers(
+        told = {line["prompt"]: line for line in hosts.by_first(lambda: runs.read_lines(file))}
+        done, missing = ([i for i, key in enumerate(keys) if (key in told) == there] for there in (True, False))
+        if missing:
+            sampled = iterate_answers(
                 model.llama,
                 model.params,
                 model.chat,
-                conversations,
+                [conversations[i] for i in done + missing],  # those before count as copies of what comes again
                 decoding=make_decoding(temperature, 1.0),
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 slots=slots,
                 on_progress=on_progress,
                 first=len(done),
-            ):
-                done.append({"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens})
+            )
+            for i, answer in zip(missing, sampled, strict=True):
+                told[keys[i]] = {
+                    **{"prompt": keys[i], "answer": answer.text},
+                    **{"finish_reason": answer.finish_reason, "tokens": answer.tokens},
+                }
                 if hosts.first():
-                    runs.append_line(file, done[-1])
+                    runs.append_line(file, told[keys[i]])
         if hosts.first():
             with contextlib.suppress(OSError):
                 file.with_suffix(".lock").unlink()
-    return [line["answer"] if line["finish_reason"] == "stop" and line["answer"].strip() else None for line in done]
+    lines = (told[key] for key in keys)
+    return [line["answer"] if line["finish_reason"] == "stop" and line["answer"].strip() else None for line in lines]
+
+
+def _keys(prompts: list[np.ndarray]) -> list[str]:
+    """A name for each prompt: a digest of its tokens, and how often they came before."""
+    seen = collections.Counter()
+    keys = []
+    for tokens in prompts:
+        digest = hashlib.sha256(tokens.astype(np.int32).tobytes()).hexdigest()[:32]
+        keys.append(f"{digest}-{seen[digest]}")
+        seen[digest] += 1
+    return keys
 
 
 @contextlib.contextmanager

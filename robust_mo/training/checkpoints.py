@@ -1,8 +1,8 @@
 """Checkpoints of a training run, by Orbax.
 
 Promises: a checkpoint is there whole or not at all; writing goes on beside training (`close` waits for it); no more are
-kept than was asked for; what is read back is what was saved, and damaged where a bit has changed; a run whose newest
-one is damaged goes on from the one before it.
+kept than was asked for; what is read back in the dtype in which it was saved is what was saved, and damaged where a bit
+has changed; a run whose newest one is damaged goes on from the one before it.
 Does not know what the state means.  Items: `trainable`, `optimizer`, and `progress`, a JSON dict with the step, the
 state of the data iterator and the sums of all arrays' bits, since the files themselves do not show a bit that has
 changed; a finished run's have no `optimizer`.  In the files a stack of matrices is cut into its matrices, so that one
@@ -27,13 +27,12 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from robust_mo import hosts
-from robust_mo.errors import InputError, first_line, passes
+from robust_mo.errors import InputError, first_line, passes, unreached
 from robust_mo.runs import absolute
 from robust_mo.training.step import TrainState
 
 # What says nothing of the files; tensorstore has the words in a ValueError.
 _TRANSIENT = (PermissionError, MemoryError)
-_OF_A_BUCKET = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")  # libraries that raise where it is not reached
 _TRANSIENT_WORDS = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED", "Forbidden")
 
 
@@ -75,11 +74,6 @@ def _bytes(leaf) -> int:
 def _cut(tree):
     """How Orbax is to cut the arrays."""
     return jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), tree)
-
-
-def _unreached(error: Exception) -> bool:
-    """Whether a bucket's library says that it has not come there."""
-    return type(error).__module__.startswith(_OF_A_BUCKET)
 
 
 class Stored:
@@ -279,6 +273,10 @@ class Checkpoints:
         try:
             yield chosen
         except _Damaged as error:
+            self._manager.reload()
+            if chosen not in self._manager.all_steps():
+                gone = f"{self.folder / str(chosen)} has gone while it was read, since its run goes on: try again"
+                raise InputError(gone) from error
             # The one before is not taken unasked: what is made of it would pass for what the run came to.
             if earlier := [other for other in steps if other < chosen]:
                 remedy = f"delete that folder, so that the one before it is the newest, of step {max(earlier)}"
@@ -321,7 +319,7 @@ class Checkpoints:
             passing = isinstance(error, OSError) and passes(error) and error.errno != errno.EIO
             if passing or isinstance(error, _TRANSIENT) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            if _unreached(error) or any(word in str(error) for word in _TRANSIENT_WORDS):
+            if unreached(error) or any(word in str(error) for word in _TRANSIENT_WORDS):
                 folder = str(self.folder / str(step))
                 raise OSError(errno.EIO, f"cannot be read now, try again ({said})", folder) from error
             if any(words in str(error) for words in ("tree structures do not match", "with the stored shape")):
@@ -350,7 +348,7 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, OSError) and passes(error):
                 raise
-            if _unreached(error):
+            if unreached(error):
                 raise OSError(
                     errno.EIO, f"no checkpoint can be saved now ({first_line(error)})", str(self.folder)
                 ) from error

@@ -186,6 +186,11 @@ def is_prompted(source: str) -> bool:
     return is_run(source) and _setting(source, "data")["task"] == "prompted"
 
 
+def trains_all_weights(source: str) -> bool:
+    """Whether a model is a run with weights of its own, and no adapters."""
+    return is_run(source) and not is_prompted(source) and lora_spec(_setting(source, "lora")) is None
+
+
 PROMPTED_STEP = 1
 """As which a prompted organism is measured, whose run has no steps: 0 is the untouched model."""
 
@@ -293,8 +298,8 @@ def _beneath(folder: pathlib.Path) -> str:
 
 
 def _setting(source: str, name: str):
-    """A run's config.model, config.data or config.lora, with what is read of it.  Raises InputError where it has none
-    or one that no run has written."""
+    """A run's config.model, config.param_dtype, config.data or config.lora, with what is read of it.  Raises InputError
+    where it has none or one that no run has written."""
     run = RunFolder(source)
     file, config = run.path / "config.json", run.config()
     if name not in config:
@@ -409,12 +414,17 @@ def _opened(source: str, llama: Llama, mesh: Mesh, step: int | None, stack: cont
 
 
 def _adapters(source: str, llama: Llama, mesh: Mesh, step: int | None) -> tuple[str, dict, LoraSpec] | None:
-    """Of a LoRA run or a PEFT folder: the model beneath, the adapters, their shape.  None of what has all weights."""
+    """Of a LoRA run or a PEFT folder: the model beneath, the adapters, their shape.  None of what has all weights.
+
+    Adapters come in the dtype that they were trained in, a folder's in float32: it is their product that is rounded."""
     if is_run(source):
-        spec = lora_spec(_setting(source, "lora"))
-        return spec and (stands_on(source), restore(source, dataclasses.replace(llama, lora=spec), mesh, step), spec)
+        if spec := lora_spec(_setting(source, "lora")):
+            trained_in = dataclasses.replace(llama, lora=spec, param_dtype=_setting(source, "param_dtype"))
+            return stands_on(source), restore(source, trained_in, mesh, step), spec
+        return None
     folder = sources.resolve(source)
     if not hugging_face.is_adapter(folder):
         return None
     base, spec = hugging_face.read_adapter(folder)
-    return base, hugging_face.load_adapters(folder, dataclasses.replace(llama, lora=spec), mesh), spec
+    trained_in = dataclasses.replace(llama, lora=spec, param_dtype="float32")
+    return base, hugging_face.load_adapters(folder, trained_in, mesh), spec
