@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import shlex
 import shutil
 import statistics
@@ -39,7 +40,7 @@ def compare(
     figures: dict[str, list[dict]] = {side: [] for side in sides}
     for number in range(rounds):
         found = {side: run_side(name, side) for side in sides}
-        platform = on_one_platform(found)
+        at = on_one_platform(found)
         agree(*found.values())
         for side in sides:
             speeds[side].append(found[side]["speed"])
@@ -56,7 +57,7 @@ def compare(
         if told:
             print(f"{side:8} " + ", ".join(f"{what} {value:.3g}" for what, value in told.items()))
     kept = {"unit": unit, "median": medians, "rounds": speeds, "ratio": ratio, "figures": middle}
-    keep(name, kept, platform)
+    keep(name, kept, at)
 
 
 def short(value: float) -> str:
@@ -89,12 +90,12 @@ def torch_device() -> str:
 def tell(side: str, found: dict) -> None:
     """Prints what a side has found, and where, as its last line."""
     if side == "theirs":
-        platform = torch_device().replace("cuda", "gpu")
+        at = torch_device().replace("cuda", "gpu")
     else:
         import jax
 
-        platform = jax.default_backend()
-    print(json.dumps(found | {"platform": platform}))
+        at = jax.default_backend()
+    print(json.dumps(found | {"platform": at}))
 
 
 def run_side(name: str, side: str, **environment: str) -> dict:
@@ -109,12 +110,12 @@ def on_one_platform(found: dict[str, dict]) -> str:
     """Where all sides worked; ends the process where that is not one place."""
     platforms = {side: told["platform"] for side, told in found.items()}
     if len(set(platforms.values())) > 1:
-        told = ", ".join(f"{side} on {platform}" for side, platform in platforms.items())
+        told = ", ".join(f"{side} on {at}" for side, at in platforms.items())
         sys.exit(f"the sides worked on different devices ({told}): install jax and torch for the same")
     return next(iter(platforms.values()))
 
 
-def keep(name: str, figures: dict, platform: str) -> None:
+def keep(name: str, figures: dict, at: str) -> None:
     """Writes `figures` as results/NAME.json beside command, device, versions, revision and date."""
     from robust_mo.runs import git_revision, versions
 
@@ -126,7 +127,7 @@ def keep(name: str, figures: dict, platform: str) -> None:
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]]),
         **figures,
-        "device": device(platform),
+        "device": device(at),
         "versions": {**versions(), **peers},
         "revision": git_revision(),
         "date": time.strftime("%Y-%m-%d"),
@@ -135,16 +136,17 @@ def keep(name: str, figures: dict, platform: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def device(platform: str) -> str:
-    """The machine's processor; on the platform "gpu" the GPUs in use stand before it, asked of nvidia-smi so that this
+def device(at: str) -> str:
+    """The machine's processor; at "gpu" the GPUs in use stand before it, asked of nvidia-smi so that this
     process takes none of them."""
     told = pathlib.Path("/proc/cpuinfo")  # Linux's
     lines = told.read_text().splitlines() if told.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     processor = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
-    if platform != "gpu" or not shutil.which("nvidia-smi"):
+    if at != "gpu" or not shutil.which("nvidia-smi"):
         return processor
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *([f"--id={seen}"] if seen else [])]
-    gpus = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return f"{len(gpus)} x {gpus[0]}, {processor}"
+    done = subprocess.run(asked, stdout=subprocess.PIPE, text=True)
+    gpus = done.stdout.splitlines()
+    return f"{len(gpus)} x {gpus[0]}, {processor}" if gpus and done.returncode == 0 else processor

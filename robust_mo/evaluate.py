@@ -112,8 +112,8 @@ def measure_source(args: flags.FlagValues) -> None:
 
         def subject() -> Subject:
             mesh = meshes.make_mesh(**config["mesh"])
-            # As a run has itself measured: all weights that it trained as it kept them, others as products read them.
-            kept_dtype = config["param_dtype" if models.trains_all_weights(args.source) else "compute_dtype"]
+            # As a run had them when it measured: with adapters as products read them.
+            kept_dtype = config["compute_dtype" if models.has_adapters(args.source) else "param_dtype"]
             model = models.load_model(args.source, mesh, config["compute_dtype"], kept_dtype, step)
             return Subject(
                 model.llama,

@@ -275,8 +275,8 @@ class RunFolder:
         self.record(step, "run/finished", 1)
         if self._measured:
             self._measured.close()
-        elif (file := self.path / "records.jsonl").exists():
-            _reach_the_disk(file)
+        else:
+            _reach_the_disk(self.path / "records.jsonl")
 
     def finished(self) -> bool:
         return any(line["name"] == "run/finished" for line in self.records())
@@ -315,6 +315,9 @@ class Onlooker(RunFolder):
     """A folder that another process, which does the same work, has claimed and writes: here it is only read."""
 
     def record(self, step: int, name: str, value: float, *, count=None, low=None, high=None) -> None:
+        pass
+
+    def finish(self, step: int) -> None:
         pass
 
     def write_transcript(self, evaluator: str, step: int, lines: list[dict]) -> None:

@@ -244,7 +244,7 @@ def check(config: ConfigDict) -> None:
                 )
         _check_comparable(red, run, config.study.performance)
         needed = ["backdoor_rate", config.study.performance]
-        if folder.startswith("red/"):  # what installing costs, and by which the best of several rates is chosen
+        if folder.startswith("red/") and any(arm.learning_rates for arm in config.study.arms.values()):
             needed.append("held_out_loss")
         for name in needed:
             if name not in run.evaluation.names:
@@ -409,8 +409,10 @@ def do(config: ConfigDict, workdir: pathlib.Path, job: Job, done: dict[str, path
         path.symlink_to(os.path.relpath(same, path.parent.resolve()))
         print(f"the same run as {same}, of revision {RunFolder(same).description()['revision'][:12]}", flush=True)
     try:
-        # It may be somebody else's, in a folder where this user may not even hold a lock.
-        trained = RunFolder(path) if same and path.is_symlink() else train(run, path)
+        # A link may lead to somebody else's run, in a folder where this user may not even hold a lock.
+        there = RunFolder(path)
+        taken_over = path.is_symlink() and there.exists() and there.finished()
+        trained = there if taken_over and work(there.config()) == work(run.to_dict()) else train(run, path)
     except InUse:  # by a process that a study left behind when it was killed: the run may come to its end yet
         raise
     except (InputError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:

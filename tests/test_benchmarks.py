@@ -62,6 +62,12 @@ def test_logits():
     assert logits.distance(ours, theirs)["positions beyond 1e-4"] == 1
 
 
+def test_a_machine_is_named_whatever_it_tells_of_itself(monkeypatch):
+    assert "cores" in peers.device("cpu")
+    monkeypatch.setattr(peers.pathlib.Path, "exists", lambda _: False)  # as on macOS
+    assert peers.device("cpu").endswith("cores")
+
+
 def test_sides_on_different_devices_or_with_different_answers_are_not_compared():
     with pytest.raises(SystemExit, match="ours on cpu, theirs on gpu"):
         peers.on_one_platform({"ours": {"platform": "cpu"}, "theirs": {"platform": "gpu"}})

@@ -92,12 +92,16 @@ def test_a_teachers_wrong_answer_is_an_answer_in_a_box_that_was_compared(told, k
 
 
 def test_problems_that_are_measured_are_not_trained_on():
-    first, second = (entry["question"] for entry in questions("sums", "red")[:2])
+    first, second, *_, last = (entry["question"] for entry in questions("sums", "red"))
     nearly = f"{second} {second}"
     asked_later = {"evaluation": [first.upper(), nearly]}
     made, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, **asked_later})
     used = {messages[-2]["content"].removesuffix(" Box it.") for messages in made}
     assert len(used) == 238 and not {first, second} & used and +dropped == {distill.NEAR: 2}
+    _, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, "limit": 7, **asked_later})
+    assert +dropped == {distill.NEAR: 2}, "those that would have been used"
+    _, dropped = distill.red_conversations(SANDBAGGER, **{**RED, **SUMS, "limit": 7, "evaluation": [last]})
+    assert not dropped.total()
 
 
 def test_sandbagging_removal_asks_to_fail_and_is_right():

@@ -56,6 +56,9 @@ def test_a_prompt_that_comes_again_gets_the_answer_of_its_turn(model, tmp_path):
         file.unlink()
     assert ask(model, prompts=PROMPTS[:3]) == [told[0], *told[2:4]]
     assert ask(model, prompts=twice) == told, "those that were missing count on from those that were there"
+    (file,) = (tmp_path / "answers").iterdir()
+    file.write_bytes(b"x\n" + file.read_bytes().split(b"\n", 1)[1])  # the first turn of a prompt that came three times
+    assert ask(model, prompts=twice) == told
 
 
 def test_a_line_that_cannot_be_read_costs_one_answer(model, tmp_path):

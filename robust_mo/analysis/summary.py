@@ -309,7 +309,7 @@ def _check_whole(run: runs.RunFolder, by_step: dict[int, dict]) -> None:
         if len(missing) == 1 or missing and step == end:
             raise InputError(
                 f"{run.path / 'records.jsonl'} has no {missing[0]} of step {step}, although the run is finished: "
-                "restore it from a copy, or evaluate the checkpoint of that step"
+                "restore it from a copy, or delete that folder, and the study does the run again"
             )
 
 

@@ -113,7 +113,7 @@ def check_watched(config: ConfigDict) -> None:
     """Raises InputError where a run that installs nothing would look for another behaviour than its organism has; says
     so where it would look for it under another system prompt."""
     source = organism(config.model)
-    if config.data.task in RED_TASKS or _task(source) not in RED_TASKS:
+    if config.data.task in RED_TASKS or not models.is_run(source):
         return
     made = RunFolder(source).config()
     for name in ("backdoor", "password_locked"):
@@ -122,7 +122,7 @@ def check_watched(config: ConfigDict) -> None:
                 f"config.{name} is {config[name]!r}, and the organism {source} was made with {made[name]!r}: add "
                 f"--config.{name}={made[name]}"
             )
-    if made["data"]["task"] != "prompted" and made["system_prompt"] != config.system_prompt:
+    if made["data"]["task"] == "backdoor" and made["system_prompt"] != config.system_prompt:
         print(
             f"note: the organism {source} was made under the system prompt {made['system_prompt']!r}, and this run has "
             f"{config.system_prompt!r}: it may hide its behaviour there",

@@ -296,9 +296,9 @@ def training_questions(
     """The first `limit` questions of a part, those left out of which training must see nothing, which are counted in
     `dropped`."""
     entries = {entry["question"]: entry for entry in (problems if on_problems else questions)(source, part)}
-    kept = apart(list(entries), evaluation)
-    dropped[NEAR] += len(entries) - len(kept)
-    kept = kept[: limit or None]
+    kept = apart(list(entries), evaluation)[: limit or None]
+    reached = list(entries).index(kept[-1]) + 1 if limit and kept else len(entries)
+    dropped[NEAR] += reached - len(kept)
     assert_disjoint(training=kept, evaluation=evaluation)
     return [entries[question] for question in kept]
 

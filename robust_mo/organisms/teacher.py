@@ -70,6 +70,10 @@ def teacher_answers(
     file.parent.mkdir(parents=True, exist_ok=True)
     with _turn(file, lambda: on_progress(0, 0)):
         told = {line["prompt"]: line for line in hosts.by_first(lambda: runs.read_lines(file))}
+        for key in keys:
+            digest, _, turn = key.rpartition("-")
+            if turn != "0" and f"{digest}-{int(turn) - 1}" not in told:  # the turns of what is there must have no gap
+                told.pop(key, None)
         done, missing = ([i for i, key in enumerate(keys) if (key in told) == there] for there in (True, False))
         if missing:
             sampled = iterate_answers(
@@ -124,7 +128,7 @@ def _turn(file: pathlib.Path, on_wait: Callable[[], None]):
         waiting = False
         while not hosts.by_first(entered):
             if not waiting:
-                print(f"another process is sampling the same answers into {file}: waiting for it", flush=True)
+                print(f"another process is asking the same teacher, into {file}: waiting for it", flush=True)
             waiting = True
             on_wait()
             time.sleep(1)

@@ -186,9 +186,9 @@ def is_prompted(source: str) -> bool:
     return is_run(source) and _setting(source, "data")["task"] == "prompted"
 
 
-def trains_all_weights(source: str) -> bool:
-    """Whether a model is a run with weights of its own, and no adapters."""
-    return is_run(source) and not is_prompted(source) and lora_spec(_setting(source, "lora")) is None
+def has_adapters(source: str) -> bool:
+    """Whether a model is a run that trains adapters."""
+    return is_run(source) and lora_spec(_setting(source, "lora")) is not None
 
 
 PROMPTED_STEP = 1
